@@ -1,0 +1,1 @@
+"""Vision linear attention: operators, layers and timm-compatible backbones."""

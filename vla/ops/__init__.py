@@ -1,0 +1,7 @@
+"""Operators: pure functions on tensors, each a `torch.library` operator with one kernel per kind of device."""
+
+from ._registry import use_backend
+from .scan2d import cross_merge, cross_scan, scan2d
+from .selective_scan import selective_scan
+
+__all__ = ["cross_merge", "cross_scan", "scan2d", "selective_scan", "use_backend"]

@@ -1,0 +1,30 @@
+"""One-line errors for operator arguments: the argument, what it was, what is wanted."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...], pattern: str) -> None:
+    """Raises `ValueError` unless `tensor` has the shape `wanted`, which `pattern` spells for the reader."""
+    if tuple(tensor.shape) != tuple(wanted):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern} = {tuple(wanted)}")
+
+
+def check_ndim(op: str, name: str, tensor: Tensor, ndims: tuple[int, ...], pattern: str) -> None:
+    """Raises `ValueError` unless `tensor` has one of the numbers of dimensions `ndims`."""
+    if tensor.dim() not in ndims:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern}")
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Raises `TypeError` unless every given tensor is real floating point."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected a real floating-point type")
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """dtype of states and reductions: float64 if any tensor is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,223 @@
+"""How an operator of this package becomes a `torch.library` operator with interchangeable backends."""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("naive", "torch", "numba", "triton")
+
+_override: str | None = None
+
+
+def _validate_backend(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_override = _validate_backend(os.environ.get("VLA_BACKEND") or None, "environment variable VLA_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operator of `vla.ops` with one backend instead of the device's own choice.
+
+    The setting is process-wide, like the flags under `torch.backends`, so that it also holds in autograd's threads.
+    The environment variable `VLA_BACKEND` sets it from outside.
+
+    Args:
+        name: `'naive'` (the definition, slow), `'torch'` (vectorised PyTorch, any device), `'numba'` (compiled CPU
+            kernels), `'triton'` (GPU kernels), or `None` for the default: Triton on GPUs, Numba on CPUs when it is
+            installed, PyTorch elsewhere.
+
+    Raises:
+        ValueError: For an unknown name.
+        RuntimeError: By an operator called inside, where the backend cannot run (never a silent fallback).
+    """
+    global _override
+    previous, _override = _override, _validate_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+class Operator:
+    """A `torch.library` operator `vla::<name>` with its backward operator `vla::<name>_backward`.
+
+    A backend is a module of the operator's folder, `<backend>.py`, imported at its first use, with two functions:
+    `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output and
+    returning one gradient (or None) per tensor argument. The `naive` backend only needs `forward`: its backward is
+    autograd's.
+
+    Args:
+        name: Operator name inside the `vla` namespace.
+        schema: Operator schema, e.g. `"(Tensor x, Tensor? bias, bool flag) -> Tensor"`. No aliasing.
+        package: Name of the package that holds the backend modules.
+        backends: Backends that exist, in `BACKENDS`.
+        infer: `infer(*args)` checks the arguments (raises `ValueError` or `TypeError` with one clear line) and returns
+            empty outputs of the right shape and dtype. It runs before every forward, real and fake.
+        flops: Number of floating-point operations of a forward, from the arguments' shapes (tensors are replaced by
+            their `torch.Size`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        package: str,
+        backends: Sequence[str],
+        infer: Callable,
+        flops: Callable[..., int],
+    ):
+        self.name = name
+        self.package = package
+        self.backends = tuple(backends)
+        self.infer = infer
+        self._modules: dict[str, ModuleType] = {}
+        self._warned = False
+
+        qualname = f"vla::{name}"
+        torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        forward_schema = getattr(torch.ops.vla, name).default._schema
+        self.arguments = [a.name for a in forward_schema.arguments]
+        self.tensor_arguments = [
+            i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
+        ]
+        self.num_outputs = len(forward_schema.returns)
+        inputs = schema.split("->")[0].strip().removeprefix("(").removesuffix(")")
+        torch.library.define(
+            f"{qualname}_backward",
+            f"(Tensor[] grad_outputs, {inputs}) -> Tensor[]",
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
+
+        torch.library.impl(qualname, "default", self._forward)
+        torch.library.register_fake(qualname, self._fake)
+        torch.library.register_autograd(qualname, self._autograd_backward, setup_context=self._setup_context)
+        torch.library.impl(f"{qualname}_backward", "default", self._backward)
+        torch.library.register_fake(f"{qualname}_backward", self._fake_backward)
+
+        def forward_flops(*args, out_shape=None, **kwargs) -> int:
+            return flops(*args, **kwargs)
+
+        def backward_flops(grad_outputs, *args, out_shape=None, **kwargs) -> int:
+            # The forward recomputed, and two products where it had one.
+            return 3 * flops(*args, **kwargs)
+
+        register_flop_formula(getattr(torch.ops.vla, name))(forward_flops)
+        register_flop_formula(getattr(torch.ops.vla, f"{name}_backward"))(backward_flops)
+
+    def backend_for(self, device: torch.device) -> str:
+        """Name of the backend that serves `device` under the current `use_backend` setting."""
+        if _override is not None:
+            problem = self._obstacle(_override, device)
+            if problem:
+                raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
+            return _override
+        preferred = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+        if preferred in self.backends:
+            problem = self._obstacle(preferred, device)
+            if problem is None:
+                return preferred
+            # Missing Numba is an ordinary installation; a GPU without Triton is a slow one, and must not stay unnoticed.
+            if preferred == "triton" and not self._warned:
+                self._warned = True
+                warnings.warn(f"{self.name}: backend 'triton' {problem}, using slower PyTorch code", stacklevel=3)
+        return "torch"
+
+    def _obstacle(self, backend: str, device: torch.device) -> str | None:
+        """Why `backend` cannot serve `device`, or None when it can."""
+        if backend not in self.backends:
+            return f"does not exist, there are {', '.join(self.backends)}"
+        if backend in ("numba", "triton") and importlib.util.find_spec(backend) is None:
+            return f"needs the package {backend}, which is not installed"
+        if backend == "numba" and device.type != "cpu":
+            return f"runs on the CPU, the tensors are on {device}"
+        return None
+
+    def _module(self, device: torch.device) -> ModuleType:
+        backend = self.backend_for(device)
+        if backend not in self._modules:
+            self._modules[backend] = importlib.import_module(f"{self.package}.{backend}")
+        return self._modules[backend]
+
+    def _check_devices(self, args: tuple) -> torch.device:
+        first = args[self.tensor_arguments[0]].device
+        for i in self.tensor_arguments[1:]:
+            if args[i] is not None and args[i].device != first:
+                raise ValueError(
+                    f"{self.name}: {self.arguments[i]} is on {args[i].device}, "
+                    f"expected {first} like {self.arguments[self.tensor_arguments[0]]}"
+                )
+        return first
+
+    def _forward(self, *args):
+        device = self._check_devices(args)
+        self.infer(*args)
+        return self._module(device).forward(*args)
+
+    def _fake(self, *args):
+        self._check_devices(args)
+        return self.infer(*args)
+
+    def _setup_context(self, ctx, inputs, output) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in self.tensor_arguments))
+        ctx.constants = [None if i in self.tensor_arguments else value for i, value in enumerate(inputs)]
+
+    def _autograd_backward(self, ctx, *grads):
+        args = list(ctx.constants)
+        for i, tensor in zip(self.tensor_arguments, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
+        needed = [None] * len(args)
+        for i, grad in zip(self.tensor_arguments, results, strict=True):
+            needed[i] = grad if args[i] is not None else None
+        return tuple(needed)
+
+    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+        tensors = [args[i] for i in self.tensor_arguments]
+        module = self._module(tensors[0].device)
+        if hasattr(module, "backward"):
+            results = module.backward(grads, *args)
+        else:
+            results = self._differentiate(module.forward, grads, args)
+        # An operator's schema has no optional results: an absent argument gets an empty gradient.
+        return [
+            tensors[0].new_empty(0) if tensor is None else _as_gradient(grad, tensor)
+            for tensor, grad in zip(tensors, results, strict=True)
+        ]
+
+    def _fake_backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+        tensors = [args[i] for i in self.tensor_arguments]
+        return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
+
+    def _differentiate(self, forward: Callable, grads: list[Tensor], args: tuple) -> list[Tensor | None]:
+        inputs = list(args)
+        for i in self.tensor_arguments:
+            if inputs[i] is not None:
+                inputs[i] = inputs[i].detach().requires_grad_(inputs[i].is_floating_point())
+        with torch.enable_grad():
+            outputs = forward(*inputs)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            wanted = [inputs[i] for i in self.tensor_arguments if inputs[i] is not None]
+            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
+        # Autograd may hand an incoming gradient through, but an operator's outputs must not alias its inputs.
+        return [None if grad is None else grad.clone() for grad in results]
+
+
+def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
+    """`grad` with the dtype and memory layout that the fake kernel promises for a gradient of `tensor`."""
+    if grad is None:
+        return torch.zeros_like(tensor)
+    out = torch.empty_like(tensor)
+    return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
