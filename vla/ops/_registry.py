@@ -53,10 +53,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 class Operator:
     """A `torch.library` operator `vla::<name>` with its backward operator `vla::<name>_backward`.
 
-    A backend is a module of the operator's folder, `<backend>.py`, imported at its first use, with two functions:
-    `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output and
-    returning one gradient (or None) per tensor argument. The `naive` backend only needs `forward`: its backward is
-    autograd's.
+    A backend is a module of the operator's folder, `naive.py` or `_<backend>.py`, imported at its first use, with two
+    functions: `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output
+    and returning one gradient (or None) per tensor argument. The `naive` backend only needs `forward`: its backward is
+    autograd's. (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
     Args:
         name: Operator name inside the `vla` namespace.
@@ -147,7 +147,8 @@ class Operator:
     def _module(self, device: torch.device) -> ModuleType:
         backend = self.backend_for(device)
         if backend not in self._modules:
-            self._modules[backend] = importlib.import_module(f"{self.package}.{backend}")
+            module = backend if backend == "naive" else f"_{backend}"
+            self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
         return self._modules[backend]
 
     def _check_devices(self, args: tuple) -> torch.device:
