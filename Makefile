@@ -1,0 +1,47 @@
+# make demo    trains a small model on real digit scans, evaluates it, predicts a picture
+# make test    runs the test suite
+# make lint    checks style
+# make clean   removes the environment and the demo's results
+#
+# Each creates what it needs, the environment included, and skips what is already there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+PYTEST_ARGS ?= -q -n 2
+# One thread per test worker: more only compete for the same cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/vla train --model vmamba_atto --data digits --out $(RUN) --resume
+	$(BIN)/vla eval --model $(RUN)
+	$(BIN)/vla predict examples/digit.png --model $(RUN) --out $(RUN)/prediction.png
+	@echo "Results: $(RUN)/curves.png $(RUN)/prediction.png $(RUN)/metrics.jsonl $(RUN)/model.safetensors"
+
+test: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(RUN)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.10 or newer, or run 'make PYTHON=/path/to/python'" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is too old; Python 3.10 or newer is needed, run 'make PYTHON=/path/to/python'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot create environments; install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamp files: an environment is installed again only when its requirements change.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[train,cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
