@@ -1,0 +1,79 @@
+"""The residual block that every family shares."""
+
+from collections.abc import Callable
+from functools import partial
+
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, Mlp, get_act_layer, get_norm_layer
+from torch import Tensor, nn
+
+# timm's LayerNorm2d has eps 1e-6; the families' LayerNorms are PyTorch's, with 1e-5.
+DEFAULT_NORM = partial(LayerNorm2d, eps=1e-5)
+
+
+class ResidualBlock(nn.Module):
+    r"""A token mixer and an MLP, each with its norm and its residual connection.
+
+        x = x + drop_path(layer_scale(mixer(norm(x))))
+        x = x + drop_path(layer_scale(mlp(norm(x))))
+
+    Takes and returns (B, C, H, W). Memory in `torch.channels_last` stays so and makes every permutation a free view;
+    any other memory format gives the same values. Families subclass it with their mixer and its options.
+
+    Args:
+        dim: Channels C.
+        mixer: Module from (B, C, H, W) to (B, C, H, W).
+        mlp_ratio: Hidden width of the MLP over `dim`; 0 leaves out the second half of the block.
+        drop_path: Rate of stochastic depth, for both halves.
+        layer_scale: Initial value of a learned scale per channel on both halves, None for no scale.
+        norm_layer: Class or timm name of a norm of (B, C, H, W) maps: `LayerNorm2d`, `nn.BatchNorm2d`, ...
+        act_layer: Class or timm name of the MLP's activation.
+        mlp_drop: Dropout rate inside the MLP.
+        mlp: Replaces the MLP: a module from (B, H, W, C) to (B, H, W, C). `mlp_ratio`, `act_layer` and `mlp_drop` are
+            then unused.
+        post_norm: Normalise the outputs of mixer and MLP instead of their inputs.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: str | Callable[..., nn.Module] = DEFAULT_NORM,
+        act_layer: str | type[nn.Module] = nn.GELU,
+        mlp_drop: float = 0.0,
+        mlp: nn.Module | None = None,
+        post_norm: bool = False,
+    ):
+        super().__init__()
+        norm_layer = get_norm_layer(norm_layer)
+        if mlp is None and mlp_ratio > 0:
+            mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=mlp_drop)
+
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
+
+        def stochastic_depth() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.post_norm = post_norm
+        self.norm1 = norm_layer(dim)
+        self.mixer = mixer
+        self.ls1 = scale()
+        self.drop_path1 = stochastic_depth()
+        self.mlp = mlp
+        if mlp is not None:
+            self.norm2 = norm_layer(dim)
+            self.ls2 = scale()
+            self.drop_path2 = stochastic_depth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.mixer(x)) if self.post_norm else self.mixer(self.norm1(x))
+        x = x + self.drop_path1(self.ls1(y))
+        if self.mlp is not None:
+            y = x if self.post_norm else self.norm2(x)
+            y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            y = self.norm2(y) if self.post_norm else y
+            x = x + self.drop_path2(self.ls2(y))
+        return x

@@ -1,0 +1,1 @@
+"""Backbones, one file per family. Importing this package registers them with timm."""
