@@ -113,11 +113,8 @@ class TimeFirst:
 
     def _accumulate(self, grad: Tensor, segment: slice, products: Tensor) -> None:
         """Adds (l, S, N, G, D // G) products to a projection's gradient, summed over what it was broadcast along."""
-        total = products.sum(-1)
-        if grad.shape[0] == 1:
-            grad += total.sum((0, 1), keepdim=True)
-        else:
-            grad[segment] += total
+        part = grad if grad.shape[0] == 1 else grad[segment]
+        part += products.sum(-1).sum_to_size(part.shape)
 
 
 def time_step(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
