@@ -3,5 +3,6 @@
 from ._registry import use_backend
 from .scan2d import cross_merge, cross_scan, scan2d
 from .selective_scan import selective_scan
+from .ssd import ssd
 
-__all__ = ["cross_merge", "cross_scan", "scan2d", "selective_scan", "use_backend"]
+__all__ = ["cross_merge", "cross_scan", "scan2d", "selective_scan", "ssd", "use_backend"]

@@ -55,8 +55,8 @@ class Operator:
 
     A backend is a module of the operator's folder, `naive.py` or `_<backend>.py`, imported at its first use, with two
     functions: `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output
-    and returning one gradient (or None) per tensor argument. The `naive` backend only needs `forward`: its backward is
-    autograd's. (A submodule plainly called `torch` would shadow the library in its package's namespace.)
+    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`.
+    (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
     Args:
         name: Operator name inside the `vla` namespace.
