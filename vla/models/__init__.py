@@ -1,5 +1,6 @@
 """Backbones, one file per family. Importing this package registers them with timm."""
 
 from .mambavision import MambaVision
+from .vmamba import VMamba
 
-__all__ = ["MambaVision"]
+__all__ = ["MambaVision", "VMamba"]
