@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from ..ops import selective_scan
+from ..ops import scan2d
 from .block import DEFAULT_NORM, ResidualBlock
 
 __all__ = ["MambaVisionBlock", "MambaVisionMixer", "MapAttention", "window_partition", "window_reverse"]
@@ -111,22 +111,22 @@ class MambaVisionMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         x = self.in_proj(x.flatten(2).transpose(1, 2))
-        x = F.silu(self.conv(x.transpose(1, 2).unsqueeze(2))).squeeze(2)  # (B, d_inner, L)
+        x = F.silu(self.conv(x.transpose(1, 2).unsqueeze(2)))  # (B, d_inner, 1, L)
         u, z = x[:, : self.d_scan], x[:, self.d_scan :]
-        dt, b, c = self.x_proj(u.transpose(1, 2)).split(self.splits, dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)
-        y = selective_scan(
+        projected = self.x_proj(u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).unsqueeze(1)
+        dt, B, C = projected.split(self.splits, dim=2)
+        y = scan2d(
             u,
-            dt.transpose(1, 2),
-            -torch.exp(self.A_log),
-            b.transpose(1, 2),
-            c.transpose(1, 2),
-            self.D,
-            None,
-            self.dt_bias_scale * self.dt_proj.bias,
-            True,
+            dt,
+            -torch.exp(self.A_log).unsqueeze(0),
+            B,
+            C,
+            ["row"],
+            self.D.unsqueeze(0),
+            self.dt_proj.weight.unsqueeze(0),
+            self.dt_bias_scale * self.dt_proj.bias.unsqueeze(0),
         )
-        x = self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
+        x = self.out_proj(torch.cat([y, z], dim=1).flatten(2).transpose(1, 2))
         return x.transpose(1, 2).unflatten(2, shape[2:])
 
 

@@ -124,11 +124,12 @@ class MambaVision(nn.Module):
         double_dt_bias: Add the time step's bias twice, as the released weights need; see `MambaVisionMixer`.
         dt_init: Initial time steps: `'zero'` as the released models were trained, from zero biases; `'mamba'` for
             Mamba's range of time scales.
-        out_norm: Norm of every stage's output for dense prediction, `'layernorm2d'` as in the released detection and
-            segmentation backbones, or `'batchnorm2d'`. It replaces the batch norm before the classifier.
+        out_norm: Stages whose outputs get a norm for dense prediction, as in the released detection and segmentation
+            backbones. These norms replace the batch norm before the classifier.
+        out_norm_layer: Norm of those stages, `'layernorm2d'` as released, or `'batchnorm2d'`.
 
     Raises:
-        ValueError: For an unknown `dt_init` or `out_norm`, or lists of the wrong length.
+        ValueError: For an unknown `dt_init` or `out_norm_layer`, or lists of the wrong length.
     """
 
     def __init__(
@@ -151,7 +152,8 @@ class MambaVision(nn.Module):
         drop_path_rate: float = 0.2,
         double_dt_bias: bool = True,
         dt_init: str = "zero",
-        out_norm: str | None = None,
+        out_norm: tuple[int, ...] = (),
+        out_norm_layer: str = "layernorm2d",
     ):
         super().__init__()
         for name, value in (
@@ -164,8 +166,10 @@ class MambaVision(nn.Module):
                 raise ValueError(f"MambaVision: {name} has {len(value)} entries, expected one for each of 4 stages")
         if dt_init not in ("zero", "mamba"):
             raise ValueError(f"MambaVision: dt_init is {dt_init!r}, expected 'zero' or 'mamba'")
-        if out_norm not in (None, "layernorm2d", "batchnorm2d"):
-            raise ValueError(f"MambaVision: out_norm is {out_norm!r}, expected 'layernorm2d', 'batchnorm2d' or None")
+        if out_norm_layer not in ("layernorm2d", "batchnorm2d"):
+            raise ValueError(
+                f"MambaVision: out_norm_layer is {out_norm_layer!r}, expected 'layernorm2d' or 'batchnorm2d'"
+            )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -199,10 +203,11 @@ class MambaVision(nn.Module):
             self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}"))
             in_dim = dims[i]
 
-        if out_norm is None:
-            norms = [nn.Identity(), nn.Identity(), nn.Identity(), nn.BatchNorm2d(in_dim)]
+        if out_norm:
+            norm_layer = get_norm_layer(out_norm_layer)
+            norms = [norm_layer(dim, eps=1e-5) if i in out_norm else nn.Identity() for i, dim in enumerate(dims)]
         else:
-            norms = [get_norm_layer(out_norm)(dim, eps=1e-5) for dim in dims]
+            norms = [nn.Identity(), nn.Identity(), nn.Identity(), nn.BatchNorm2d(in_dim)]
         self.norms = nn.ModuleList(norms)
         self.head = ClassifierHead(in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
@@ -321,7 +326,7 @@ _RENAMES = (
     (r"^levels\.(\d+)\.downsample\.reduction\.0\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^levels\.", "stages."),
     (r"\.gamma_([12])$", r".ls\1.gamma"),
-    (r"\.gamma$", ".ls.gamma"),
+    (r"(\.blocks\.\d+)\.gamma$", r"\1.ls.gamma"),
     (r"\.mixer\.(qkv|proj|q_norm|k_norm)\.", r".mixer.attn.\1."),
     (r"\.mixer\.conv1d_x\.", ".mixer.conv."),
     (r"^norm\.", "norms.3."),
@@ -471,9 +476,9 @@ def _create_mambavision(variant: str, pretrained: bool = False, **kwargs) -> Mam
             raise ValueError(
                 f"{variant}.{kwargs['pretrained_cfg']}: the weights have no classifier, expected features_only=True"
             )
-        kwargs = dict(window_size=windows, out_norm="layernorm2d") | kwargs
+        kwargs = dict(window_size=windows, out_norm=(0, 1, 2, 3)) | kwargs
     if kwargs.get("out_norm"):
-        feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls="getter", norm=True)
+        feature_cfg = dict(out_indices=kwargs["out_norm"], feature_cls="getter", norm=True)
     return build_model_with_cfg(
         MambaVision,
         variant,
@@ -530,9 +535,8 @@ def mambavision_base(pretrained: bool = False, **kwargs) -> MambaVision:
 
 
 def _large_args(**kwargs) -> dict:
-    return dict(
-        dims=(196, 392, 784, 1568), stem_dim=64, num_heads=(4, 8, 16, 32), layer_scale=1e-5, drop_path_rate=0.3
-    ) | kwargs
+    dims = (196, 392, 784, 1568)
+    return dict(dims=dims, stem_dim=64, num_heads=(4, 8, 16, 32), layer_scale=1e-5, drop_path_rate=0.3) | kwargs
 
 
 @register_model
