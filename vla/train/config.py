@@ -54,7 +54,9 @@ class TrainConfig:
     layer_decay: float | None = _option(None, "Optimisation", "Learning rate factor from each layer to the one below.")
     opt_kwargs: dict[str, Any] = _option({}, "Optimisation", "Further optimiser argument key=value; repeatable.")
     sched: Literal["cosine", "poly", "step", "constant"] = _option("cosine", "Optimisation", "Schedule.")
-    warmup_epochs: float = _option(5.0, "Optimisation", "Epochs of linear warm-up.")
+    warmup_epochs: float | None = _option(
+        None, "Optimisation", "Epochs of linear warm-up; a twentieth of all by default."
+    )
     warmup_lr: float = _option(1e-6, "Optimisation", "Learning rate at the start of the warm-up.")
     min_lr: float = _option(1e-6, "Optimisation", "Learning rate at the end.")
     decay_epochs: float = _option(30.0, "Optimisation", "Epochs between the drops of the schedule step.")
@@ -121,6 +123,10 @@ class TrainConfig:
         self._check("holdout", lambda x: 0 < x < 1, "more than 0 and less than 1")
         for name in ("scale", "ratio"):
             self._check(name, lambda x: 0 < x[0] <= x[1], "two numbers, low and high")
+        if self.warmup_epochs is None:
+            self.warmup_epochs = self.epochs / 20
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"warmup_epochs: wanted less than the {self.epochs} epochs, got {self.warmup_epochs:g}")
 
     def _check(self, name: str, valid: typing.Callable[[Any], bool], wanted: str) -> None:
         value = getattr(self, name)
@@ -141,7 +147,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop_pct": 1.0,
         "epochs": 30,
         "batch_size": 64,
-        "warmup_epochs": 2.0,
         "scale": (0.6, 1.0),
         "hflip": 0.0,
         "color_jitter": 0.0,
