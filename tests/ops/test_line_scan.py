@@ -226,9 +226,7 @@ def test_reference_scan(case, backend, dtype):
     gates = torch.stack([data["g1"], data["g2"], data["g3"]], 1).unsqueeze(2)
     arguments = {"x": data["x"], "gates": gates, "lam": data["lam"].unsqueeze(1)}
     arguments = {name: value.to(dtype) for name, value in arguments.items()}
-    results = run(
-        backend, arguments, ["right"], data["cot"].to(dtype), chunk=int(data["chunk"]), normalize=False
-    )
+    results = run(backend, arguments, ["right"], data["cot"].to(dtype), chunk=int(data["chunk"]), normalize=False)
     assert_close("out", results["y"], data["out"])
     assert_close("d_x", results["grad of x"], data["d_x"])
     assert_close("d_lam", results["grad of lam"][:, 0], data["d_lam"])

@@ -1,6 +1,7 @@
 """Layers: token mixers and blocks, (B, C, H, W) in and out, for use in any network."""
 
 from .block import ResidualBlock
+from .gspn import GSPNBlock, GSPNMixer
 from .mambavision import MambaVisionBlock, MambaVisionMixer
 
-__all__ = ["MambaVisionBlock", "MambaVisionMixer", "ResidualBlock"]
+__all__ = ["GSPNBlock", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "ResidualBlock"]

@@ -1,6 +1,7 @@
 """Backbones, one file per family. Importing this package registers them with timm."""
 
+from .gspn import GSPN
 from .mambavision import MambaVision
 from .vmamba import VMamba
 
-__all__ = ["MambaVision", "VMamba"]
+__all__ = ["GSPN", "MambaVision", "VMamba"]

@@ -1,0 +1,177 @@
+"""Generalized spatial propagation (GSPN), https://arxiv.org/abs/2501.12381: scan, mixer and block."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GluMlp, get_act_layer
+from timm.layers.grn import GlobalResponseNorm
+from torch import Tensor, nn
+
+from ..ops import line_scan
+from .block import DEFAULT_NORM, ResidualBlock
+
+# Order of the parameter groups in released weights.
+DIRECTIONS = ["right", "down", "left", "up"]
+
+
+class LineScan2d(nn.Module):
+    r"""Line scan in four directions with input-dependent coefficients: (B, D, H, W) to the same, D being `dim`.
+
+    Gates, input weight lambda, output weight u and skip weight of all directions are linear functions of S proxy
+    channels of each pixel, expanded inside `vla.ops.line_scan`. The directions' outputs are summed with one learned
+    weight each.
+
+    Args:
+        dim: Channels D.
+        d_state: Proxy channels S.
+        chunk: Lines after which a sweep starts again from zero; 0 for sweeps over the whole map.
+        aligned: Propagate every pixel with its own coefficients and return outputs to their pixels. The released
+            networks don't, see `vla.ops.line_scan`.
+
+    Attributes:
+        proxy_weight: Projection to the proxy channels, (S, D).
+        gate_weight: Expansion to the logits of the three gates, (3, 4, D, S).
+        lam_weight: Expansion to lambda, (4, D, S).
+        u_weight: Expansion to u, (4, D, S).
+        skip_weight: Expansion to the skip weight, (4, D, S).
+        merge_weight: Weights of the directions in the sum, (4, 1, 1).
+
+    Raises:
+        ValueError: For a negative `chunk`, or no proxy channel.
+    """
+
+    def __init__(self, dim: int, d_state: int = 8, chunk: int = 0, aligned: bool = False):
+        super().__init__()
+        if d_state < 1:
+            raise ValueError(f"LineScan2d: d_state is {d_state}, expected at least 1")
+        if chunk < 0:
+            raise ValueError(f"LineScan2d: chunk is {chunk}, expected a number of lines, or 0 for whole sweeps")
+        self.directions = DIRECTIONS
+        self.chunk = chunk
+        self.aligned = aligned
+        self.proxy_weight = nn.Parameter(torch.empty(d_state, dim))
+        self.gate_weight = nn.Parameter(torch.empty(3, 4, dim, d_state))
+        self.lam_weight = nn.Parameter(torch.empty(4, dim, d_state))
+        self.u_weight = nn.Parameter(torch.empty(4, dim, d_state))
+        self.skip_weight = nn.Parameter(torch.empty(4, dim, d_state))
+        self.merge_weight = nn.Parameter(torch.empty(4, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's initialisation of the 1x1 convolutions that these weights are."""
+        for weight in (self.proxy_weight, self.gate_weight, self.lam_weight, self.u_weight, self.skip_weight):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        nn.init.uniform_(self.merge_weight, -0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        proxy = F.linear(x.permute(0, 2, 3, 1), self.proxy_weight).permute(0, 3, 1, 2)
+        return line_scan(
+            x,
+            self.gate_weight,
+            self.lam_weight,
+            self.directions,
+            self.u_weight * self.merge_weight,
+            self.skip_weight * self.merge_weight,
+            proxy,
+            chunk=self.chunk,
+            aligned=self.aligned,
+        )
+
+
+class GSPNMixer(nn.Module):
+    r"""GSPN's token mixer, (B, C, H, W) to the same, for maps of any size.
+
+        y   = scan(conv(in_proj(x)))
+        out = out_proj(grn(out_norm(y)))
+
+    Linear in the number of pixels. With whole sweeps every pixel reaches every other; with chunks of `c` lines only
+    those at most `c - 1` lines away.
+
+    Args:
+        dim: Channels C.
+        d_state: Proxy channels that all coefficients of the scan are functions of.
+        ratio: Inner width over C.
+        conv_kernel: Side of the depthwise convolution, odd.
+        conv_bias: Bias of that convolution.
+        chunk: Lines after which a sweep starts again from zero; 0 for sweeps over the whole map.
+        aligned: Return the directions' outputs to their pixels, see `LineScan2d`.
+        drop: Dropout rate of the output.
+
+    Raises:
+        ValueError: For an even `conv_kernel`, a negative `chunk` or no proxy channel.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 8,
+        ratio: float = 1.5,
+        conv_kernel: int = 7,
+        conv_bias: bool = False,
+        chunk: int = 0,
+        aligned: bool = False,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        if conv_kernel % 2 == 0:
+            raise ValueError(f"GSPNMixer: conv_kernel is {conv_kernel}, expected an odd number")
+        inner = int(ratio * dim)
+        self.in_proj = nn.Linear(dim, inner, bias=False)
+        self.conv = nn.Conv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
+        self.scan = LineScan2d(inner, d_state, chunk, aligned)
+        self.out_norm = nn.LayerNorm(inner)
+        self.grn = GlobalResponseNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.scan(self.conv(x)).permute(0, 2, 3, 1)
+        y = self.out_proj(self.grn(self.out_norm(y)))
+        return self.drop(y).permute(0, 3, 1, 2)
+
+
+class GSPNBlock(ResidualBlock):
+    """GSPN's block, (B, C, H, W) to the same, for maps of any size: `GSPNMixer` and an MLP.
+
+    Args:
+        dim: Channels C.
+        mlp_ratio: Hidden width of the MLP over `dim`; 0 leaves the MLP out.
+        drop_path: Rate of stochastic depth.
+        layer_scale: Initial value of the layer scale, None for none.
+        norm_layer: Class or timm name of the norms.
+        act_layer: Class or timm name of the MLP's activation.
+        mlp_drop: Dropout rate inside the MLP.
+        gated_mlp: Use a gated MLP, `fc2(u * act(g))` with `u, g = fc1(x)`.
+        **mixer_args: Options of `GSPNMixer`: `d_state`, `ratio`, `conv_kernel`, `conv_bias`, `chunk`, `aligned`,
+            `drop`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: str | Callable[..., nn.Module] = DEFAULT_NORM,
+        act_layer: str | type[nn.Module] = nn.GELU,
+        mlp_drop: float = 0.0,
+        gated_mlp: bool = False,
+        **mixer_args,
+    ):
+        mlp = None
+        if gated_mlp and mlp_ratio > 0:
+            hidden = int(dim * mlp_ratio)
+            mlp = GluMlp(dim, 2 * hidden, act_layer=get_act_layer(act_layer), drop=(0.0, mlp_drop))
+        super().__init__(
+            dim,
+            GSPNMixer(dim, **mixer_args),
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            mlp_drop=mlp_drop,
+            mlp=mlp,
+        )

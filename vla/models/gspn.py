@@ -1,0 +1,389 @@
+"""GSPN: a hierarchical backbone whose token mixer propagates lines of pixels in four directions.
+
+`Parallel Sequence Modeling via Generalized Spatial Propagation Network` - https://arxiv.org/abs/2501.12381
+Official code, weights not released: https://github.com/NVlabs/GSPN
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..layers.gspn import GSPNBlock
+from . import vmamba
+from .vmamba import DOWNSAMPLES, NORMS, STEMS, VMambaStage
+
+__all__ = ["GSPN"]
+
+
+def is_global(stage: int, block: int, global_stages: tuple[int, ...]) -> bool:
+    """Whether a block sweeps the whole map: in the given stages its first seven blocks, and then every seventh."""
+    return stage in global_stages and (block < 7 or (block + 1) % 7 == 0)
+
+
+class GSPN(nn.Module):
+    """GSPN backbone and classifier, for images of any size.
+
+    Stem, downsampling and head are VMamba's. Names and meaning of the arguments `ssm_*`, `mlp_*`, `*_version` and the
+    like are those of the released configurations.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes, 0 for no classifier.
+        global_pool: Pooling before the classifier, `''` for none.
+        img_size: Size whose grid the position embedding has; used with `posembed` only.
+        patch_size: Side of a patch.
+        depths: Blocks per stage.
+        dims: Channels per stage; a number is doubled from stage to stage.
+        ssm_d_state: Proxy channels that the coefficients of the scan are functions of.
+        ssm_ratio: Inner width of the mixer over the stage's channels.
+        ssm_conv: Side of the mixer's depthwise convolution, odd.
+        ssm_conv_bias: Bias of that convolution.
+        ssm_drop_rate: Dropout rate of the mixer's output.
+        items_each_chunk: Lines after which the sweeps of local blocks start again from zero.
+        specific_glayers: Stages with global blocks, see `is_global`.
+        feat_sizes: Lines after which the sweeps of global blocks start again, per stage: the grid of the size that a
+            model was trained with, so that at another size its global blocks aren't global any more. That is how
+            released configurations work. None for sweeps over the whole grid, whatever its size.
+        aligned: Return the outputs of the four directions to their pixels, see `vla.layers.GSPNMixer`. Released
+            configurations don't.
+        mlp_ratio: Hidden width of the MLPs over the stage's channels, 0 for blocks without MLP.
+        mlp_act_layer: Activation in the MLPs.
+        mlp_drop_rate: Dropout rate in the MLPs.
+        gmlp: Gated MLPs.
+        patch_norm: Norms in the patch embedding.
+        norm_layer: `'ln'` or `'ln2d'` (LayerNorm over channels) or `'bn'` (BatchNorm).
+        downsample_version: `'v1'` (patch merging), `'v2'` (2x2 convolution) or `'v3'` (3x3 convolution).
+        patchembed_version: `'v1'` (one convolution) or `'v2'` (two, total stride `(patch_size // 2) ** 2`).
+        posembed: Add a learned position embedding, resized to the map it meets.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Rate of stochastic depth at the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: For an unknown name, or lists of the wrong length.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        depths: tuple[int, ...] = (2, 2, 7, 2),
+        dims: int | tuple[int, ...] = 96,
+        ssm_d_state: int = 8,
+        ssm_ratio: float = 1.5,
+        ssm_conv: int = 7,
+        ssm_conv_bias: bool = False,
+        ssm_drop_rate: float = 0.0,
+        items_each_chunk: int = 2,
+        specific_glayers: tuple[int, ...] = (2, 3),
+        feat_sizes: tuple[int, ...] | None = None,
+        aligned: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp_act_layer: str = "gelu",
+        mlp_drop_rate: float = 0.0,
+        gmlp: bool = False,
+        patch_norm: bool = True,
+        norm_layer: str = "ln2d",
+        downsample_version: str = "v3",
+        patchembed_version: str = "v2",
+        posembed: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("norm_layer", norm_layer.lower(), NORMS),
+            ("downsample_version", downsample_version, DOWNSAMPLES),
+            ("patchembed_version", patchembed_version, STEMS),
+        ):
+            if value not in known:
+                raise ValueError(f"GSPN: unknown {name} {value!r}, expected one of {', '.join(known)}")
+        if isinstance(dims, int):
+            dims = tuple(dims * 2**i for i in range(len(depths)))
+        for name, value in (("dims", dims), ("feat_sizes", feat_sizes)):
+            if value is not None and len(value) != len(depths):
+                raise ValueError(f"GSPN: {name} has {len(value)} entries, expected {len(depths)} like depths")
+        norm_layer = NORMS[norm_layer.lower()]
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = []
+
+        self.stem = STEMS[patchembed_version](in_chans, dims[0], patch_size, norm_layer if patch_norm else nn.Identity)
+        if posembed:
+            height, width = (size // patch_size for size in to_2tuple(img_size))
+            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], height, width))
+            trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed = None
+
+        reduction = (patch_size // 2) ** 2 if patchembed_version == "v2" else patch_size
+        self.stages = nn.Sequential()
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
+            if i == 0:
+                downsample = nn.Identity()
+            else:
+                downsample = DOWNSAMPLES[downsample_version](dims[i - 1], dims[i], norm_layer)
+            whole = 0 if feat_sizes is None else feat_sizes[i]
+            blocks = [
+                GSPNBlock(
+                    dims[i],
+                    mlp_ratio=mlp_ratio,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    act_layer=mlp_act_layer,
+                    mlp_drop=mlp_drop_rate,
+                    gated_mlp=gmlp,
+                    d_state=ssm_d_state,
+                    ratio=ssm_ratio,
+                    conv_kernel=ssm_conv,
+                    conv_bias=ssm_conv_bias,
+                    chunk=whole if is_global(i, j, specific_glayers) else items_each_chunk,
+                    aligned=aligned,
+                    drop=ssm_drop_rate,
+                )
+                for j, rate in enumerate(rates)
+            ]
+            self.stages.append(VMambaStage(downsample, blocks))
+            self.feature_info.append(dict(num_chs=dims[i], reduction=reduction * 2**i, module=f"stages.{i}"))
+
+        self.norms = nn.ModuleList([nn.Identity() for _ in dims[:-1]] + [norm_layer(dims[-1])])
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stem|pos_embed",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norms", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Runs the backbone and collects the stages' outputs.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: The last n stages if an int, all if None, else the stages listed.
+            norm: Normalise the last stage's output; the others have no norm.
+            stop_early: Stop after the last stage that is wanted.
+            output_fmt: `'NCHW'`.
+            intermediates_only: Return the collected outputs alone.
+
+        Returns:
+            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
+        """
+        assert output_fmt == "NCHW", "Output format must be NCHW."
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stop = max_index + 1 if stop_early else len(self.stages)
+        x = self.forward_stem(x)
+        normed = x
+        for i, (stage, stage_norm) in enumerate(zip(self.stages[:stop], self.norms[:stop], strict=True)):
+            x = stage(x)
+            normed = stage_norm(x)
+            if i in take_indices:
+                intermediates.append(normed if norm else x)
+        if intermediates_only:
+            return intermediates
+        return normed, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Removes the layers that the wanted stages don't need."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        self.norms = self.norms[: max_index + 1]
+        if prune_norm:
+            self.norms = nn.ModuleList([nn.Identity() for _ in self.norms])
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Patch embedding and position embedding, (B, in_chans, H, W) -> (B, C, ~H / patch_size, ...)."""
+        x = self.stem(x)
+        if self.pos_embed is not None:
+            x = x + F.interpolate(self.pos_embed, x.shape[2:], mode="bicubic")
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.forward_stem(x)
+        x = self.stages(x)
+        return self.norms[-1](x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+_SCAN_WEIGHTS = {
+    "x_conv_down.weight": "proxy_weight",
+    "w_conv_up.weight": "gate_weight",
+    "l_conv_up.weight": "lam_weight",
+    "u_conv_up.weight": "u_weight",
+    "d_conv.weight": "skip_weight",
+    "m_conv.weight": "merge_weight",
+}
+
+
+def rename_scan(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released names and shapes of the 1x1 convolutions around a scan -> those of `LineScan2d`, named `scan`."""
+    out = {}
+    for name, value in state_dict.items():
+        released = ".".join(name.split(".")[-2:])
+        if released in _SCAN_WEIGHTS:
+            name = f"{name.removesuffix(released)}scan.{_SCAN_WEIGHTS[released]}"
+            value = value.flatten(1)
+            if released == "w_conv_up.weight":
+                value = value.unflatten(0, (3, 4, -1))
+            elif released == "m_conv.weight":
+                value = value.view(4, 1, 1)
+            elif released != "x_conv_down.weight":
+                value = value.unflatten(0, (4, -1))
+        out[name] = value
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """Checkpoint of the official code -> state dict with this module's names."""
+    out = {}
+    for name, value in rename_scan(vmamba.checkpoint_filter_fn(state_dict, model)).items():
+        if re.search(r"\.grn\.(gamma|beta)$", name):
+            name = name.replace(".grn.gamma", ".grn.weight").replace(".grn.beta", ".grn.bias")
+            value = value.flatten()
+        out[name] = value
+    return out
+
+
+def _cfg(url: str = "", **kwargs) -> dict:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "other",
+        "origin_url": "https://github.com/NVlabs/GSPN",
+        "paper_name": "Parallel Sequence Modeling via Generalized Spatial Propagation Network",
+        "paper_ids": "arXiv:2501.12381",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "gspn_atto.untrained": _cfg(license="mit", origin_url=None, paper_name=None, paper_ids=None),
+        # Architectures whose weights were announced and not released.
+        "gspn_tiny.untrained": _cfg(),
+        "gspn_small.untrained": _cfg(),
+        "gspn_base.untrained": _cfg(),
+    }
+)
+
+
+def _create_gspn(variant: str, pretrained: bool = False, **kwargs) -> GSPN:
+    return build_model_with_cfg(
+        GSPN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def gspn_atto(pretrained: bool = False, **kwargs) -> GSPN:
+    """0.5 M parameters, for tests and first steps: sweeps over the whole grid, outputs returned to their pixels."""
+    model_args = dict(depths=(1, 1, 2, 1), dims=(24, 48, 72, 96), mlp_ratio=3.0, aligned=True)
+    return _create_gspn("gspn_atto", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gspn_tiny(pretrained: bool = False, **kwargs) -> GSPN:
+    """GSPN-T: 31.5 M parameters."""
+    model_args = dict(depths=(2, 2, 7, 2), dims=96, feat_sizes=(56, 28, 14, 7), drop_path_rate=0.2)
+    return _create_gspn("gspn_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gspn_small(pretrained: bool = False, **kwargs) -> GSPN:
+    """GSPN-S: 50.8 M parameters."""
+    model_args = dict(
+        depths=(5, 5, 10, 2),
+        dims=108,
+        ssm_d_state=16,
+        specific_glayers=(3,),
+        feat_sizes=(56, 28, 14, 7),
+        drop_path_rate=0.4,
+    )
+    return _create_gspn("gspn_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gspn_base(pretrained: bool = False, **kwargs) -> GSPN:
+    """GSPN-B: 93.1 M parameters."""
+    model_args = dict(depths=(4, 4, 15, 4), dims=120, feat_sizes=(56, 28, 14, 7), drop_path_rate=0.5)
+    return _create_gspn("gspn_base", pretrained, **dict(model_args, **kwargs))
