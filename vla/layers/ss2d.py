@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from timm.layers import GluMlp, get_act_layer
 from torch import Tensor, nn
 
-from ..ops import scan2d
+from ..ops import cross_merge, scan2d, ssd
+from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
@@ -24,12 +25,10 @@ OUT_NORMS = ("ln", "none", "dwconv3", "lndwconv3", "softmax", "sigmoid")
 INITS = ("v0", "v1", "v2")
 
 
-def project(x: Tensor, weight: Tensor, dt_rank: int, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
-    """dt (B, K, R, H, W), B and C (B, K, N, H, W) of x (B, D, H, W), as views of one product with (K, R + 2N, D)."""
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Every pixel of x (B, D, H, W) through K weights (K, E, D) at once: (B, K, E, H, W), channels last in memory."""
     y = F.linear(x.permute(0, 2, 3, 1), weight.flatten(0, 1))
-    y = y.unflatten(-1, (weight.shape[0], weight.shape[1])).permute(0, 3, 4, 1, 2)
-    dt, B, C = y.split([dt_rank, d_state, d_state], dim=2)
-    return dt, B, C
+    return y.unflatten(-1, (weight.shape[0], weight.shape[1])).permute(0, 3, 4, 1, 2)
 
 
 def init_decay(init: str, decay: Tensor, *steps: Tensor) -> None:
@@ -102,7 +101,8 @@ class SelectiveScan2d(nn.Module):
     def scan(self, x: Tensor, first: int, directions: list[str], per_line: bool) -> Tensor:
         """Scans with the parameters of the groups from `first` on, one per direction, and sums."""
         last = first + len(directions)
-        dt, B, C = project(x, self.x_proj_weight[first:last], self.dt_rank, self.d_state)
+        projected = project(x, self.x_proj_weight[first:last])
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         return scan2d(
             x,
             dt,
@@ -153,6 +153,74 @@ class CascadeScan2d(SelectiveScan2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scan_lines(self.scan_lines(x, 0, 3), 2, 2)
+
+
+class SSD2d(nn.Module):
+    r"""Mamba-2's state-space duality along directions of a map: (B, D, H, W) to the same.
+
+    Like `SelectiveScan2d` with one decay and one time step per head instead of per channel and state (Mamba-2,
+    https://arxiv.org/abs/2405.21060, sec. 5 and 7): R heads of D // R channels per direction.
+
+    Args:
+        dim: Channels D, a multiple of `heads`.
+        heads: Heads R per direction.
+        d_state: States N per channel.
+        directions: K directions, see `vla.ops.scan2d`.
+        init: `'v1'` or `'v2'`, see `SelectiveScan2d`.
+
+    Attributes:
+        x_proj_weight: Projection to (dt, B, C), (K, R + 2N, D).
+        dt_proj_bias: Time step before softplus, (K, R).
+        A_log: Logarithm of the decay rate, (K, R).
+        D: Skip weight, (K, R, D // R).
+    """
+
+    def __init__(self, dim: int, heads: int, d_state: int, directions: list[str], init: str = "v2"):
+        super().__init__()
+        if dim % heads != 0:
+            raise ValueError(f"SSD2d: dim is {dim}, expected a multiple of the {heads} heads")
+        if init == "v0":
+            raise ValueError("SSD2d: init is 'v0', expected one of v1, v2")
+        k = len(directions)
+        self.directions = directions
+        self.heads = heads
+        self.d_state = d_state
+        self.x_proj_weight = nn.Parameter(torch.empty(k, heads + 2 * d_state, dim))
+        self.dt_proj_bias = nn.Parameter(torch.empty(k, heads))
+        self.A_log = nn.Parameter(torch.empty(k, heads))
+        self.D = nn.Parameter(torch.ones(k, heads, dim // heads))
+        self.reset_parameters(init)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str) -> None:
+        """Fills the parameters by the rule `init`, see the class."""
+        bound = self.x_proj_weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.x_proj_weight, -bound, bound)
+        init_decay(init, self.A_log, self.dt_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2], x.shape[3]
+        projected = project(x, self.x_proj_weight)
+        us: list[Tensor] = []
+        steps: list[Tensor] = []
+        for k, direction in enumerate(self.directions):
+            us.append(to_sequence(x, direction))
+            steps.append(to_sequence(projected[:, k], direction))
+        # (B, L, K, D) and (B, L, K, R + 2N)
+        u = torch.stack(us, dim=1).permute(0, 3, 1, 2)
+        dt, B, C = torch.stack(steps, dim=1).permute(0, 3, 1, 2).split([self.heads, self.d_state, self.d_state], dim=3)
+        y, _ = ssd(
+            u.unflatten(3, (self.heads, -1)).flatten(2, 3),
+            dt.flatten(2, 3),
+            -torch.exp(self.A_log.flatten()),
+            B,
+            C,
+            self.D.flatten(0, 1),
+            self.dt_proj_bias.flatten(),
+            dt_softplus=True,
+        )
+        ys = y.unflatten(2, (len(self.directions), self.heads)).flatten(3).permute(0, 2, 3, 1)
+        return cross_merge(ys, self.directions, height, width)
 
 
 class SpatialSoftmax(nn.Module):
@@ -225,12 +293,13 @@ class SS2D(nn.Module):
         gate_act: bool = True,
         scan: str = "cross2d",
         out_norm: str = "ln",
+        ssd: bool = False,
         out_act: bool = False,
         init: str | None = None,
         drop: float = 0.0,
     ):
         super().__init__()
-        init = init or "v0"
+        init = init or ("v2" if ssd else "v0")
         for name, value, known in (("scan", scan, SCANS), ("out_norm", out_norm, OUT_NORMS), ("init", init, INITS)):
             if value not in known:
                 raise ValueError(f"SS2D: unknown {name} {value!r}, expected one of {', '.join(known)}")
@@ -248,7 +317,11 @@ class SS2D(nn.Module):
         else:
             self.conv = nn.Identity()
         self.act = act_layer()
-        if scan.startswith("cascade2d"):
+        if ssd:
+            if scan.startswith("cascade2d"):
+                raise ValueError(f"SS2D: scan is {scan!r}, expected one of cross2d, unidi, bidi with ssd")
+            self.scan = SSD2d(inner, dt_rank, d_state, SCANS[scan], init)
+        elif scan.startswith("cascade2d"):
             self.scan = CascadeScan2d(inner, dt_rank, d_state, SCANS[scan], init, aligned=scan == "cascade2d_aligned")
         else:
             self.scan = SelectiveScan2d(inner, dt_rank, d_state, SCANS[scan], init)
