@@ -34,13 +34,18 @@ def build(config: dict, **kwargs) -> VMamba:
     return VMamba(**config)
 
 
+def set_long_memory(model: Official) -> None:
+    """Small time steps, as the reference values `*_long` and `*_lm_*` have them."""
+    for name, value in model.weights.items():
+        if "dt_projs_bias" in name:
+            bias = golden.fill_param(name, value.shape) - np.float32(4)
+            value.detach().copy_(torch.from_numpy(bias))
+
+
 def official(model: nn.Module, case: dict, dtype: torch.dtype) -> Official:
     wrapped = Official(model, lambda weights: checkpoint_filter_fn(weights, model), case["shapes"], dtype)
     if case["long_memory"]:
-        for name, value in wrapped.weights.items():
-            if "dt_projs_bias" in name:
-                bias = golden.fill_param(name, value.shape) - np.float32(4)
-                value.detach().copy_(torch.from_numpy(bias))
+        set_long_memory(wrapped)
     return wrapped
 
 

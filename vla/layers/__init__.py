@@ -3,5 +3,6 @@
 from .block import ResidualBlock
 from .gspn import GSPNBlock, GSPNMixer
 from .mambavision import MambaVisionBlock, MambaVisionMixer
+from .ss2d import SS2D, VSSBlock
 
-__all__ = ["GSPNBlock", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "ResidualBlock"]
+__all__ = ["GSPNBlock", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "SS2D", "ResidualBlock", "VSSBlock"]

@@ -475,7 +475,9 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
             value = F.interpolate(value, model.pos_embed.shape[2:], mode="bicubic")
         for old, new in _RENAMES:
             name = re.sub(old, new, name)
-        out[re.sub(r"^classifier\.norm\.", f"norms.{len(model.norms) - 1}.", name)] = value
+        if name.startswith("classifier.norm."):
+            name = f"norms.{len(model.norms) - 1}.{leaf}"
+        out[name] = value
     return out
 
 
