@@ -21,18 +21,23 @@ class Stream(IntEnum):
     STEP = 3
 
 
-def seed_all(seed: int, stream: Stream, *position: int) -> None:
+def seed_all(seed: int, stream: Stream, *position: int, device: torch.device | None = None) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators for one position of one stream.
 
     Args:
         seed: The run's seed, at least 0.
         stream: Purpose of the draws that follow.
         position: Where in the stream, each at least 0.
+        device: Accelerator whose generator is seeded beside the CPU's.
     """
     words = np.random.SeedSequence((seed, stream, *position)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
-    torch.manual_seed((int(words[2]) << 31) ^ int(words[3]))
+    word = (int(words[2]) << 31) ^ int(words[3])
+    # torch.manual_seed records a stack trace for each device not in use, which costs more than a picture.
+    torch.default_generator.manual_seed(word)
+    if device is not None and device.type != "cpu":
+        getattr(torch, device.type).manual_seed(word)
 
 
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:

@@ -162,7 +162,7 @@ class Trainer:
             self.unreadable.update(self.train_pictures.name(int(index)) for index in broken[broken >= 0])
             if targets.min() < 0 or targets.max() >= self.model.num_classes:
                 raise UserError(f"data: class index {int(targets.max())} of {self.model.num_classes}; --num-classes?")
-            seed_all(config.seed, Stream.STEP, self.step, micro, self.runtime.rank)
+            seed_all(config.seed, Stream.STEP, self.step, micro, self.runtime.rank, device=self.runtime.device)
             images, targets = self._prepare(images, targets)
             synchronise = micro == len(group) - 1
             if isinstance(self.forward_model, DistributedDataParallel):

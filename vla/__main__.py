@@ -1,0 +1,5 @@
+"""`python -m vla`."""
+
+from .cli import main
+
+main()
