@@ -128,7 +128,7 @@ class Operator:
             problem = self._obstacle(preferred, device)
             if problem is None:
                 return preferred
-            # Missing Numba is an ordinary installation; a GPU without Triton is a slow one, and must not stay unnoticed.
+            # Without Numba a CPU is still served as usual; a GPU without Triton is slow, which must not stay unnoticed.
             if preferred == "triton" and not self._warned:
                 self._warned = True
                 warnings.warn(f"{self.name}: backend 'triton' {problem}, using slower PyTorch code", stacklevel=3)

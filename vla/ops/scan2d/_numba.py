@@ -32,7 +32,8 @@ def _map(x: Tensor, height: int, width: int) -> Tensor:
 
 def _walk(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line) -> Walk:
     height, width = x.shape[-2:]
-    lengths = [height if direction.startswith("col") else width for direction in directions]
+    steps = np.arange(height * width)
+    lines = [(height if direction.startswith("col") else width) if per_line else steps.size for direction in directions]
     return Walk(
         x=_pixels_first(x),
         low=_pixels_first(dt),
@@ -43,7 +44,7 @@ def _walk(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, gro
         C=_pixels_first(C),
         skip=D,
         order=_orders(tuple(directions), height, width),
-        line=np.array(lengths) if per_line else np.full(len(directions), height * width),
+        fresh=np.stack([steps % line == 0 for line in lines]),
         grouped=grouped,
         softplus=delta_softplus,
     )

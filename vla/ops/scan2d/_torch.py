@@ -10,8 +10,8 @@ from ..selective_scan._torch import TimeFirst, time_step, time_step_gradient
 class _Walk:
     """Reads maps along K directions into time-first sequences, and puts sequences back.
 
-    Maps are (B, K, X, H, W); sequences are (L, S, K, X), with S = B, or with `per_line` S = B times the number of lines of
-    the direction's axis, which then must be the same for all directions of a walk.
+    Maps are (B, K, X, H, W); sequences are (L, S, K, X), with S = B, or with `per_line` S = B times the number of lines
+    of the direction's axis, which then must be the same for all directions of a walk.
     """
 
     def __init__(self, directions: list[str], batch: int, height: int, width: int, per_line: bool):
@@ -119,7 +119,7 @@ class _Problem:
 
 
 def _problems(args: tuple) -> list[tuple[slice, _Problem]]:
-    """Slices of the directions that can be walked side by side: all, or with `per_line` one, as axes differ in length."""
+    """Slices of the directions that can be walked side by side: all, or one with `per_line`, as axes differ in length."""
     x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line = args
     k = len(directions)
     batch, _, height, width = x.shape

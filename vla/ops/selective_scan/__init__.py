@@ -110,7 +110,8 @@ def selective_scan(
         return_last_state: Also return `h_L`.
 
     Returns:
-        out (B, D, L) in the dtype of `u`; with `return_last_state` the pair (out, state (B, D, N) in float32 or float64).
+        out (B, D, L) in the dtype of `u`; with `return_last_state` the pair (out, state), the state (B, D, N) in float32
+        or float64.
 
     Raises:
         ValueError: For a shape or device that does not fit, naming the argument.

@@ -8,43 +8,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._numba import exp, jit, run_tasks, softplus
+from .._numba import exp, inline, jit, run_tasks, softplus
 from . import _torch
 
 # Channels a task walks with: their states and time steps stay in the first-level cache.
 _BLOCK = 48
 # Steps between the states that the backward keeps; those between are recomputed.
-_SEGMENT = 64
+_SEGMENT = 32
 
 
-@jit
-def _time_step(low, weight, bias, d0, softplus_on, dt, slope):
-    """Time step of one pixel and direction, and its derivative with respect to the biased one."""
+@inline
+def _biased_time_step(low, weight, bias, d0, dt):
+    """Time step of one pixel and direction before softplus: expanded from its low rank where there is a weight."""
     if weight.shape[0] == 0:
+        full = low[d0 : d0 + dt.size]
         for d in range(dt.size):
-            dt[d] = low[d0 + d] + bias[d0 + d]
+            dt[d] = full[d] + bias[d]
     else:
-        for d in range(dt.size):
-            dt[d] = bias[d0 + d]
+        dt[:] = bias
         for r in range(weight.shape[0]):
-            value = low[r]
-            row = weight[r, d0 : d0 + dt.size]
+            value, row = low[r], weight[r]
             for d in range(dt.size):
                 dt[d] += value * row[d]
-    if softplus_on:
-        for d in range(dt.size):
-            slope[d] = 1 / (1 + exp(-dt[d]))
-            dt[d] = softplus(dt[d])
-    else:
-        slope[:] = 1
 
 
 @jit
-def scan_fwd_kernel(task, block, x, low, weight, bias, A, B, C, skip, order, line, channel, softplus_on, y, last):
+def scan_fwd_kernel(task, block, x, low, weight, bias, A, B, C, skip, order, fresh, channel, softplus_on, y, last):
     """Adds the outputs of one block of channels of one sequence to `y`.
 
     x, y (S, L, X); low (S, L, K, R), or (S, L, K, D) where weight is empty; weight (K, R, D); bias, skip (K, D);
-    A (K, N, D); B, C (S, L, K, N); order (K, L) pixel of each step; line (K,) steps after which the state starts again;
+    A (K, N, D); B, C (S, L, K, N); order (K, L) pixel of each step; fresh (K, L) whether the state starts again at it;
     channel (K,) first channel of x that a direction reads; last (S, K, N, D) state after the last step.
     """
     directions, states, width = A.shape
@@ -52,27 +45,29 @@ def scan_fwd_kernel(task, block, x, low, weight, bias, A, B, C, skip, order, lin
     s = task // blocks
     d0 = (task - s * blocks) * block
     size = min(block, width - d0)
-    dt, slope = np.empty(size, x.dtype), np.empty(size, x.dtype)
-    drive, out = np.empty(size, x.dtype), np.empty(size, x.dtype)
+    dt, drive, out = np.empty(size, x.dtype), np.empty(size, x.dtype), np.empty(size, x.dtype)
     h = np.empty((states, size), x.dtype)
     for k in range(directions):
-        h[:] = 0
+        weight_k, bias_k = weight[k, :, d0 : d0 + size].copy(), bias[k, d0 : d0 + size].copy()
+        a, skip_k = A[k, :, d0 : d0 + size].copy(), skip[k, d0 : d0 + size].copy()
         c0 = channel[k] + d0
         for i in range(order.shape[1]):
-            if i % line[k] == 0:
-                h[:] = 0
             pixel = order[k, i]
-            _time_step(low[s, pixel, k], weight[k], bias[k], d0, softplus_on, dt, slope)
+            if fresh[k, i]:
+                h[:] = 0
+            _biased_time_step(low[s, pixel, k], weight_k, bias_k, d0, dt)
+            if softplus_on:
+                for d in range(size):
+                    dt[d] = softplus(dt[d])
             u = x[s, pixel, c0 : c0 + size]
-            skip_k = skip[k, d0 : d0 + size]
             for d in range(size):
                 drive[d] = dt[d] * u[d]
                 out[d] = skip_k[d] * u[d]
             for n in range(states):
                 b, c = B[s, pixel, k, n], C[s, pixel, k, n]
-                a, hn = A[k, n, d0 : d0 + size], h[n]
+                an, hn = a[n], h[n]
                 for d in range(size):
-                    hn[d] = exp(dt[d] * a[d]) * hn[d] + drive[d] * b
+                    hn[d] = exp(dt[d] * an[d]) * hn[d] + drive[d] * b
                     out[d] += hn[d] * c
             y_pixel = y[s, pixel, c0 : c0 + size]
             for d in range(size):
@@ -80,107 +75,130 @@ def scan_fwd_kernel(task, block, x, low, weight, bias, A, B, C, skip, order, lin
         last[s, k, :, d0 : d0 + size] = h
 
 
+@inline
+def _run_segment(
+    segment, s, k, d0, c0, x, low, weight, bias, a, B, order, fresh, softplus_on, dt, slope, drive, h
+):  # fmt: skip
+    """States after every step of a segment into h[1:], from the one that enters it in h[0]; h (steps + 1, N, D).
+
+    Also the time steps, their derivative with respect to the biased ones, and dt * x.
+    """
+    first = segment * _SEGMENT
+    one = x.dtype.type(1)
+    size = dt.shape[1]
+    for j in range(min(_SEGMENT, order.shape[1] - first)):
+        pixel = order[k, first + j]
+        step, slope_j, drive_j = dt[j], slope[j], drive[j]
+        _biased_time_step(low[s, pixel, k], weight, bias, d0, step)
+        if softplus_on:
+            for d in range(size):
+                slope_j[d] = one / (one + exp(-step[d]))
+            for d in range(size):
+                step[d] = softplus(step[d])
+        else:
+            slope_j[:] = one
+        u = x[s, pixel, c0 : c0 + size]
+        for d in range(size):
+            drive_j[d] = step[d] * u[d]
+        keep = x.dtype.type(0) if fresh[k, first + j] else one
+        for n in range(a.shape[0]):
+            b = B[s, pixel, k, n]
+            an, before, after = a[n], h[j, n], h[j + 1, n]
+            for d in range(size):
+                after[d] = keep * exp(step[d] * an[d]) * before[d] + drive_j[d] * b
+
+
 @jit
 def scan_bwd_kernel(
-    task, block, x, low, weight, bias, A, B, C, skip, order, line, channel, softplus_on,
-    gy, g_last, gx, g_low, g_weight, g_bias, gA, gB, gC, g_skip,
+    task, block, x, low, weight, bias, A, B, C, skip, order, fresh, channel, softplus_on,
+    gy, g_last, gx, g_delta, g_bias, gA, gB, gC, g_skip,
 ):  # fmt: skip
     """Gradients that come from one block of channels of one sequence; shapes as in the forward.
 
-    So that no two tasks write to one place, parameters' gradients have a leading axis of sequences, and those of low
-    (where it is low-rank), B and C, which sum over channels, a leading axis of channel blocks.
+    So that no two tasks write to one place, parameters' gradients have a leading axis of sequences, and those of B and
+    C, which sum over channels, a leading axis of channel blocks. g_delta (S, L, K, D) is for the expanded time step.
     """
     directions, states, width = A.shape
-    length, rank = order.shape[1], weight.shape[1]
+    length = order.shape[1]
     blocks = (width + block - 1) // block
     s = task // blocks
     part = task - s * blocks
     d0 = part * block
     size = min(block, width - d0)
-    zero = x.dtype.type(0)
+    zero, one = x.dtype.type(0), x.dtype.type(1)
     segments = (length + _SEGMENT - 1) // _SEGMENT
     entering = np.empty((segments, states, size), x.dtype)
     h = np.empty((_SEGMENT + 1, states, size), x.dtype)
     dt, slope = np.empty((_SEGMENT, size), x.dtype), np.empty((_SEGMENT, size), x.dtype)
-    g, g_dt, g_drive = np.empty((states, size), x.dtype), np.empty(size, x.dtype), np.empty(size, x.dtype)
+    drive = np.empty((_SEGMENT, size), x.dtype)
+    g, gA_k = np.empty((states, size), x.dtype), np.empty((states, size), x.dtype)
+    gh, g_log = np.empty(size, x.dtype), np.empty(size, x.dtype)
+    g_dt, g_drive = np.empty(size, x.dtype), np.empty(size, x.dtype)
     for k in range(directions):
+        weight_k, bias_k = weight[k, :, d0 : d0 + size].copy(), bias[k, d0 : d0 + size].copy()
+        a, skip_k = A[k, :, d0 : d0 + size].copy(), skip[k, d0 : d0 + size].copy()
         c0 = channel[k] + d0
-        skip_k = skip[k, d0 : d0 + size]
+        g_bias_k, g_skip_k = np.zeros_like(bias_k), np.zeros_like(skip_k)
+        gA_k[:] = 0
 
-        state = h[0]
-        state[:] = 0
-        for i in range(length):
-            if i % line[k] == 0:
-                state[:] = 0
-            if i % _SEGMENT == 0:
-                entering[i // _SEGMENT] = state
-            pixel = order[k, i]
-            _time_step(low[s, pixel, k], weight[k], bias[k], d0, softplus_on, dt[0], slope[0])
-            u = x[s, pixel, c0 : c0 + size]
-            for n in range(states):
-                b = B[s, pixel, k, n]
-                a, hn, step = A[k, n, d0 : d0 + size], state[n], dt[0]
-                for d in range(size):
-                    hn[d] = exp(step[d] * a[d]) * hn[d] + step[d] * u[d] * b
+        # Forward over all segments, keeping the state that enters each.
+        entering[0] = 0
+        for segment in range(segments - 1):
+            h[0] = entering[segment]
+            _run_segment(
+                segment, s, k, d0, c0, x, low, weight_k, bias_k, a, B, order, fresh, softplus_on, dt, slope, drive, h
+            )
+            entering[segment + 1] = h[_SEGMENT]
 
         g[:] = g_last[s, k, :, d0 : d0 + size]
         for segment in range(segments - 1, -1, -1):
-            first = segment * _SEGMENT
-            count = min(_SEGMENT, length - first)
             h[0] = entering[segment]
-            for j in range(count):
-                at_start = (first + j) % line[k] == 0
+            _run_segment(
+                segment, s, k, d0, c0, x, low, weight_k, bias_k, a, B, order, fresh, softplus_on, dt, slope, drive, h
+            )
+            first = segment * _SEGMENT
+            for j in range(min(_SEGMENT, length - first) - 1, -1, -1):
                 pixel = order[k, first + j]
-                _time_step(low[s, pixel, k], weight[k], bias[k], d0, softplus_on, dt[j], slope[j])
-                u = x[s, pixel, c0 : c0 + size]
-                for n in range(states):
-                    b = B[s, pixel, k, n]
-                    a, before, after, step = A[k, n, d0 : d0 + size], h[j, n], h[j + 1, n], dt[j]
-                    for d in range(size):
-                        previous = zero if at_start else before[d]
-                        after[d] = exp(step[d] * a[d]) * previous + step[d] * u[d] * b
-
-            for j in range(count - 1, -1, -1):
-                pixel = order[k, first + j]
-                at_start = (first + j) % line[k] == 0
-                step = dt[j]
-                u, gy_pixel = x[s, pixel, c0 : c0 + size], gy[s, pixel, c0 : c0 + size]
+                keep = zero if fresh[k, first + j] else one
+                step, u, gy_pixel = dt[j], x[s, pixel, c0 : c0 + size], gy[s, pixel, c0 : c0 + size]
                 g_dt[:] = 0
                 g_drive[:] = 0
+                # One array is written in each loop: with more, the checks that they don't overlap prevent vector code.
                 for n in range(states):
                     b, c = B[s, pixel, k, n], C[s, pixel, k, n]
-                    a, gn, gAn = A[k, n, d0 : d0 + size], g[n], gA[s, k, n, d0 : d0 + size]
-                    before, after = h[j, n], h[j + 1, n]
+                    an, gn, gA_n = a[n], g[n], gA_k[n]
+                    before, after, drive_j = h[j, n], h[j + 1, n], drive[j]
                     g_b, g_c = zero, zero
                     for d in range(size):
-                        gd = gn[d] + c * gy_pixel[d]
+                        gh[d] = gn[d] + c * gy_pixel[d]
+                    for d in range(size):
                         g_c += gy_pixel[d] * after[d]
-                        g_b += gd * step[d] * u[d]
-                        g_drive[d] += gd * b
-                        decay = exp(step[d] * a[d])
-                        previous = zero if at_start else before[d]
-                        g_log = gd * decay * previous
-                        g_dt[d] += g_log * a[d]
-                        gAn[d] += g_log * step[d]
-                        gn[d] = zero if at_start else gd * decay
+                        g_b += gh[d] * drive_j[d]
+                    for d in range(size):
+                        g_drive[d] += gh[d] * b
+                    for d in range(size):
+                        gn[d] = keep * gh[d] * exp(step[d] * an[d])
+                    for d in range(size):
+                        g_log[d] = gn[d] * before[d]
+                    for d in range(size):
+                        g_dt[d] += g_log[d] * an[d]
+                    for d in range(size):
+                        gA_n[d] += g_log[d] * step[d]
                     gB[part, s, pixel, k, n] = g_b
                     gC[part, s, pixel, k, n] = g_c
-                gx_pixel = gx[s, pixel, c0 : c0 + size]
-                gs, gb = g_skip[s, k, d0 : d0 + size], g_bias[s, k, d0 : d0 + size]
+                slope_j, gx_pixel = slope[j], gx[s, pixel, c0 : c0 + size]
                 for d in range(size):
                     gx_pixel[d] += g_drive[d] * step[d] + skip_k[d] * gy_pixel[d]
-                    gs[d] += gy_pixel[d] * u[d]
-                    g_dt[d] = (g_dt[d] + g_drive[d] * u[d]) * slope[j, d]
-                    gb[d] += g_dt[d]
-                if rank == 0:
-                    g_low[0, s, pixel, k, d0 : d0 + size] = g_dt
-                for r in range(rank):
-                    row, g_row = weight[k, r, d0 : d0 + size], g_weight[s, k, r, d0 : d0 + size]
-                    value, total = low[s, pixel, k, r], zero
-                    for d in range(size):
-                        total += g_dt[d] * row[d]
-                        g_row[d] += g_dt[d] * value
-                    g_low[part, s, pixel, k, r] = total
+                for d in range(size):
+                    g_skip_k[d] += gy_pixel[d] * u[d]
+                for d in range(size):
+                    g_dt[d] = (g_dt[d] + g_drive[d] * u[d]) * slope_j[d]
+                for d in range(size):
+                    g_bias_k[d] += g_dt[d]
+                g_delta[s, pixel, k, d0 : d0 + size] = g_dt
+        gA[s, k, :, d0 : d0 + size] = gA_k
+        g_bias[s, k, d0 : d0 + size] = g_bias_k
+        g_skip[s, k, d0 : d0 + size] = g_skip_k
 
 
 @dataclass
@@ -196,7 +214,7 @@ class Walk:
     C: Tensor
     skip: Tensor | None
     order: np.ndarray
-    line: np.ndarray
+    fresh: np.ndarray
     grouped: bool
     softplus: bool
 
@@ -223,7 +241,7 @@ class Walk:
             array(self.C, ()),
             array(self.skip, (k, d)),
             self.order,
-            self.line,
+            self.fresh,
             channel,
             self.softplus,
         )
@@ -234,27 +252,18 @@ class Walk:
     def forward(self) -> tuple[Tensor, Tensor]:
         """Outputs (S, L, X) and the last states (S, K, N, D)."""
         y, last = self._zeros(*self.x.shape), self._zeros(self.sequences, *self.A.shape)
-        run_tasks(
-            scan_fwd_kernel, self.sequences * self.blocks, self.block, *self.arrays, y.numpy(), last.numpy()
-        )
+        run_tasks(scan_fwd_kernel, self.sequences * self.blocks, self.block, *self.arrays, y.numpy(), last.numpy())
         return y, last
 
     def backward(self, gy: Tensor, g_last: Tensor | None) -> tuple[Tensor, ...]:
         """Gradients of x, low, weight, bias, A, B, C, skip, in the shapes of the forward's arrays."""
         k, n, d = self.A.shape
-        rank = 0 if self.weight is None else self.weight.shape[1]
         per_block = (self.blocks, *self.B.shape)
         g_last = self._zeros(self.sequences, k, n, d) if g_last is None else g_last.to(self.dtype).contiguous()
-        results = (
-            self._zeros(*self.x.shape),
-            self._zeros(self.blocks if rank else 1, *self.low.shape),
-            self._zeros(self.sequences, k, rank, d),
-            self._zeros(self.sequences, k, d),
-            self._zeros(self.sequences, k, n, d),
-            self._zeros(*per_block),
-            self._zeros(*per_block),
-            self._zeros(self.sequences, k, d),
-        )
+        gx, g_delta = self._zeros(*self.x.shape), self._zeros(*self.low.shape[:3], d)
+        g_bias, gA, g_skip = (self._zeros(self.sequences, *shape) for shape in ((k, d), (k, n, d), (k, d)))
+        gB, gC = self._zeros(*per_block), self._zeros(*per_block)
+        results = (gx, g_delta, g_bias, gA, gB, gC, g_skip)
         run_tasks(
             scan_bwd_kernel,
             self.sequences * self.blocks,
@@ -264,7 +273,12 @@ class Walk:
             g_last.numpy(),
             *(t.numpy() for t in results),
         )
-        return results[0], *(t.sum(0) for t in results[1:])
+        g_bias, gA, gB, gC, g_skip = (t.sum(0) for t in results[2:])
+        if self.weight is None:
+            return gx, g_delta, None, g_bias, gA, gB, gC, g_skip
+        g_low = torch.einsum("slkd,krd->slkr", g_delta, self.weight.to(self.dtype))
+        g_weight = torch.einsum("slkd,slkr->krd", g_delta, self.low.to(self.dtype))
+        return gx, g_low, g_weight, g_bias, gA, gB, gC, g_skip
 
 
 def _walk(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Walk:
@@ -287,7 +301,7 @@ def _walk(u, delta, A, B, C, D, delta_bias, delta_softplus) -> Walk:
         C=projection(C),
         skip=by_group(D),
         order=np.broadcast_to(np.arange(length), (groups, length)).copy(),
-        line=np.full(groups, length),
+        fresh=np.broadcast_to(np.arange(length) == 0, (groups, length)).copy(),
         grouped=True,
         softplus=delta_softplus,
     )
