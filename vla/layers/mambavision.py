@@ -26,9 +26,9 @@ def window_partition(x: Tensor, size: int) -> Tensor:
         of windows, then columns.
     """
     height, width = x.shape[2], x.shape[3]
-    pad_height, pad_width = (size - height % size) % size, (size - width % size) % size
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, pad_width, 0, pad_height))
-    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+    rows, columns = (height + size - 1) // size, (width + size - 1) // size
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = x.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3)
     return x.flatten(0, 2).permute(0, 3, 1, 2)
 
 
