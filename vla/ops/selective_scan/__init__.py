@@ -110,7 +110,7 @@ def selective_scan(
         return_last_state: Also return `h_L`.
 
     Returns:
-        out (B, D, L) in the dtype of `u`; with `return_last_state` the pair (out, state), the state (B, D, N) in float32
+        out (B, D, L) in the dtype of `u`; with `return_last_state` the pair (out, state), state (B, D, N) in float32
         or float64.
 
     Raises:

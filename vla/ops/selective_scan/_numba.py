@@ -330,7 +330,7 @@ def forward(
     y = y.transpose(1, 2)
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
-    return y.to(u.dtype).contiguous(), last.transpose(2, 3).flatten(1, 2)
+    return y.to(u.dtype).contiguous(), last.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def backward(

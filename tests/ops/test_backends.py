@@ -1,0 +1,57 @@
+"""Choice of the backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vla.ops import use_backend
+from vla.ops.scan2d import operator as scan2d
+from vla.ops.ssd import operator as ssd
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_override_is_nested_and_undone():
+    with use_backend("naive"):
+        with use_backend("torch"):
+            assert scan2d.backend_for(CPU) == "torch"
+        assert scan2d.backend_for(CPU) == "naive"
+    assert scan2d.backend_for(CPU) == "numba"
+
+
+def test_override_is_undone_after_an_error():
+    with pytest.raises(KeyError), use_backend("naive"):
+        raise KeyError
+    assert scan2d.backend_for(CPU) == "numba"
+
+
+def test_unknown_backend():
+    message = "unknown backend 'cuda', expected one of naive, torch, numba, triton"
+    with pytest.raises(ValueError, match=message), use_backend("cuda"):
+        pass
+
+
+def test_asked_for_is_never_replaced(monkeypatch):
+    with use_backend("numba"):
+        with pytest.raises(RuntimeError, match="ssd: backend 'numba' does not exist, there are naive, torch"):
+            ssd.backend_for(CPU)
+        with pytest.raises(RuntimeError, match="scan2d: backend 'numba' runs on the CPU, the tensors are on cuda"):
+            scan2d.backend_for(CUDA)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match="needs the package numba, which is not installed"):
+            scan2d.backend_for(CPU)
+
+
+def test_works_without_numba(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert scan2d.backend_for(CPU) == "torch"
+
+
+def test_environment_variable():
+    code = "import torch; from vla.ops.scan2d import operator; print(operator.backend_for(torch.device('cpu')))"
+    environment = {**os.environ, "VLA_BACKEND": "naive"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "naive"
