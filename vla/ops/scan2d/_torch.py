@@ -119,7 +119,7 @@ class _Problem:
 
 
 def _problems(args: tuple) -> list[tuple[slice, _Problem]]:
-    """Slices of the directions that can be walked side by side: all, or one with `per_line`, as axes differ in length."""
+    """Directions that can be walked side by side: all, or one each with `per_line`, as the axes differ in length."""
     x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line = args
     k = len(directions)
     batch, _, height, width = x.shape
