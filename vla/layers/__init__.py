@@ -2,7 +2,8 @@
 
 from .block import ResidualBlock
 from .gspn import GSPNBlock, GSPNMixer
+from .gspn_diffusion import GSPNAttention, GSPNGenerator
 from .mambavision import MambaVisionBlock, MambaVisionMixer
 from .ss2d import SS2D, VSSBlock
 
-__all__ = ["GSPNBlock", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "SS2D", "ResidualBlock", "VSSBlock"]
+__all__ = ["GSPNAttention", "GSPNBlock", "GSPNGenerator", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "SS2D", "ResidualBlock", "VSSBlock"]

@@ -79,6 +79,34 @@ class LineScan2d(nn.Module):
         )
 
 
+_RELEASED_NAMES = {
+    "x_conv_down.weight": "proxy_weight",
+    "w_conv_up.weight": "gate_weight",
+    "l_conv_up.weight": "lam_weight",
+    "u_conv_up.weight": "u_weight",
+    "d_conv.weight": "skip_weight",
+    "m_conv.weight": "merge_weight",
+}
+
+
+def rename_released_scan(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Released names and shapes of the 1x1 convolutions around a scan -> those of a `LineScan2d` named `scan`."""
+    out = {}
+    for name, value in state_dict.items():
+        released = ".".join(name.split(".")[-2:])
+        if released in _RELEASED_NAMES:
+            name = f"{name.removesuffix(released)}scan.{_RELEASED_NAMES[released]}"
+            value = value.flatten(1)
+            if released == "w_conv_up.weight":
+                value = value.unflatten(0, (3, 4, -1))
+            elif released == "m_conv.weight":
+                value = value.view(4, 1, 1)
+            elif released != "x_conv_down.weight":
+                value = value.unflatten(0, (4, -1))
+        out[name] = value
+    return out
+
+
 class GSPNMixer(nn.Module):
     r"""GSPN's token mixer, (B, C, H, W) to the same, for maps of any size.
 

@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers.gspn import GSPNBlock
+from ..layers.gspn import GSPNBlock, rename_released_scan
 from . import vmamba
 from .vmamba import DOWNSAMPLES, NORMS, STEMS, VMambaStage
 
@@ -169,7 +169,7 @@ class GSPN(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed"}
+        return set() if self.pos_embed is None else {"pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -273,38 +273,10 @@ class GSPN(nn.Module):
         return self.forward_head(x)
 
 
-_SCAN_WEIGHTS = {
-    "x_conv_down.weight": "proxy_weight",
-    "w_conv_up.weight": "gate_weight",
-    "l_conv_up.weight": "lam_weight",
-    "u_conv_up.weight": "u_weight",
-    "d_conv.weight": "skip_weight",
-    "m_conv.weight": "merge_weight",
-}
-
-
-def rename_scan(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Released names and shapes of the 1x1 convolutions around a scan -> those of `LineScan2d`, named `scan`."""
-    out = {}
-    for name, value in state_dict.items():
-        released = ".".join(name.split(".")[-2:])
-        if released in _SCAN_WEIGHTS:
-            name = f"{name.removesuffix(released)}scan.{_SCAN_WEIGHTS[released]}"
-            value = value.flatten(1)
-            if released == "w_conv_up.weight":
-                value = value.unflatten(0, (3, 4, -1))
-            elif released == "m_conv.weight":
-                value = value.view(4, 1, 1)
-            elif released != "x_conv_down.weight":
-                value = value.unflatten(0, (4, -1))
-        out[name] = value
-    return out
-
-
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """Checkpoint of the official code -> state dict with this module's names."""
     out = {}
-    for name, value in rename_scan(vmamba.checkpoint_filter_fn(state_dict, model)).items():
+    for name, value in rename_released_scan(vmamba.checkpoint_filter_fn(state_dict, model)).items():
         if re.search(r"\.grn\.(gamma|beta)$", name):
             name = name.replace(".grn.gamma", ".grn.weight").replace(".grn.beta", ".grn.bias")
             value = value.flatten()
