@@ -6,4 +6,14 @@ from .gspn_diffusion import GSPNAttention, GSPNGenerator
 from .mambavision import MambaVisionBlock, MambaVisionMixer
 from .ss2d import SS2D, VSSBlock
 
-__all__ = ["GSPNAttention", "GSPNBlock", "GSPNGenerator", "GSPNMixer", "MambaVisionBlock", "MambaVisionMixer", "SS2D", "ResidualBlock", "VSSBlock"]
+__all__ = [
+    "GSPNAttention",
+    "GSPNBlock",
+    "GSPNGenerator",
+    "GSPNMixer",
+    "MambaVisionBlock",
+    "MambaVisionMixer",
+    "SS2D",
+    "ResidualBlock",
+    "VSSBlock",
+]
