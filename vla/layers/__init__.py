@@ -3,6 +3,7 @@
 from .block import ResidualBlock
 from .gspn import GSPNBlock, GSPNMixer
 from .gspn_diffusion import GSPNAttention, GSPNGenerator
+from .linear_attention import LinearAttentionBlock, SequenceMixer
 from .mambavision import MambaVisionBlock, MambaVisionMixer
 from .ss2d import SS2D, VSSBlock
 
@@ -11,9 +12,11 @@ __all__ = [
     "GSPNBlock",
     "GSPNGenerator",
     "GSPNMixer",
+    "LinearAttentionBlock",
     "MambaVisionBlock",
     "MambaVisionMixer",
-    "SS2D",
     "ResidualBlock",
+    "SS2D",
+    "SequenceMixer",
     "VSSBlock",
 ]
