@@ -1,9 +1,23 @@
 """Operators: pure functions on tensors, each a `torch.library` operator with one kernel per kind of device."""
 
 from ._registry import use_backend
+from .bi_wkv import bi_wkv
 from .line_scan import line_scan
+from .q_shift import q_shift
 from .scan2d import cross_merge, cross_scan, scan2d
 from .selective_scan import selective_scan
 from .ssd import ssd
+from .wkv6 import wkv6
 
-__all__ = ["cross_merge", "cross_scan", "line_scan", "scan2d", "selective_scan", "ssd", "use_backend"]
+__all__ = [
+    "bi_wkv",
+    "cross_merge",
+    "cross_scan",
+    "line_scan",
+    "q_shift",
+    "scan2d",
+    "selective_scan",
+    "ssd",
+    "use_backend",
+    "wkv6",
+]

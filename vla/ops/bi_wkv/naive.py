@@ -1,0 +1,28 @@
+"""Bi-WKV as it is defined: a softmax over all pairs of tokens, per channel."""
+
+import torch
+from torch import Tensor
+
+from .._checks import state_dtype
+from . import released
+
+
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None) -> Tensor:
+    if official_split is not None:
+        return released.forward(w, u, k, v, official_split)
+    dtype = state_dtype(w, u, k, v)
+    w, u, keys, values = w.to(dtype), u.to(dtype), k.to(dtype)[:, None], v.to(dtype)[:, None]
+    position = torch.arange(k.shape[1], device=k.device)
+    distance = (position[:, None] - position).abs()[..., None]
+    exponent = torch.where(distance == 0, keys + u, keys - (distance - 1) * w)
+    return (exponent.softmax(dim=2) * values).sum(2).to(v.dtype)
+
+
+def backward(
+    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None
+) -> list[Tensor]:
+    if official_split is not None:
+        return released.backward(grads, w, u, k, v, official_split)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (w, u, k, v)]
+        return list(torch.autograd.grad(forward(*inputs, None), inputs, grads))
