@@ -124,8 +124,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        # Channels in the order (row, column) = (even, even), (odd, even), (even, odd), (odd, odd).
-        x = torch.cat([x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=1)
+        x = torch.cat([x[:, :, 0::2, 0::2], x[:, :, 1::2, 0::2], x[:, :, 0::2, 1::2], x[:, :, 1::2, 1::2]], dim=1)
         return self.reduction(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
