@@ -39,10 +39,11 @@ def forward(
 
     h = u_.new_zeros(batch, channels, A.shape[1])
     ys = []
-    for t in range(length):
-        dt = delta[:, :, t, None]
-        h = torch.exp(dt * A) * h + dt * B[..., t] * u_[:, :, t, None]
-        ys.append((C[..., t] * h).sum(-1))
+    # Unbound once: a gradient of each single step's indexing would be as large as the whole sequence.
+    for u_t, dt, B_t, C_t in zip(*(x.unbind(-1) for x in (u_, delta, B, C)), strict=True):
+        dt = dt[..., None]
+        h = torch.exp(dt * A) * h + dt * B_t * u_t[..., None]
+        ys.append((C_t * h).sum(-1))
     y = torch.stack(ys, dim=-1)
 
     if D is not None:

@@ -28,10 +28,11 @@ def forward(
         dt = F.softplus(dt)
     h = x_.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(dtype)
     ys = []
-    for t in range(length):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        h = decay * h + (dt[:, t, :, None] * x_[:, t])[..., None] * B[:, t, :, None, :]
-        ys.append((h * C[:, t, :, None, :]).sum(-1))
+    # Unbound once: a gradient of each single step's indexing would be as large as the whole sequence.
+    for x_t, dt_t, B_t, C_t in zip(*(t.unbind(1) for t in (x_, dt, B, C)), strict=True):
+        decay = torch.exp(dt_t * A)[..., None, None]
+        h = decay * h + (dt_t[..., None] * x_t)[..., None] * B_t[..., None, :]
+        ys.append((h * C_t[..., None, :]).sum(-1))
     y = torch.stack(ys, dim=1)
     if D is not None:
         D = D.to(dtype)
