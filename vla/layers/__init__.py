@@ -1,6 +1,7 @@
 """Layers: token mixers and blocks, (B, C, H, W) in and out, for use in any network."""
 
 from .block import ResidualBlock
+from .groupmamba import GroupedSS2D, GroupMambaBlock, GroupMambaMixer
 from .gspn import GSPNBlock, GSPNMixer
 from .gspn_diffusion import GSPNAttention, GSPNGenerator
 from .linear_attention import LinearAttentionBlock, SequenceMixer
@@ -12,6 +13,9 @@ __all__ = [
     "GSPNBlock",
     "GSPNGenerator",
     "GSPNMixer",
+    "GroupMambaBlock",
+    "GroupMambaMixer",
+    "GroupedSS2D",
     "LinearAttentionBlock",
     "MambaVisionBlock",
     "MambaVisionMixer",

@@ -1,7 +1,8 @@
 """Backbones, one file per family. Importing this package registers them with timm."""
 
+from .groupmamba import GroupMamba
 from .gspn import GSPN
 from .mambavision import MambaVision
 from .vmamba import VMamba
 
-__all__ = ["GSPN", "MambaVision", "VMamba"]
+__all__ = ["GSPN", "GroupMamba", "MambaVision", "VMamba"]

@@ -21,4 +21,7 @@ TOP1: dict[str, float] = {
     "mambavision_large2_512.in21k_ft_in1k": 87.3,
     "mambavision_large3.in21k_ft_in1k": 87.3,
     "mambavision_large3_512.in21k_ft_in1k": 88.1,
+    "groupmamba_tiny.dist_in1k": 83.3,
+    "groupmamba_small.dist_in1k": 83.9,
+    "groupmamba_base.dist_in1k": 84.5,
 }

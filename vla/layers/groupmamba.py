@@ -1,0 +1,237 @@
+"""GroupMamba's modulated group mixer and block, https://arxiv.org/abs/2407.13772."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, get_act_layer, trunc_normal_
+from torch import Tensor, nn
+
+from ..ops import scan2d
+from ..ops.scan2d import DIRECTIONS
+from .block import DEFAULT_NORM, ResidualBlock
+from .ss2d import SelectiveScan2d
+
+__all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Every group of channels through its own matrix: x (B, K * I, H, W), weight (K, O, I) -> (B, K * O, H, W)."""
+    # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
+    return F.conv2d(x, weight.flatten(0, 1)[:, :, None, None], groups=weight.shape[0])
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer without bias for each group of channels, (B, groups * in, H, W) -> (B, groups * out, H, W).
+
+    Args:
+        groups: Number of groups.
+        in_features: Input channels of a group.
+        out_features: Output channels of a group.
+    """
+
+    def __init__(self, groups: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
+        trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return grouped_linear(x, self.weight)
+
+
+class GroupedLayerNorm(nn.Module):
+    """Layer norm over the channels of each group, for (B, groups * dim, H, W) maps.
+
+    Args:
+        groups: Number of groups.
+        dim: Channels of a group.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, groups: int, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.shape = (groups, dim)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(groups, dim))
+        self.bias = nn.Parameter(torch.zeros(groups, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).unflatten(-1, self.shape)
+        x = F.layer_norm(x, self.shape[1:], eps=self.eps) * self.weight + self.bias
+        return x.flatten(-2).permute(0, 3, 1, 2)
+
+
+class GroupedScan2d(SelectiveScan2d):
+    """`SelectiveScan2d` in which direction k scans, and is parametrised by, the k-th group of channels only.
+
+    Takes and returns (B, K * dim, H, W); `dim` is the width of a group.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, n = len(self.directions), self.d_state
+        projected = grouped_linear(x, self.x_proj_weight).unflatten(1, (k, self.dt_rank + 2 * n))
+        dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
+        return scan2d(
+            x,
+            dt,
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.directions,
+            self.D,
+            self.dt_proj_weight,
+            self.dt_proj_bias,
+            grouped=True,
+        )
+
+
+class GroupedSS2D(nn.Module):
+    r"""VMamba's SS2D for K groups of channels, each scanned in one direction (GroupMamba, sec. 4.1).
+
+        x, z = in_proj(x), gate_proj(x)
+        out  = out_proj(out_norm(scan(silu(conv(x)))) * silu(z))
+
+    All groups go through every operation together; none mixes channels of different groups.
+
+    Args:
+        dim: Channels C, a multiple of the number of directions.
+        directions: Direction of each group, see `vla.ops.scan2d`.
+        d_state: States N per channel.
+        ssm_ratio: Inner width over `dim`.
+        dt_rank: Rank of the time step, None for a sixteenth of a group's width, rounded up.
+
+    Raises:
+        ValueError: If the directions don't divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        directions: tuple[str, ...] = DIRECTIONS,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | None = None,
+    ):
+        super().__init__()
+        k = len(directions)
+        if dim % k != 0:
+            raise ValueError(f"GroupedSS2D: dim is {dim}, expected a multiple of the {k} directions")
+        width = dim // k
+        inner = int(ssm_ratio * width)
+        dt_rank = math.ceil(width / 16) if dt_rank is None else dt_rank
+        self.in_proj = GroupedLinear(k, width, inner)
+        self.gate_proj = GroupedLinear(k, width, inner)
+        self.conv = nn.Conv2d(k * inner, k * inner, 3, padding=1, groups=k * inner)
+        self.scan = GroupedScan2d(inner, dt_rank, d_state, list(directions))
+        self.out_norm = GroupedLayerNorm(k, inner)
+        self.out_proj = GroupedLinear(k, inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.scan(F.silu(self.conv(self.in_proj(x))))
+        return self.out_proj(self.out_norm(y) * F.silu(self.gate_proj(x)))
+
+
+class GroupMambaMixer(nn.Module):
+    r"""GroupMamba's modulated group layer (sec. 4.1 and 4.2), (B, C, H, W) to the same.
+
+        n    = norm(x)
+        gate = sigmoid(fc2(relu(fc1(mean_hw(n)))))
+        out  = proj(norm(ssm(n) * skip_scale * n * gate))
+
+    One and the same norm is used twice. It belongs to the layer: a block needs no other in front of it.
+
+    Args:
+        dim: Channels C, a multiple of 4.
+        reduction: Channels over the hidden width of the gate.
+        d_state: States N per channel of the scan.
+        ssm_ratio: Inner width of the scan over `dim`.
+        dt_rank: Rank of the time step, None for a sixteenth of a group's width, rounded up.
+
+    Raises:
+        ValueError: If `dim` is not a multiple of 4.
+    """
+
+    def __init__(
+        self, dim: int, reduction: int = 16, d_state: int = 1, ssm_ratio: float = 1.0, dt_rank: int | None = None
+    ):
+        super().__init__()
+        if dim % 4 != 0:
+            raise ValueError(f"GroupMambaMixer: dim is {dim}, expected a multiple of 4, one group per direction")
+        self.norm = DEFAULT_NORM(dim)
+        hidden = max(1, dim // reduction)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.ssm = GroupedSS2D(dim, d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank)
+        self.skip_scale = nn.Parameter(torch.ones(1))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(n.mean((2, 3))))))
+        y = self.ssm(n) * n * (self.skip_scale * gate)[:, :, None, None]
+        return self.proj(self.norm(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvMlp(nn.Module):
+    """MLP with a depthwise 3x3 convolution before its activation, (B, H, W, C) to the same.
+
+    Args:
+        dim: Channels C.
+        hidden_dim: Channels between the linear layers.
+        act_layer: Class or timm name of the activation.
+        drop: Dropout rate after activation and output.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, act_layer: str | type[nn.Module] = nn.GELU, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = get_act_layer(act_layer)()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x).permute(0, 3, 1, 2)
+        x = self.drop1(self.act(self.conv(x))).permute(0, 2, 3, 1)
+        return self.drop2(self.fc2(x))
+
+
+class GroupMambaBlock(ResidualBlock):
+    """GroupMamba's block: `GroupMambaMixer`, then an MLP with a depthwise convolution. (B, C, H, W) to the same.
+
+    Args:
+        dim: Channels C, a multiple of 4.
+        mlp_ratio: Hidden width of the MLP over `dim`; 0 for no MLP.
+        drop_path: Rate of stochastic depth.
+        layer_scale: Initial value of a learned scale per channel on both halves, None for no scale.
+        norm_layer: Norm of (B, C, H, W) maps before the MLP; the mixer has its own.
+        act_layer: Class or timm name of the MLP's activation.
+        mlp_drop: Dropout rate inside the MLP.
+        **mixer_args: Options of `GroupMambaMixer`: `reduction`, `d_state`, `ssm_ratio`, `dt_rank`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: str | Callable[..., nn.Module] = partial(LayerNorm2d, eps=1e-6),
+        act_layer: str | type[nn.Module] = nn.GELU,
+        mlp_drop: float = 0.0,
+        **mixer_args,
+    ):
+        mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer, mlp_drop) if mlp_ratio > 0 else None
+        super().__init__(
+            dim,
+            GroupMambaMixer(dim, **mixer_args),
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            norm_layer=norm_layer,
+            mlp=mlp,
+        )
+        self.norm1 = nn.Identity()

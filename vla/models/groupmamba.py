@@ -1,0 +1,439 @@
+"""GroupMamba: a hierarchical backbone in which every quarter of the channels is scanned in one direction.
+
+`GroupMamba: Efficient Group-Based Visual State Space Model` - https://arxiv.org/abs/2407.13772
+Released weights: https://github.com/Amshaker/GroupMamba
+"""
+
+import math
+import re
+from functools import partial
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..layers.block import DEFAULT_NORM
+from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
+from ._checkpoint import unwrap
+
+__all__ = ["GroupMamba"]
+
+
+class Stem(nn.Module):
+    """Four convolutions, two of them strided, (B, in_chans, H, W) -> (B, dim, ~H / 4, ~W / 4)."""
+
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, hidden_dim, 7, stride=2, padding=3, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden_dim)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden_dim)
+        self.act2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(hidden_dim)
+        self.act3 = nn.ReLU()
+        self.conv4 = nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1)
+        self.norm4 = DEFAULT_NORM(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act1(self.norm1(self.conv1(x)))
+        x = self.act2(self.norm2(self.conv2(x)))
+        x = self.act3(self.norm3(self.conv3(x)))
+        return self.norm4(self.conv4(x))
+
+
+class Downsample(nn.Module):
+    """Strided convolution and norm, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
+        self.norm = DEFAULT_NORM(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class GroupMambaStage(nn.Module):
+    """Downsampling, blocks and norm of one resolution, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2).
+
+    Args:
+        downsample: From the last stage's map to this one's.
+        blocks: Blocks (B, C, H, W) -> same.
+        norm: Norm of the output.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+
+class ClassBlock(nn.Module):
+    """Block for the class token alone, which is the mean of all pixels: (B, C, 1, 1) to the same.
+
+    The norm of the mixer acts on its output, that of the MLP on its input.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, norm_layer: type[nn.Module]):
+        super().__init__()
+        self.mixer = GroupMambaMixer(dim)
+        self.norm1 = norm_layer(dim)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm1(self.mixer(x))
+        return x + self.mlp(self.norm2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GroupMamba(nn.Module):
+    """GroupMamba backbone and classifier, for images of any size.
+
+    Features are the stages' outputs, normalised but for the last one, whose norm acts behind the class block.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Classes, 0 for no classifier.
+        global_pool: `'avg'` for the mean over the map and the class block behind it, `''` for the map itself.
+        stem_dim: Channels between the convolutions of the stem.
+        dims: Channels of each stage, multiples of 4.
+        depths: Blocks per stage.
+        mlp_ratios: Hidden width of the MLPs over the stage's channels, per stage.
+        norm_eps: Added to the variance in the norms of blocks and stages.
+        distilled: Have a second classifier, which learns from a teacher. In training the model returns the pair of
+            both classifiers' logits, unless `set_distilled_training(False)`; in evaluation their mean.
+        drop_rate: Dropout rate before the classifiers.
+        drop_path_rate: Rate of stochastic depth at the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: For an unknown `global_pool` or lists of different lengths.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        stem_dim: int = 32,
+        dims: tuple[int, ...] = (64, 128, 348, 448),
+        depths: tuple[int, ...] = (3, 4, 9, 3),
+        mlp_ratios: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0),
+        norm_eps: float = 1e-6,
+        distilled: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if not len(dims) == len(depths) == len(mlp_ratios):
+            raise ValueError(
+                f"GroupMamba: dims, depths and mlp_ratios have {len(dims)}, {len(depths)} and {len(mlp_ratios)} "
+                "entries, expected one for each stage"
+            )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.distilled = distilled
+        self.distilled_training = distilled
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = []
+        norm_layer = partial(LayerNorm2d, eps=norm_eps)
+
+        self.stem = Stem(in_chans, stem_dim, dims[0])
+        self.stages = nn.Sequential()
+        last = len(dims) - 1
+        for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
+            self.stages.append(
+                GroupMambaStage(
+                    Downsample(dims[i - 1], dims[i]) if i > 0 else nn.Identity(),
+                    [GroupMambaBlock(dims[i], mlp_ratios[i], rate, norm_layer=norm_layer) for rate in rates],
+                    norm_layer(dims[i]) if i < last else nn.Identity(),
+                )
+            )
+            self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}"))
+
+        self.class_block = ClassBlock(dims[-1], mlp_ratios[-1], norm_layer)
+        self.norm = norm_layer(dims[-1])
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, GroupedLinear)):
+            trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        # As released: vectors are exempt, also those that are stacked over the groups here; A_log and the time step's
+        # bias decay like every matrix.
+        stacked = (".D", ".out_norm.weight", ".out_norm.bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(stacked)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+                (r"^class_block|^norm", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Chooses what a distilled model returns in training: the pair of logits, or their mean as in evaluation."""
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        return (self.head, self.head_dist) if self.distilled else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifiers, and with `global_pool` what they see; `''` needs `num_classes = 0`."""
+        if global_pool is not None:
+            if global_pool not in ("", "avg"):
+                raise ValueError(f"GroupMamba: global_pool is {global_pool!r}, expected 'avg' or ''")
+            self.global_pool = global_pool
+        if not self.global_pool and num_classes > 0:
+            raise ValueError(f"GroupMamba: global_pool is '' with {num_classes} classes, expected 'avg'")
+        self.num_classes = num_classes
+
+        def classifier() -> nn.Module:
+            fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            return fc.to(self.stem.conv1.weight).train(self.training)
+
+        self.head = classifier()
+        self.head_dist = classifier() if self.distilled else None
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Runs the backbone and collects the stages' outputs.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: The last n stages if an int, all if None, else the stages listed.
+            norm: No effect: stages end with their norm, and the last one has none for maps.
+            stop_early: Stop after the last stage that is wanted.
+            output_fmt: `'NCHW'`.
+            intermediates_only: Return the collected outputs alone.
+
+        Returns:
+            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
+        """
+        assert output_fmt == "NCHW", "Output format must be NCHW."
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Removes the layers that the wanted stages don't need."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.class_block = nn.Identity()
+            self.norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False):
+        if self.global_pool == "":
+            return x
+        x = self.class_block(x.mean((2, 3), keepdim=True))
+        x = self.head_drop(self.norm(x).flatten(1))
+        if pre_logits or self.head_dist is None:
+            return x if pre_logits else self.head(x)
+        logits, logits_dist = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, logits_dist
+        return (logits + logits_dist) / 2
+
+    def forward(self, x: Tensor):
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+_RENAMES = (
+    (r"^patch_embed1\.conv\.(\d)\.", lambda m: f"stem.{('conv', 'norm')[int(m[1]) % 3]}{int(m[1]) // 3 + 1}."),
+    (r"^patch_embed1\.proj\.", "stem.conv4."),
+    (r"^patch_embed1\.norm\.", "stem.norm4."),
+    (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv."),
+    (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm."),
+    (r"^block(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
+    (r"^norm(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.norm."),
+    (r"^post_network\.0\.", "class_block."),
+    (r"\.attn\.", ".mixer."),
+    (r"\.dwconv\.dwconv\.", ".conv."),
+    (r"^dist_head\.", "head_dist."),
+)
+# Parameters of one group's scan that go by another name here.
+_GROUP_RENAMES = {
+    "conv2d.weight": "conv.weight",
+    "conv2d.bias": "conv.bias",
+    "x_proj_weight": "scan.x_proj_weight",
+    "dt_projs_weight": "scan.dt_proj_weight",
+    "dt_projs_bias": "scan.dt_proj_bias",
+    "A_logs": "scan.A_log",
+    "Ds": "scan.D",
+}
+# Those whose first axis counts groups already, or channels of all groups here.
+_JOINED = ("conv2d.weight", "conv2d.bias", "x_proj_weight", "dt_projs_weight", "dt_projs_bias")
+
+
+def _stack_groups(leaves: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:
+    """Parameters of the groups' scans, by name and number of the group -> those of one `GroupedSS2D`."""
+    out = {}
+    for name, by_group in leaves.items():
+        values = [by_group[k] for k in sorted(by_group)]
+        value = torch.cat(values) if name in _JOINED else torch.stack(values)
+        if name == "in_proj.weight":
+            out["in_proj.weight"], out["gate_proj.weight"] = value.chunk(2, dim=1)
+        else:
+            out[_GROUP_RENAMES.get(name, name)] = value
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """Released checkpoint -> state dict with this module's names, the groups' parameters stacked."""
+    state_dict = unwrap(state_dict)
+    if "stem.conv1.weight" in state_dict:
+        return state_dict
+    last = len(model.stages) - 1
+    out, mixers = {}, {}
+    for name, value in state_dict.items():
+        for old, new in _RENAMES:
+            name = re.sub(old, new, name)
+        mixer, _, leaf = name.partition(".mamba_g")
+        if leaf:
+            group, _, leaf = leaf.partition(".")
+            mixers.setdefault(mixer, {}).setdefault(leaf, {})[int(group)] = value
+        else:
+            out[re.sub(rf"^stages\.{last}\.norm\.", "norm.", name)] = value
+    for mixer, leaves in mixers.items():
+        out |= {f"{mixer}.ssm.{name}": value for name, value in _stack_groups(leaves).items()}
+    return out
+
+
+def _cfg(hf_hub_id: str | None = None, hf_hub_filename: str | None = None, **kwargs) -> dict:
+    return {
+        "hf_hub_id": hf_hub_id,
+        "hf_hub_filename": hf_hub_filename,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": ("head", "head_dist"),
+        "license": "mit",
+        "origin_url": "https://github.com/Amshaker/GroupMamba",
+        "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
+        "paper_ids": "arXiv:2407.13772",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "groupmamba_atto.untrained": _cfg(classifier="head", origin_url=None, paper_name=None, paper_ids=None),
+        "groupmamba_tiny.dist_in1k": _cfg("Abdelrahman-shaker/GroupMamba-Tiny", "groupmamba_tiny_ema.pth"),
+        "groupmamba_small.dist_in1k": _cfg("Abdelrahman-shaker/GroupMamba-Small", "groupmamba_small_ema.pth"),
+        "groupmamba_base.dist_in1k": _cfg("Abdelrahman-shaker/GroupMamba-Base", "groupmamba_base_ema.pth"),
+    }
+)
+
+
+def _create_groupmamba(variant: str, pretrained: bool = False, **kwargs) -> GroupMamba:
+    return build_model_with_cfg(
+        GroupMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def groupmamba_atto(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """0.6 M parameters and one classifier, for tests and first steps."""
+    model_args = dict(
+        stem_dim=16, dims=(16, 32, 64, 96), depths=(1, 1, 2, 1), mlp_ratios=(4.0, 4.0, 4.0, 4.0), distilled=False
+    )
+    return _create_groupmamba("groupmamba_atto", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_tiny(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-T: 23.4 M parameters."""
+    model_args = dict(stem_dim=32, dims=(64, 128, 348, 448), depths=(3, 4, 9, 3), drop_path_rate=0.05)
+    return _create_groupmamba("groupmamba_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_small(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-S: 34.8 M parameters."""
+    model_args = dict(stem_dim=64, dims=(64, 128, 348, 512), depths=(3, 4, 16, 3), drop_path_rate=0.05)
+    return _create_groupmamba("groupmamba_small", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_base(pretrained: bool = False, **kwargs) -> GroupMamba:
+    """GroupMamba-B: 57.2 M parameters."""
+    model_args = dict(stem_dim=64, dims=(96, 192, 424, 512), depths=(3, 6, 21, 3), drop_path_rate=0.05)
+    return _create_groupmamba("groupmamba_base", pretrained, **dict(model_args, **kwargs))
