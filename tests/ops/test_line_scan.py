@@ -1,12 +1,11 @@
 """Line scan: every backend against the definition in float64, and the definition against reference values."""
 
-import itertools
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
+from tests.ops.harness import check_machinery, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import line_scan, use_backend
 from vla.ops.line_scan import operator
@@ -16,49 +15,25 @@ from vla.ops.line_scan.naive import normalize_gates
 ALL = list(DIRECTIONS)
 BACKENDS = [name for name in operator.backends if name != "triton"]
 FAST_BACKENDS = [name for name in BACKENDS if name != "naive"]
-NAMES = ("x", "gates", "lam", "u", "skip", "proxy")
+# (chunk, normalize, output)
+FORMS = [(0, True, True), (1, True, True), (3, True, True), (2, True, False), (2, False, True), (0, False, False)]
 
 
 def make(shape, rank=3, directions=ALL, output=True, dtype=torch.float64, seed=0, scale=1.0):
     """Tensor arguments by name; `rank` 0 for stored maps, `output` False without `u` and `skip`."""
     batch, channels, height, width = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size):
-        return scale * torch.randn(*size, dtype=torch.float64, generator=generator)
-
+    draw = randn(seed)
     k = len(directions)
     lead, lam_lead, tail = ((3,), (), (rank,)) if rank else ((batch, 3), (batch,), (height, width))
     arguments = {
-        "x": randn(*shape),
-        "gates": randn(*lead, k, channels, *tail),
-        "lam": randn(*lam_lead, k, channels, *tail),
-        "u": randn(*lam_lead, k, channels, *tail) if output else None,
-        "skip": randn(*lam_lead, k, channels, *tail) if output else None,
-        "proxy": randn(batch, rank, height, width) if rank else None,
+        "x": draw(*shape),
+        "gates": draw(*lead, k, channels, *tail),
+        "lam": draw(*lam_lead, k, channels, *tail),
+        "u": draw(*lam_lead, k, channels, *tail) if output else None,
+        "skip": draw(*lam_lead, k, channels, *tail) if output else None,
+        "proxy": draw(batch, rank, height, width) if rank else None,
     }
-    return {name: None if t is None else t.to(dtype) for name, t in arguments.items()}
-
-
-def run(backend, arguments, directions=ALL, cotangent=None, **options):
-    """Output, and the gradients of all tensors by name."""
-    tensors = {n: t if t is None else t.detach().requires_grad_() for n, t in arguments.items()}
-    with use_backend(backend):
-        y = line_scan(directions=directions, **tensors, **options)
-        if cotangent is None:
-            cotangent = torch.from_numpy(golden.fill_tensor("cotangent", y.shape))
-        y.backward(cotangent.to(y.dtype))
-    return {"y": y.detach()} | {f"grad of {n}": t.grad for n, t in tensors.items() if t is not None}
-
-
-def compare(backend, arguments, directions=ALL, relative=None, **options):
-    in_float64 = {n: None if t is None else t.double() for n, t in arguments.items()}
-    expected = run("naive", in_float64, directions, **options)
-    actual = run(backend, arguments, directions, **options)
-    for name, value in actual.items():
-        source = arguments[name.removeprefix("grad of ")] if name != "y" else arguments["x"]
-        assert value.dtype == source.dtype
-        assert_close(name, value, expected[name], relative)
+    return {name: None if t is None else (scale * t).to(dtype) for name, t in arguments.items()}
 
 
 SHAPES = [(2, 3, 1, 1), (1, 2, 1, 6), (1, 2, 6, 1), (2, 3, 5, 7), (1, 5, 8, 3), (2, 33, 6, 6)]
@@ -69,30 +44,31 @@ SHAPES = [(2, 3, 1, 1), (1, 2, 1, 6), (1, 2, 6, 1), (2, 3, 5, 7), (1, 5, 8, 3), 
 @pytest.mark.parametrize("rank", [0, 1, 4], ids=lambda r: f"S{r}")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_against_naive(shape, rank, aligned, backend):
-    for chunk, normalize, output in itertools.product((0, 1, 2, 3), (True, False), (True, False)):
+    for chunk, normalize, output in FORMS:
         arguments = make(shape, rank, output=output)
-        compare(backend, arguments, aligned=aligned, chunk=chunk, normalize=normalize)
+        compare(backend, line_scan, arguments, directions=ALL, aligned=aligned, chunk=chunk, normalize=normalize)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("directions", [["up"], ["left", "left"], ["down", "right", "up"]], ids="-".join)
 def test_directions(directions, backend):
     for aligned in (True, False):
-        compare(backend, make((2, 4, 4, 6), directions=directions), directions, aligned=aligned, chunk=2)
+        tensors = make((2, 4, 4, 6), directions=directions)
+        compare(backend, line_scan, tensors, directions=directions, aligned=aligned, chunk=2)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [0, 8], ids=["stored", "proxy"])
 def test_dtypes(rank, dtype, backend):
-    compare(backend, make((2, 16, 9, 11), rank, dtype=dtype, scale=0.5), chunk=4)
+    compare(backend, line_scan, make((2, 16, 9, 11), rank, dtype=dtype, scale=0.5), directions=ALL, chunk=4)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_float32_weights_with_half_precision_maps(backend):
     arguments = make((2, 16, 6, 6), 8, dtype=torch.float32, scale=0.5)
     arguments |= {name: arguments[name].bfloat16() for name in ("x", "proxy")}
-    compare(backend, arguments, relative=2e-2)
+    compare(backend, line_scan, arguments, relative=2e-2, directions=ALL)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -102,7 +78,7 @@ def test_extreme_logits(offset, backend):
     arguments = make((1, 4, 5, 6), 0, dtype=torch.float32)
     arguments["gates"] = arguments["gates"] + offset
     # Near the clamp of the sum, float32 and float64 sigmoids still agree, their quotients less so.
-    compare(backend, arguments, relative=1e-4)
+    compare(backend, line_scan, arguments, relative=1e-4, directions=ALL)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -121,27 +97,23 @@ def test_long_sweep_is_stable(backend):
 @pytest.mark.parametrize("rank", [0, 3], ids=["stored", "proxy"])
 def test_strides(rank, backend):
     arguments = make((2, 4, 6, 5), rank)
-    expected = run(backend, arguments)
+    expected = run(backend, line_scan, arguments, directions=ALL)
     arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
     if rank:
         arguments["proxy"] = arguments["proxy"].contiguous(memory_format=torch.channels_last)
     arguments["gates"] = arguments["gates"].transpose(-1, -2).contiguous().transpose(-1, -2)
     arguments["lam"] = arguments["lam"].repeat_interleave(2, -1)[..., ::2]
-    actual = run(backend, arguments, cotangent=golden_cotangent((2, 4, 6, 5)).transpose(-1, -2).contiguous().mT)
+    actual = run(backend, line_scan, arguments, directions=ALL)
     for name in expected:
         assert_close(name, actual[name], expected[name])
-    assert actual["y"].is_contiguous(memory_format=torch.channels_last)
-
-
-def golden_cotangent(shape):
-    return torch.from_numpy(golden.fill_tensor("cotangent", shape))
+    assert actual["output 0"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("rank", [0, 3], ids=["stored", "proxy"])
 def test_empty_batch(rank, backend):
-    results = run(backend, make((0, 4, 6, 5), rank))
-    assert results["y"].shape == (0, 4, 6, 5)
+    results = run(backend, line_scan, make((0, 4, 6, 5), rank), directions=ALL)
+    assert results["output 0"].shape == (0, 4, 6, 5)
     assert all((value == 0).all() for value in results.values())
 
 
@@ -225,13 +197,15 @@ def test_reference_scan(case, backend, dtype):
     data = {name.removeprefix(f"{case}/"): value for name, value in SCANS.items() if name.startswith(f"{case}/")}
     gates = torch.stack([data["g1"], data["g2"], data["g3"]], 1).unsqueeze(2)
     arguments = {"x": data["x"], "gates": gates, "lam": data["lam"].unsqueeze(1)}
-    arguments = {name: value.to(dtype) for name, value in arguments.items()}
-    results = run(backend, arguments, ["right"], data["cot"].to(dtype), chunk=int(data["chunk"]), normalize=False)
-    assert_close("out", results["y"], data["out"])
-    assert_close("d_x", results["grad of x"], data["d_x"])
-    assert_close("d_lam", results["grad of lam"][:, 0], data["d_lam"])
+    arguments = {name: value.to(dtype).clone().requires_grad_() for name, value in arguments.items()}
+    with use_backend(backend):
+        y = line_scan(directions=["right"], chunk=int(data["chunk"]), normalize=False, **arguments)
+        y.backward(data["cot"].to(dtype))
+    assert_close("out", y, data["out"])
+    assert_close("d_x", arguments["x"].grad, data["d_x"])
+    assert_close("d_lam", arguments["lam"].grad[:, 0], data["d_lam"])
     for i, name in enumerate(("d_g1", "d_g2", "d_g3")):
-        assert_close(name, results["grad of gates"][:, i, 0], data[name])
+        assert_close(name, arguments["gates"].grad[:, i, 0], data[name])
 
 
 GATES = golden.load("gspn", "op_normalize_w.npz")
@@ -246,15 +220,6 @@ def test_reference_gates(case):
     for side, gate, gradient in zip("lmr", gates, gradients, strict=True):
         assert_close(f"gate {side}", gate, GATES[f"{case}/out_{side}"])
         assert_close(f"gradient {side}", gradient, GATES[f"{case}/grad_{side}"])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rank", [0, 2], ids=["stored", "proxy"])
-def test_opcheck(rank, backend):
-    arguments = make((1, 3, 3, 4), rank)
-    tensors = [None if t is None else t.requires_grad_() for t in arguments.values()]
-    with use_backend(backend):
-        torch.library.opcheck(torch.ops.vla.line_scan.default, (*tensors, ALL, 2, True, True))
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -273,24 +238,30 @@ class Module(torch.nn.Module):
         return line_scan(x, gates, lam, ["right", "down", "left", "up"], proxy=proxy, chunk=2)
 
 
-def test_compile_export_fx_script():
-    arguments = make((2, 3, 4, 5), output=False, dtype=torch.float32)
-    inputs = tuple(arguments[name] for name in ("x", "gates", "lam", "proxy"))
-    expected = Module()(*inputs)
-    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 2], ids=["stored", "proxy"])
+def test_machinery(rank, backend):
+    inputs = tuple(make((2, 3, 4, 5), dtype=torch.float32)[name] for name in ("x", "gates", "lam", "proxy"))
+    tensors = [t.requires_grad_() for t in make((1, 3, 3, 4), rank).values() if t is not None]
+    tensors += [] if rank else [None]
+    with use_backend(backend):
+        check_machinery(Module(), inputs, torch.ops.vla.line_scan.default, (*tensors, ALL, 2, True, True))
+
+
+def test_export_with_any_size():
+    arguments = make((2, 3, 4, 5), dtype=torch.float32)
     size = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    inputs = tuple(arguments[name] for name in ("x", "gates", "lam", "proxy"))
     exported = torch.export.export(Module(), inputs, dynamic_shapes=(size, None, None, size)).module()
-    for module in (compiled, exported, torch.fx.symbolic_trace(Module()), torch.jit.script(Module())):
-        assert torch.equal(module(*inputs), expected)
-    other = make((2, 3, 7, 3), output=False, dtype=torch.float32, seed=1)
-    inputs = tuple(other[name] for name in ("x", "gates", "lam", "proxy"))
+    larger = make((2, 3, 7, 3), dtype=torch.float32, seed=1)
+    inputs = (larger["x"], *inputs[1:3], larger["proxy"])
     assert torch.equal(exported(*inputs), Module()(*inputs))
 
 
 def test_flops_grow_with_pixels_and_rank():
     def count(shape, rank):
         with FlopCounterMode(display=False) as counter:
-            run("torch", make(shape, rank))
+            run("torch", line_scan, make(shape, rank), directions=ALL)
         return counter.get_total_flops()
 
     assert count((1, 4, 8, 6), 2) == 2 * count((1, 4, 4, 6), 2)
