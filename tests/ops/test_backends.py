@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -40,14 +41,24 @@ def test_asked_for_is_never_replaced(monkeypatch):
             ssd.backend_for(CPU)
         with pytest.raises(RuntimeError, match="scan2d: backend 'numba' runs on the CPU, the tensors are on cuda"):
             scan2d.backend_for(CUDA)
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("vla.ops._registry._is_installed", lambda name: False)
         with pytest.raises(RuntimeError, match="needs the package numba, which is not installed"):
             scan2d.backend_for(CPU)
 
 
 def test_works_without_numba(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vla.ops._registry._is_installed", lambda name: False)
     assert scan2d.backend_for(CPU) == "torch"
+
+
+def test_slow_gpu_path_warns_once(monkeypatch):
+    monkeypatch.setattr("vla.ops._registry._is_installed", lambda name: False)
+    monkeypatch.setattr(ssd, "_warned", False)
+    with pytest.warns(UserWarning, match="ssd: backend 'triton' .*; using slower PyTorch code"):
+        assert ssd.backend_for(CUDA) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ssd.backend_for(CUDA) == "torch"
 
 
 def test_environment_variable():

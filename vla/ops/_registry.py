@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -124,21 +125,21 @@ class Operator:
                 raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
             return _override
         preferred = {"cpu": "numba", "cuda": "triton"}.get(device.type)
-        if preferred in self.backends:
+        if preferred is not None:
             problem = self._obstacle(preferred, device)
             if problem is None:
                 return preferred
             # Without Numba a CPU is still served as usual; a GPU without Triton is slow, which must not stay unnoticed.
             if preferred == "triton" and not self._warned:
                 self._warned = True
-                warnings.warn(f"{self.name}: backend 'triton' {problem}, using slower PyTorch code", stacklevel=3)
+                warnings.warn(f"{self.name}: backend 'triton' {problem}; using slower PyTorch code", stacklevel=3)
         return "torch"
 
     def _obstacle(self, backend: str, device: torch.device) -> str | None:
         """Why `backend` cannot serve `device`, or None when it can."""
         if backend not in self.backends:
             return f"does not exist, there are {', '.join(self.backends)}"
-        if backend in ("numba", "triton") and importlib.util.find_spec(backend) is None:
+        if backend in ("numba", "triton") and not _is_installed(backend):
             return f"needs the package {backend}, which is not installed"
         if backend == "numba" and device.type != "cpu":
             return f"runs on the CPU, the tensors are on {device}"
@@ -214,6 +215,11 @@ class Operator:
         results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
         # Autograd may hand an incoming gradient through, but an operator's outputs must not alias its inputs.
         return [None if grad is None else grad.clone() for grad in results]
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
