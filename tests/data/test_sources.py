@@ -138,7 +138,10 @@ def test_unreadable_pictures_raise_and_have_names(tmp_path):
         (lambda p: (p / "class").mkdir(), "no pictures in"),
         (lambda p: Image.new("L", (4, 4)).save(p / "loose.png"), "holds pictures but no class folders"),
         (lambda p: write_pictures(p / "val", ["a"]), "has the folder val but no train folder"),
-        (lambda p: (write_pictures(p / "train", ["a"]), write_pictures(p / "val", ["b"])), "classes that .* has not: b"),
+        (
+            lambda p: (write_pictures(p / "train", ["a"]), write_pictures(p / "val", ["b"])),
+            "classes that .* has not: b",
+        ),
     ],
     ids=["empty", "empty class", "no classes", "no training folder", "unknown class"],
 )

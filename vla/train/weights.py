@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +129,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch comments on other programs' pickles before it refuses them.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format and each kind of damage has its own
         raise UserError(
             f"checkpoint: cannot read {path}: truncated, no weights file, or it needs code to load"
@@ -200,7 +204,8 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec) -> None:
         UserError: When the file cannot be written.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    content = safetensors.torch.save(weights, {"format": "pt", _METADATA_KEY: spec.to_json()})
+    # One entry only: safetensors writes several in random order, and equal runs are to give equal files.
+    content = safetensors.torch.save(weights, {_METADATA_KEY: spec.to_json()})
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
