@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from numba.extending import register_jitable
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._numba import exp, inline, jit, run_tasks
+from .._numba import exp, jit, run_tasks
 from . import released
 from ._torch import centred
 
@@ -14,6 +15,9 @@ _BLOCK = 32
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 _NOTHING = -1e37
 
+
+# Not reassociated: the difference of two exponents comes first, exact for close ones, then the small decay.
+inline = register_jitable(fastmath={"contract", "nsz"}, error_model="numpy")
 
 # Rows of a state: the exponent of the largest term when it was new, its age in tokens, and two sums over all terms,
 # scaled by exp(-exponent). An exponent aged by subtracting w at every step would drift.
@@ -33,7 +37,7 @@ def _absorb(state, w, key, first, second):
     one = key.dtype.type(1)
     for c in range(key.size):
         older = age[c] + one
-        gap = largest[c] - older * w[c] - key[c]
+        gap = (largest[c] - key[c]) - older * w[c]
         small = exp(-abs(gap))
         keep, add = (one, small) if gap > 0 else (small, one)
         largest[c] = largest[c] if gap > 0 else key[c]
@@ -46,10 +50,13 @@ def _absorb(state, w, key, first, second):
 def _attend(past, future, w, u, k, v, y, denominator, top):
     """Output of one token, its denominator scaled by exp(-top), and top, from the states on both sides."""
     for c in range(k.size):
-        left, right = past[_KEY, c] - past[_AGE, c] * w[c], future[_KEY, c] - future[_AGE, c] * w[c]
-        own = k[c] + u[c]
-        top[c] = max(max(left, right), own)
-        left, right, own = exp(left - top[c]), exp(right - top[c]), exp(own - top[c])
+        left = (past[_KEY, c] - k[c]) - past[_AGE, c] * w[c]
+        right = (future[_KEY, c] - k[c]) - future[_AGE, c] * w[c]
+        above = max(max(left, right), u[c])
+        top[c] = k[c] + above
+        # Rounded together, so that the two still agree.
+        above = top[c] - k[c]
+        left, right, own = exp(left - above), exp(right - above), exp(u[c] - above)
         denominator[c] = left * past[_SECOND, c] + right * future[_SECOND, c] + own
         y[c] = (left * past[_FIRST, c] + right * future[_FIRST, c] + own * v[c]) / denominator[c]
 

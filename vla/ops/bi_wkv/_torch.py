@@ -1,5 +1,7 @@
 """Bi-WKV as two vectorised scans; see README.md for the derivation of the backward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,50 +10,59 @@ from .._recurrence import linear_recurrence_
 from . import released
 
 
-def _scan(w: Tensor, k: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+class Sums(NamedTuple):
+    """Sums of `exp(k_i - (|t - i| - 1) w) x_i` over the tokens on one side of t: `exp(largest - fade) * scaled`.
+
+    The exponent comes in two parts because the first may be large and the second small: differences of two exponents
+    are exact to a rounding when the large parts are subtracted first.
+    """
+
+    scaled: Tensor  # (T, V, 2, B, C) for V things x, past and future
+    largest: Tensor  # (T, 2, B, C)
+    fade: Tensor  # (T, 2, B, C)
+
+
+def _scan(w: Tensor, k: Tensor, values: Tensor) -> Sums:
     """Sums over the tokens strictly before and strictly after each token.
 
     Args:
         w: (C,).
         k: Exponents, (T, B, C).
         values: V things to sum, (T, V, B, C).
-
-    Returns:
-        Sums (T, V, 2, B, C) and exponents (T, 2, B, C), past first: the sum of `exp(k_i - (|t - i| - 1) w) values_i` is
-        `exp(exponent) * sum`, with the exponent near the largest one summed.
     """
     k = torch.stack((k, k.flip(0)), dim=1)
     values = torch.stack((values, values.flip(0)), dim=2)
 
     # The largest exponent so far, as a token and its age: aged by subtracting w at every step, it would drift.
     token = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
-    largest = (k + w * token).cummax(0)[1]
-    top = k.gather(0, largest) - (token - largest) * w
+    index = (k + w * token).cummax(0)[1]
+    largest = k.gather(0, index)
+    fade = (token - index) * w
 
-    sums = torch.zeros_like(values)
-    torch.mul(torch.exp(k - top).unsqueeze(1)[:-1], values[:-1], out=sums[1:])
-    aged = (top[:-2] - w - top[1:-1]).masked_fill_(largest[:-2] == largest[1:-1], 0)
-    keep = torch.cat((torch.zeros_like(top[:1]), aged.exp_()))[: len(k) - 1].unsqueeze(1)
-    if len(keep) > 0:
-        linear_recurrence_(keep, sums[1:])
+    scaled = torch.zeros_like(values)
+    torch.mul(torch.exp(k - largest + fade).unsqueeze(1)[:-1], values[:-1], out=scaled[1:])
+    change = (largest[:-1] - largest[1:]) - (fade[:-1] + w) + fade[1:]
+    keep = change.masked_fill_(index[:-1] == index[1:], 0).exp_().unsqueeze(1)
+    if len(keep) > 1:
+        linear_recurrence_(torch.cat((torch.zeros_like(keep[:1]), keep[:-1])), scaled[1:])
     # No token yet: low enough to vanish beside any other exponent, finite so that differences are.
-    nothing = top.new_full((), torch.finfo(top.dtype).min / 4)
-    top = torch.cat((nothing.expand_as(top[:1]), top[:-1]))
-    return (
-        torch.stack((sums[:, :, 0], sums[:, :, 1].flip(0)), dim=2),
-        torch.stack((top[:, 0], top[:, 1].flip(0)), dim=1),
-    )
+    nothing = largest.new_full((), torch.finfo(largest.dtype).min / 4).expand_as(largest[:1])
+    largest, fade = torch.cat((nothing, largest[:-1])), torch.cat((torch.zeros_like(fade[:1]), fade[:-1]))
+    scaled = torch.stack((scaled[:, :, 0], scaled[:, :, 1].flip(0)), dim=2)
+    return Sums(scaled, *(torch.stack((x[:, 0], x[:, 1].flip(0)), dim=1) for x in (largest, fade)))
 
 
-def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, denominator scaled by exp(-top), and top, (T, B, C); with the sums and exponents of `_scan` behind."""
-    sums, exponents = _scan(w, k, torch.stack((v, torch.ones_like(v)), dim=1))
-    own = k + u
-    top = torch.maximum(exponents.amax(1), own)
-    own = torch.exp(own - top)
-    total = (sums * torch.exp(exponents - top.unsqueeze(1)).unsqueeze(1)).sum(2)
+def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Sums]:
+    """Output, denominator scaled by exp(-top), and top, (T, B, C); with the sums behind them."""
+    sums = _scan(w, k, torch.stack((v, torch.ones_like(v)), dim=1))
+    # Relative to k, and rounded with it.
+    exponents = (sums.largest - k.unsqueeze(1)) - sums.fade
+    top = k + torch.maximum(exponents.amax(1), u)
+    above = top - k
+    own = torch.exp(u - above)
+    total = (sums.scaled * torch.exp(exponents - above.unsqueeze(1)).unsqueeze(1)).sum(2)
     denominator = total[:, 1] + own
-    return (total[:, 0] + own * v) / denominator, denominator, top, sums, exponents
+    return (total[:, 0] + own * v) / denominator, denominator, top, sums
 
 
 def centred(k: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -79,19 +90,20 @@ def backward(
     w, u = w.to(dtype), u.to(dtype)
     gy, k, v = (x.to(dtype).transpose(0, 1) for x in (grads[0], k, v))
     v = centred(k, v, dim=0)
-    y, denominator, top, sums, exponents = _attend(w, u, k, v)
+    y, denominator, top, sums = _attend(w, u, k, v)
     gy = gy / denominator
     # The attention weight of token i at token t is exp(k_i - (|t - i| - 1) w - top_t) / denominator_t: transposed, the
     # same scan.
-    grad_sums, grad_exponents = _scan(w, -top, torch.stack((gy, gy * y), dim=1))
+    grads = _scan(w, -top, torch.stack((gy, gy * y), dim=1))
 
-    own = torch.exp(k + u - top) * gy
+    own = torch.exp(u - (top - k)) * gy
     gu = (own * (v - y)).sum((0, 1))
-    total = (grad_sums * torch.exp(grad_exponents + k.unsqueeze(1)).unsqueeze(1)).sum(2)
+    total = (grads.scaled * torch.exp((grads.largest + k.unsqueeze(1)) - grads.fade).unsqueeze(1)).sum(2)
     gv = total[:, 0] + own
     gk = v * total[:, 0] - total[:, 1] + own * (v - y)
     # d/dw counts, for a pair, the tokens between: at each, what came from one side meets what goes to the other.
-    between = torch.exp(exponents + grad_exponents.flip(1) - w)
-    met = sums[:, 0] * grad_sums[:, 0].flip(1) - sums[:, 1] * grad_sums[:, 1].flip(1)
+    grads = Sums(grads.scaled.flip(2), grads.largest.flip(1), grads.fade.flip(1))
+    between = torch.exp((sums.largest + grads.largest) - (sums.fade + grads.fade + w))
+    met = sums.scaled[:, 0] * grads.scaled[:, 0] - sums.scaled[:, 1] * grads.scaled[:, 1]
     gw = -(between * met).sum((0, 1, 2))
     return [gw, gu, gk.transpose(0, 1), gv.transpose(0, 1)]

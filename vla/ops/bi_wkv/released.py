@@ -44,9 +44,7 @@ def _blocks(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> list[slice]:
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
     dtype = state_dtype(w, u, k, v)
-    outputs = [
-        _attend(*(x[..., c].to(dtype) for x in (w, u, k, v)), split, _EPSILON)[0] for c in _blocks(w, u, k, v)
-    ]
+    outputs = [_attend(*(x[..., c].to(dtype) for x in (w, u, k, v)), split, _EPSILON)[0] for c in _blocks(w, u, k, v)]
     return torch.cat(outputs, dim=-1).to(v.dtype)
 
 

@@ -20,7 +20,7 @@ def _infer(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         check_shape(_OP, name, tensor, (batch, length, channels), "(B, T, C)")
     check_ndim(_OP, "u", u, (2,), "(heads, C // heads)")
     if u.shape[0] * u.shape[1] != channels:
-        raise ValueError(f"{_OP}: u has shape {tuple(u.shape)}, expected (heads, head size) with product C = {channels}")
+        raise ValueError(f"{_OP}: u has shape {tuple(u.shape)}, expected (heads, head size), product C = {channels}")
     check_float(_OP, r=r, k=k, v=v, w=w, u=u)
     return v.new_empty(batch, length, channels)
 
@@ -48,7 +48,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         y_t = r_t^T (S_t + diag(u) k_t v_t^T),   S_{t+1} = diag(d_t) S_t + k_t v_t^T,   S_0 = 0
 
     plus the same from right to left without the bonus u. The decay of the first and of the last token thus never
-    matters. There is no denominator and no scale. State and reductions are float32 (float64 for float64 inputs) whatever
+    matters. No denominator, no scale. State and reductions are float32 (float64 for float64 inputs) whatever
     the inputs' dtypes. Every tensor argument is differentiable.
 
     Args:

@@ -69,7 +69,7 @@ class Chunks:
         return [slice(i, i + step) for i in range(0, chunks, step)]
 
     def pair_decay(self, slab: slice) -> Tensor:
-        """Product of the decays strictly between two tokens, 1 for a token with itself: (chunks, l, l, N), symmetric."""
+        """Product of the decays strictly between two tokens, 1 for a token and itself: (chunks, l, l, N), symmetric."""
         decay = self.decay.flatten(0, 1)[slab]
         pairs = decay.new_ones(decay.shape[0], self.chunk, self.chunk, self.size)
         for t in range(2, self.chunk):
