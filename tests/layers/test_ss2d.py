@@ -125,6 +125,7 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"ssm_ratio": 0.0}, "SS2D: ssm_ratio is 0.0, expected one that leaves a channel of 8"),
         ({"scan": "diagonal"}, "SS2D: unknown scan 'diagonal', expected one of " + ", ".join(SCANS)),
         ({"out_norm": "bn"}, "SS2D: unknown out_norm 'bn', expected one of " + ", ".join(OUT_NORMS)),
         (

@@ -254,8 +254,8 @@ class SS2D(nn.Module):
         y    = out_norm(scan(act(conv(x))))
         out  = out_proj(y * act(z))                 (the gate only if `gate`)
 
-    Linear in the number of pixels; every pixel sees every other one through four directional scans. Maps in
-    `torch.channels_last` memory are never copied.
+    Linear in the number of pixels; every pixel sees every other one through four directional scans (`'cross2d'`). Any
+    memory format goes in; `torch.channels_last` is the one that needs no copies.
 
     Args:
         dim: Channels C.
@@ -306,6 +306,8 @@ class SS2D(nn.Module):
         if conv_kernel > 1 and conv_kernel % 2 == 0:
             raise ValueError(f"SS2D: conv_kernel is {conv_kernel}, expected an odd number, or 1 for none")
         inner = int(ssm_ratio * dim)
+        if inner < 1:
+            raise ValueError(f"SS2D: ssm_ratio is {ssm_ratio}, expected one that leaves a channel of {dim}")
         dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         act_layer = get_act_layer(act_layer)
 
