@@ -5,6 +5,7 @@ Released weights: https://github.com/MzeroMiko/VMamba
 """
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +144,8 @@ class ConvDownsample(nn.Module):
 STEMS = {"v1": PatchStem, "v2": ConvStem}
 DOWNSAMPLES = {
     "v1": PatchMerging,
-    "v2": lambda dim, out_dim, norm_layer: ConvDownsample(dim, out_dim, norm_layer, 2),
-    "v3": lambda dim, out_dim, norm_layer: ConvDownsample(dim, out_dim, norm_layer, 3),
+    "v2": partial(ConvDownsample, kernel_size=2),
+    "v3": partial(ConvDownsample, kernel_size=3),
 }
 
 
