@@ -9,7 +9,7 @@ from torch import nn
 
 import vla  # noqa: F401
 from tests import golden
-from tests.models.official import Official
+from tests.models.official import Official, check
 from tests.tolerance import assert_close
 from vla.layers.mambavision import MambaVisionBlock, MambaVisionMixer, MapAttention, window_partition, window_reverse
 from vla.models.mambavision import (
@@ -29,16 +29,6 @@ DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32,
 
 def named(prefix: str):
     return [pytest.param(name, id=name.removesuffix(".npz")) for name in INDEX if name.startswith(prefix)]
-
-
-def check(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float | None = None) -> None:
-    """`assert_close` that holds gradients which vanish identically to rounding noise instead."""
-    if expected.numel() and expected.abs().max() < 1e-12:
-        assert actual.abs().max() < (1e-10 if actual.dtype == torch.float64 else 1e-4), name
-        return
-    if relative is None and actual.dtype == torch.float64:
-        relative = 1e-9 if expected.dtype == torch.float64 else 2e-7
-    assert_close(name, actual, expected, relative)
 
 
 def scoped(prefix: str, native: str):

@@ -1,0 +1,320 @@
+"""GroupMamba against reference values, through the names of the released checkpoints."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
+
+import vla  # noqa: F401
+from tests import golden
+from tests.models.official import Official, check
+from tests.tolerance import assert_close
+from vla.layers.groupmamba import ConvMlp, GroupedSS2D, GroupMambaBlock, GroupMambaMixer
+from vla.models.groupmamba import ClassBlock, Downsample, GroupMamba, Stem, checkpoint_filter_fn
+from vla.ops import cross_merge, cross_scan, use_backend
+from vla.ops.scan2d import DIRECTIONS
+
+INDEX = golden.index("groupmamba")
+KEYS = json.loads((golden.DATA / "groupmamba" / "keys.json").read_text())
+PARAMETERS = {"groupmamba_tiny": 23_361_917, "groupmamba_small": 34_781_555, "groupmamba_base": 57_150_838}
+BACKENDS = [pytest.param(None, id="default"), pytest.param("torch", id="torch")]
+DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]
+PARTS = ("op_ss2d.npz", "op_group_mamba_layer.npz", "op_block_ffn.npz", "op_stem_down.npz")
+
+
+def part(case: str) -> tuple[nn.Module, str, str]:
+    """Module of a case `name_c16_..._HxW`, and its prefixes in the released model and in this one."""
+    name, *options = case.split("_")
+    dim = int(options[0].lstrip("cd"))
+    block = ("block1.0.", "stages.0.blocks.0.")
+    if name.startswith("dir"):
+        mixer = GroupedSS2D(
+            dim,
+            directions=(DIRECTIONS[int(name.removeprefix("dir")) - 1],),
+            d_state=int(options[1].removeprefix("n")),
+            ssm_ratio=int(options[2].removeprefix("r")),
+        )
+        # The released keys know the group by its number; a single direction is the first group.
+        return mixer, block[0] + "attn.mamba_g1.", block[1] + "mixer.ssm."
+    if name == "layer":
+        return GroupMambaMixer(dim), block[0] + "attn.", block[1] + "mixer."
+    if name == "block":
+        return GroupMambaBlock(dim, mlp_ratio=int(options[1].removeprefix("r"))), *block
+    if name == "classblock":
+        norm_layer = LayerNorm2d
+        return ClassBlock(dim, int(options[1].removeprefix("r")), norm_layer), "post_network.0.", "class_block."
+    if name == "dwffn":
+        return ConvMlp(dim, int(options[1].removeprefix("h"))), block[0] + "mlp.", block[1] + "mlp."
+    if name == "stem":
+        return Stem(*(int(n) for n in options[:3])), "patch_embed1.", "stem."
+    assert name == "down"
+    return Downsample(dim, int(options[1])), "patch_embed2.", "stages.1.downsample."
+
+
+def single_tolerance(expected: torch.Tensor) -> float:
+    """Relative tolerance in float32: 1e-4 of the values and 1e-4 besides, for sums that nearly cancel."""
+    return 1e-4 + 1e-4 / max(expected.abs().max().item(), 1e-12)
+
+
+def to_map(x: torch.Tensor, case: str) -> torch.Tensor:
+    """Tokens (B, H * W, C) or a channels-last map -> (B, C, H, W)."""
+    if x.dim() == 3:
+        x = x.unflatten(1, [int(n) for n in case.rsplit("_", 1)[1].split("x")])
+    return x.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("file, case", [(file, case) for file in PARTS for case in INDEX[file]["cases"]])
+def test_part(file, case, dtype, backend):
+    info = INDEX[file]["cases"][case]
+    data = golden.load("groupmamba", file)
+    data = {key.removeprefix(case + "/"): value for key, value in data.items() if key.startswith(case + "/")}
+    module, released, native = part(case)
+    prefix = info["prefix"]
+
+    def filter_fn(state_dict):
+        renamed = {released + name.removeprefix(prefix): value for name, value in state_dict.items()}
+        renamed = checkpoint_filter_fn(renamed, SimpleNamespace(stages=[None] * 4))
+        return {name.removeprefix(native): value for name, value in renamed.items()}
+
+    shapes = {prefix + name: shape for name, shape in info["params"].items()}
+    official = Official(module.eval(), filter_fn, shapes, dtype)
+    x = data["x"].to(dtype).requires_grad_()
+    if case.startswith("classblock"):
+        # The first token alone is used and updated.
+        inputs, expected, upstream = x[:, :1, :, None].transpose(1, 2), data["out"][:, :1], data["gout"][:, :1]
+        data["grad/x"] = data["grad/x"] * (torch.arange(x.shape[1]) == 0)[:, None]
+    else:
+        inputs, expected, upstream = x, data["out"], data["gout"]
+        if not case.startswith(("stem", "down")):
+            inputs = to_map(x, case)
+    if case.startswith("dwffn"):
+        inputs = inputs.permute(0, 2, 3, 1)
+    with use_backend(backend):
+        out = official(inputs)
+        out = out if case.startswith("dwffn") else out.permute(0, 2, 3, 1)
+        out = out.reshape(expected.shape)
+        (out * upstream.to(dtype)).sum().backward()
+    tolerance = single_tolerance if dtype == torch.float32 else lambda expected: None
+    check("out", out, expected, tolerance(expected))
+    check("grad/x", x.grad, data["grad/x"], tolerance(data["grad/x"]))
+    gradients = official.gradients()
+    for key, value in data.items():
+        if key.startswith("grad/") and key != "grad/x":
+            check(key, gradients[prefix + key.removeprefix("grad/")], value, tolerance(value))
+
+
+@pytest.mark.parametrize("size", ["1x1", "1x5", "5x1", "3x5", "4x4", "7x2", "6x9"])
+@pytest.mark.parametrize("k", range(4))
+def test_scan_and_merge(size, k):
+    """Reading along a direction and putting back are each other's adjoint, on maps of any shape."""
+    data = golden.load("groupmamba", "op_scan_merge.npz")
+    case = f"{size}/dir{k + 1}/"
+    x = data[f"{size}/x"].requires_grad_()
+    scanned = cross_scan(x, [DIRECTIONS[k]])[:, 0]
+    assert torch.equal(scanned, data[case + "scanned"])
+    scanned.backward(data[f"{size}/gscan"])
+    assert torch.equal(x.grad, data[case + "grad_scan_true"])
+    y = scanned.detach().requires_grad_()
+    merged = cross_merge(y.unsqueeze(1), [DIRECTIONS[k]], *x.shape[2:]).flatten(2)
+    assert torch.equal(merged, y[..., data[case + "merge_index"].long()])
+    merged.backward(data[f"{size}/gmerge"])
+    assert torch.equal(y.grad, data[case + "grad_merge_true"])
+
+
+def build(config: dict) -> GroupMamba:
+    names = {"stem_hidden_dim": "stem_dim", "embed_dims": "dims", "distillation": "distilled"}
+    return GroupMamba(**{names.get(name, name): value for name, value in config.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("file", [file for file in INDEX if file.startswith("model_")])
+def test_classifier(file, dtype, backend):
+    case, data = INDEX[file], golden.load("groupmamba", file)
+    model = build(case["config"])
+    training = case["mode"].startswith("train")
+    model.train(training)
+    official = Official(model, lambda s: checkpoint_filter_fn(s, model), case["keys"], dtype)
+    features, modules = {}, {"cls": model.class_block, "prelogits": model.norm, "embed1": model.stem}
+    for i, stage in enumerate(model.stages, 1):
+        modules |= {f"blocks{i}": stage.blocks, f"norm{i}": stage.norm}
+        if i > 1:
+            modules[f"embed{i}"] = stage.downsample
+    for key, module in modules.items():
+        module.register_forward_hook(lambda _, __, out, key=key: features.update({f"feat/{key}": out}))
+    x = golden.image(*(case["input"][k] for k in ("batch", "height", "width"))).to(dtype).requires_grad_()
+    with use_backend(backend):
+        out = official(x)
+        outputs = dict(zip(("logits_head", "logits_dist"), out, strict=True)) if training else {"logits": out}
+        names = ("loss", "loss_dist")
+        loss = sum(
+            (y * torch.from_numpy(golden.fill_tensor(name, y.shape)).to(dtype)).sum()
+            for name, y in zip(names, outputs.values(), strict=False)
+        )
+        loss.backward()
+
+    def relative(key: str, allowed: float | None) -> float | None:
+        """In float32 four times the error that the released code makes in float32: sums are ordered otherwise."""
+        return None if dtype == torch.float64 else allowed or 4 * case["f32_maxdev"][key] / data[key].abs().max().item()
+
+    for key, y in outputs.items():
+        check(key, y, data[key], relative(key, None))
+    for key, expected in data.items():
+        if key.startswith("feat/"):
+            check(key, features[key].reshape(expected.shape), expected, relative(key, 1e-4))
+        elif key.startswith("buf/"):
+            check(key, official.weights[key.removeprefix("buf/")], expected, relative(key, 1e-5))
+        elif key.startswith("grad/"):
+            name = key.removeprefix("grad/")
+            check(key, x.grad if name == "x" else official.weights[name].grad, expected, relative(key, 1e-3))
+    gradients = official.gradients()
+    norms = torch.stack([gradients[name].norm() for name in case["param_names"]])
+    check("gradient norms", norms, data["gradnorm"], relative("gradnorm", 1e-3))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_released_keys(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    state_dict = {key: torch.empty(shape, device="meta") for key, shape in KEYS[name].items()}
+    native = checkpoint_filter_fn({"model": {}, "model_ema": state_dict, "epoch": 299}, model)
+    assert {k: v.shape for k, v in native.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    # Neither the order of the groups' keys nor a native state dict matters.
+    reverse = checkpoint_filter_fn(dict(reversed(state_dict.items())), model)
+    assert reverse.keys() == native.keys()
+    assert checkpoint_filter_fn(model.state_dict(), model).keys() == native.keys()
+
+
+def test_order_of_keys_is_free():
+    model = build(INDEX["model_sq64.npz"]["config"])
+    weights = golden.fill_state_dict(INDEX["model_sq64.npz"]["keys"])
+    native = checkpoint_filter_fn(weights, model)
+    for key, value in checkpoint_filter_fn(dict(reversed(weights.items())), model).items():
+        assert torch.equal(value, native[key]), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("file", [file for file in INDEX if file.startswith("full_")])
+def test_full_size(file, dtype):
+    case, data = INDEX[file], golden.load("groupmamba", file)
+    model = timm.create_model(case["variant"]).eval()
+    weights = golden.fill_state_dict(KEYS[case["variant"]])
+    model.load_state_dict(checkpoint_filter_fn(weights, model))
+    model.to(dtype)
+    with torch.no_grad():
+        features = model.forward_features(golden.image(1, 224, 224).to(dtype))
+        outputs = {"logits": model.forward_head(features), "prelogits": model.forward_head(features, pre_logits=True)}
+        model.train()
+        outputs["head"], outputs["dist_head"] = model.forward_head(features)
+    for key, y in outputs.items():
+        relative = None if dtype == torch.float64 else 4 * case["f32_maxdev"] / data[key].abs().max().item()
+        check(key, y, data[key], relative)
+
+
+def test_distilled_heads():
+    model = build(INDEX["model_sq64.npz"]["config"])
+    x = torch.randn(2, 3, 32, 32)
+    model.stem.eval()
+    logits, logits_dist = model(x)
+    assert not torch.equal(logits, logits_dist)
+    model.train(False)
+    assert_close("mean", model(x), (logits + logits_dist) / 2)
+    model.train()
+    model.set_distilled_training(False)
+    assert model(x).shape == (2, 10)
+    assert len(model.get_classifier()) == 2
+    model.reset_classifier(4)
+    model.set_distilled_training()
+    assert [y.shape for y in model(x)] == [(2, 4), (2, 4)]
+    single = GroupMamba(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), distilled=False, num_classes=3)
+    assert single(x).shape == (2, 3) and isinstance(single.get_classifier(), nn.Linear)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GroupMamba(num_classes=10)
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            assert (p == 0).all(), name
+        elif name.endswith("dt_proj_bias"):
+            dt = nn.functional.softplus(p)
+            assert dt.min() >= 9e-4 and dt.max() <= 0.11, name
+        elif name.endswith(("dt_proj_weight", "x_proj_weight")):
+            bound = p.shape[-1] ** -0.5
+            assert 0.8 * bound < p.abs().max() <= bound, name
+        elif name.endswith((".D", "skip_scale")) or "norm" in name and name.endswith("weight"):
+            assert (p == 1).all(), name
+        elif name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "conv" in name:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            fan_out = p[0, 0].numel() * module.out_channels // module.groups
+            assert p.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+def test_weight_decay_as_released():
+    """The released recipe decays 688 of the tiny model's tensors and spares 569, in the released layout."""
+    model = timm.create_model("groupmamba_tiny")
+    spared = model.no_weight_decay()
+    assert spared <= {name for name, _ in model.named_parameters()}
+    decayed = {
+        name: p for name, p in model.named_parameters() if not (p.ndim <= 1 or name.endswith(".bias") or name in spared)
+    }
+    released = {name: torch.zeros(shape) for name, shape in KEYS["groupmamba_tiny"].items()}
+    parameters = {name for name in released if not name.endswith(("running_mean", "running_var", "tracked"))}
+    expected = {name for name in parameters if released[name].ndim > 1 and not name.endswith(".bias")}
+    assert (len(expected), len(parameters) - len(expected)) == (688, 569)
+    assert sum(p.numel() for p in decayed.values()) == sum(released[name].numel() for name in expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 7, 5), (1, 12, 1, 1), (0, 16, 4, 4), (1, 8, 2, 9)])
+def test_plug_in_block(shape):
+    block = GroupMambaBlock(shape[1], mlp_ratio=2.5, drop_path=0.1, layer_scale=1.0, d_state=2, ssm_ratio=2.0)
+    x = torch.randn(shape)
+    y = block(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    block.eval()
+    assert_close("channels last", block(x.contiguous(memory_format=torch.channels_last)), block(x))
+    assert_close("script", torch.jit.script(block)(x), block(x))
+    assert GroupMambaBlock(shape[1], mlp_ratio=0)(x).shape == x.shape
+
+
+def test_groups_do_not_mix():
+    """Each quarter of the output depends on the same quarter of the input, along its direction only."""
+    mixer = GroupedSS2D(16).eval()
+    mixer.conv = nn.Identity()
+    x = torch.randn(1, 16, 3, 4, requires_grad=True)
+    for k, seen in enumerate(
+        # What the pixel in row 1, column 2 can see.
+        (
+            lambda row, column: (row, column) <= (1, 2),
+            lambda row, column: (column, row) <= (2, 1),
+            lambda row, column: (row, column) >= (1, 2),
+            lambda row, column: (column, row) >= (2, 1),
+        )
+    ):
+        (grad,) = torch.autograd.grad(mixer(x)[0, 4 * k : 4 * k + 4, 1, 2].abs().sum(), x)
+        visible = torch.tensor([[seen(row, column) for column in range(4)] for row in range(3)])
+        assert torch.equal(grad[0, 4 * k : 4 * k + 4].abs().sum(0) > 0, visible)
+        grad[0, 4 * k : 4 * k + 4] = 0
+        assert (grad == 0).all()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="dim is 18"):
+        GroupMambaBlock(18)
+    with pytest.raises(ValueError, match="dims, depths and mlp_ratios have 3, 4 and 4 entries"):
+        GroupMamba(dims=(16, 16, 16))
+    with pytest.raises(ValueError, match="global_pool is 'max'"):
+        GroupMamba(global_pool="max")
+    with pytest.raises(ValueError, match="global_pool is '' with 1000 classes"):
+        GroupMamba(global_pool="")
