@@ -1,7 +1,9 @@
 """The command line: `vla train`, `vla eval`, `vla predict`, `vla models`, `vla info`."""
 
-# isort: off  (each registers its commands, in the order of the help)
-from . import evaluate, models, predict, train  # noqa: F401
 from .app import app, main
+
+# Each registers its commands; the help keeps this order.
+# isort: off
+from . import train, evaluate, predict, models  # noqa: F401
 
 __all__ = ["app", "main"]

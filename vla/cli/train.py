@@ -63,9 +63,7 @@ def _resumed_config(folder: RunFolder, given: dict[str, Any]) -> TrainConfig:
     for name in changed:
         if name not in _RESUMABLE:
             was, now = getattr(config, name), given[name]
-            raise UserError(
-                f"resume: {name} was {was!r} in {folder.path}, not {now!r}; leave it out or start a new run"
-            )
+            raise UserError(f"resume: {name} is {was!r} in {folder.path}, not {now!r}; leave it out or start a new run")
     return dataclasses.replace(config, **{name: given[name] for name in changed})
 
 
