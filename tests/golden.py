@@ -52,9 +52,15 @@ def image(batch: int, height: int, width: int, channels: int = 3) -> torch.Tenso
 def load(family: str, name: str) -> dict[str, torch.Tensor]:
     """Arrays of the reference file `name` of a family, as stored (float32 or float64)."""
     with np.load(DATA / family / name) as data:
-        return {key: torch.from_numpy(data[key]) for key in data.files}
+        return {key: torch.from_numpy(data[key]) for key in data.files if data[key].dtype.kind != "U"}
 
 
 def index(family: str) -> dict:
     """Index of a family's reference files: configuration and official parameter shapes of each."""
     return json.loads((DATA / family / "index.json").read_text())
+
+
+def load_names(family: str, name: str, key: str) -> list[str]:
+    """Names that the reference file `name` of a family stores under `key`."""
+    with np.load(DATA / family / name) as data:
+        return [str(entry) for entry in data[key]]

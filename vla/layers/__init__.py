@@ -7,8 +7,10 @@ from .gspn_diffusion import GSPNAttention, GSPNGenerator
 from .linear_attention import LinearAttentionBlock, SequenceMixer
 from .mambavision import MambaVisionBlock, MambaVisionMixer
 from .ss2d import SS2D, VSSBlock
+from .vrwkv import ChannelMix, SpatialMix, SpatialMix6, TokenShift, VRWKVBlock
 
 __all__ = [
+    "ChannelMix",
     "GSPNAttention",
     "GSPNBlock",
     "GSPNGenerator",
@@ -22,5 +24,9 @@ __all__ = [
     "ResidualBlock",
     "SS2D",
     "SequenceMixer",
+    "SpatialMix",
+    "SpatialMix6",
+    "TokenShift",
+    "VRWKVBlock",
     "VSSBlock",
 ]

@@ -4,5 +4,6 @@ from .groupmamba import GroupMamba
 from .gspn import GSPN
 from .mambavision import MambaVision
 from .vmamba import VMamba
+from .vrwkv import VRWKV
 
-__all__ = ["GSPN", "GroupMamba", "MambaVision", "VMamba"]
+__all__ = ["GSPN", "GroupMamba", "MambaVision", "VMamba", "VRWKV"]
