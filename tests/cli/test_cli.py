@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vla.cli import app
-from vla.train import RunFolder
+from vla.train import RunFolder, TrainConfig
 
 DIGIT = Path(__file__).parents[2] / "examples" / "digit.png"
 
@@ -59,17 +60,8 @@ def small(pictures, tmp_path, *more):
 def test_help_shows_every_command_and_option():
     assert re.search(r"train.*eval.*predict.*models.*info", run("--help").stdout, re.DOTALL)
     text = run("train", "--help").stdout
-    for option in (
-        "--model",
-        "--drop-path",
-        "--model-kwargs",
-        "--layer-decay",
-        "--ema",
-        "--mixup",
-        "--amp",
-        "--resume",
-    ):
-        assert option in text
+    for field in fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
     for command in ("train", "eval", "predict", "models", "info"):
         assert "Examples:" in run(command, "--help").stdout
 
