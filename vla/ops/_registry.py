@@ -5,7 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -165,7 +165,8 @@ class Operator:
     def _forward(self, *args):
         device = self._check_devices(args)
         self.infer(*args)
-        return self._module(device).forward(*args)
+        with _full_precision(device):
+            return self._module(device).forward(*args)
 
     def _fake(self, *args):
         self._check_devices(args)
@@ -188,10 +189,11 @@ class Operator:
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         module = self._module(tensors[0].device)
-        if hasattr(module, "backward"):
-            results = module.backward(grads, *args)
-        else:
-            results = self._differentiate(module.forward, grads, args)
+        with _full_precision(tensors[0].device):
+            if hasattr(module, "backward"):
+                results = module.backward(grads, *args)
+            else:
+                results = self._differentiate(module.forward, grads, args)
         # An operator's schema has no optional results: an absent argument gets an empty gradient.
         return [
             tensors[0].new_empty(0) if tensor is None else _as_gradient(grad, tensor)
@@ -220,6 +222,13 @@ class Operator:
 @cache
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off: it would take the products inside a backend out of the float32 of its states."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
