@@ -20,7 +20,7 @@ from vla.models.vrwkv_mae import (
 from vla.ops import use_backend
 
 MODELS = golden.index("vrwkv")["models"]
-RENAMED = {"init_values": "layer_scale"}
+RENAMED = {"init_values": "layer_scale", "shift_pixel": "shift", "hidden_rate": "mlp_ratio"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,7 +29,6 @@ RENAMED = {"init_values": "layer_scale"}
 def test_reference_values(name, dtype, backend):
     case, data = MODELS[name], golden.load("vrwkv", name)
     config = {RENAMED.get(key, key): value for key, value in case["config"].items() if value is not None}
-    config["mlp_ratio"] = config.pop("hidden_rate")
     module = VRWKVMAE(**config).eval()
     check("initial position embedding", module.pos_embed.detach(), data["sincos_pos_embed"])
     check("initial decoder embedding", module.decoder_pos_embed.detach(), data["sincos_decoder_pos_embed"])
