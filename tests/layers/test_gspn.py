@@ -112,3 +112,17 @@ def test_aligned_block_commutes_with_symmetric_turns():
     x = torch.randn(1, 8, 4, 6, dtype=torch.float64)
     for turn in (lambda t: t.mT, lambda t: t.flip(-1), lambda t: t.flip(-2)):
         assert_close("turned", mixer(turn(x)), turn(mixer(x)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_precision(backend):
+    """Under autocast maps are bfloat16 and weights float32, states float32."""
+    torch.manual_seed(0)
+    block = GSPNBlock(16, chunk=2)
+    x = torch.randn(2, 16, 8, 6)
+    expected = block(x)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        actual = block(x)
+    actual.sum().backward()
+    assert_close("out", actual, expected, 2e-2)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())

@@ -22,15 +22,14 @@ def normalize_gates(left: Tensor, middle: Tensor, right: Tensor) -> tuple[Tensor
 
 def scan(v: Tensor, left: Tensor, middle: Tensor, right: Tensor, chunk: int) -> Tensor:
     """States (..., H, W) of the sweep along W with inputs `v`."""
-    width = v.shape[-1]
-    chunk = chunk or width
+    chunk = chunk or v.shape[-1]
     lines = []
-    for w in range(width):
-        line = v[..., w]
+    columns = zip(*(t.unbind(-1) for t in (v, left, middle, right)), strict=True)
+    for w, (line, left_w, middle_w, right_w) in enumerate(columns):
         if w % chunk != 0:
             above = F.pad(lines[-1][..., :-1], (1, 0))
             below = F.pad(lines[-1][..., 1:], (0, 1))
-            line = line + left[..., w] * above + middle[..., w] * lines[-1] + right[..., w] * below
+            line = line + left_w * above + middle_w * lines[-1] + right_w * below
         lines.append(line)
     return torch.stack(lines, dim=-1)
 
