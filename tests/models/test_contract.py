@@ -34,6 +34,9 @@ LARGE = {
     "vmamba_base_m2",
     "vmamba_base_s1l20",
     "vmamba_base_s2l15",
+    "vrwkv6_base",
+    "vrwkv_base",
+    "vrwkv_large",
 }
 IN_FULL = [pytest.param(name, marks=[pytest.mark.large] if name in LARGE else []) for name in NAMES]
 SHAPES = [pytest.param(name, "cpu", marks=[pytest.mark.large] if name in LARGE else []) for name in NAMES]

@@ -24,4 +24,11 @@ TOP1: dict[str, float] = {
     "groupmamba_tiny.dist_in1k": 83.3,
     "groupmamba_small.dist_in1k": 83.9,
     "groupmamba_base.dist_in1k": 84.5,
+    "vrwkv_tiny.in1k": 75.1,
+    "vrwkv_small.in1k": 80.1,
+    "vrwkv_base.in1k": 82.0,
+    "vrwkv_large.in22k_ft_in1k_384": 86.0,
+    "vrwkv6_tiny.in1k": 76.6,
+    "vrwkv6_small.in1k": 81.1,
+    "vrwkv6_base.in1k": 82.6,
 }

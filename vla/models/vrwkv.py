@@ -335,13 +335,13 @@ def _cfg(filename: str = "", **kwargs) -> dict:
     }
 
 
-def _untrained_cfg() -> dict:
-    return _cfg(license="mit", origin_url=None, paper_name=None, paper_ids=None)
+def _atto_cfg() -> dict:
+    return _cfg(pool_size=(28, 28), license="mit", origin_url=None, paper_name=None, paper_ids=None)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "vrwkv_atto.untrained": _untrained_cfg(),
+        "vrwkv_atto.untrained": _atto_cfg(),
         "vrwkv_tiny.in1k": _cfg("vrwkv_t_in1k_224.pth"),
         "vrwkv_small.in1k": _cfg("vrwkv_s_in1k_224.pth"),
         "vrwkv_base.in1k": _cfg("vrwkv_b_in1k_224.pth"),
@@ -351,7 +351,7 @@ default_cfgs = generate_default_cfgs(
         "vrwkv_large.in22k": _cfg(
             "vrwkv_l_in22k_192.pth", input_size=(3, 192, 192), pool_size=(12, 12), crop_pct=1.0, num_classes=21841
         ),
-        "vrwkv6_atto.untrained": _untrained_cfg(),
+        "vrwkv6_atto.untrained": _atto_cfg(),
         "vrwkv6_tiny.in1k": _cfg("vrwkv6_t_in1k_224.pth"),
         "vrwkv6_small.in1k": _cfg("vrwkv6_s_in1k_224.pth"),
         "vrwkv6_base.in1k": _cfg("vrwkv6_b_in1k_224.pth"),
