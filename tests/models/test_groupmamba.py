@@ -13,8 +13,10 @@ import vla  # noqa: F401
 from tests import golden
 from tests.models.official import Official, check
 from tests.tolerance import assert_close
+from vla.layers.block import DEFAULT_NORM
+from vla.layers.downsample import ConvDownsample
 from vla.layers.groupmamba import ConvMlp, GroupedSS2D, GroupMambaBlock, GroupMambaMixer
-from vla.models.groupmamba import ClassBlock, Downsample, GroupMamba, Stem, checkpoint_filter_fn
+from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn
 from vla.ops import cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
 
@@ -52,7 +54,7 @@ def part(case: str) -> tuple[nn.Module, str, str]:
     if name == "stem":
         return Stem(*(int(n) for n in options[:3])), "patch_embed1.", "stem."
     assert name == "down"
-    return Downsample(dim, int(options[1])), "patch_embed2.", "stages.1.downsample."
+    return ConvDownsample(dim, int(options[1]), DEFAULT_NORM, 3), "patch_embed2.", "stages.1.downsample."
 
 
 def single_tolerance(expected: torch.Tensor) -> float:

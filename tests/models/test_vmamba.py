@@ -12,7 +12,8 @@ import vla  # noqa: F401
 from tests import golden
 from tests.models.official import Official
 from tests.tolerance import assert_close
-from vla.models.vmamba import PatchMerging, VMamba, checkpoint_filter_fn, parse_forward_type
+from vla.layers.downsample import PatchMerging
+from vla.models.vmamba import VMamba, checkpoint_filter_fn, parse_forward_type
 from vla.ops import use_backend
 
 INDEX = golden.index("vmamba")

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # timm's LayerNorm2d has eps 1e-6; the families' LayerNorms are PyTorch's, with 1e-5.
 DEFAULT_NORM = partial(LayerNorm2d, eps=1e-5)
+# Norms by the names that released configurations have for them.
+NORMS = {"ln": DEFAULT_NORM, "ln2d": DEFAULT_NORM, "bn": nn.BatchNorm2d}
 
 
 class ResidualBlock(nn.Module):

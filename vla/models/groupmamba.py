@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
+from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
 from ._checkpoint import unwrap
+from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
 
@@ -47,43 +48,6 @@ class Stem(nn.Module):
         return self.norm4(self.conv4(x))
 
 
-class Downsample(nn.Module):
-    """Strided convolution and norm, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2)."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = DEFAULT_NORM(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class GroupMambaStage(nn.Module):
-    """Downsampling, blocks and norm of one resolution, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2).
-
-    Args:
-        downsample: From the last stage's map to this one's.
-        blocks: Blocks (B, C, H, W) -> same.
-        norm: Norm of the output.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
-
-
 class ClassBlock(nn.Module):
     """Block for the class token alone, which is the mean of all pixels: (B, C, 1, 1) to the same.
 
@@ -102,7 +66,7 @@ class ClassBlock(nn.Module):
         return x + self.mlp(self.norm2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class GroupMamba(nn.Module):
+class GroupMamba(HierarchicalBackbone):
     """GroupMamba backbone and classifier, for images of any size.
 
     Features are the stages' outputs, normalised but for the last one, whose norm acts behind the class block.
@@ -139,19 +103,14 @@ class GroupMamba(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        super().__init__()
         if not len(dims) == len(depths) == len(mlp_ratios):
             raise ValueError(
                 f"GroupMamba: dims, depths and mlp_ratios have {len(dims)}, {len(depths)} and {len(mlp_ratios)} "
                 "entries, expected one for each stage"
             )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
+        super().__init__(in_chans, num_classes, dims, 4, drop_rate)
         self.distilled = distilled
         self.distilled_training = distilled
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
         norm_layer = partial(LayerNorm2d, eps=norm_eps)
 
         self.stem = Stem(in_chans, stem_dim, dims[0])
@@ -159,14 +118,15 @@ class GroupMamba(nn.Module):
         last = len(dims) - 1
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             self.stages.append(
-                GroupMambaStage(
-                    Downsample(dims[i - 1], dims[i]) if i > 0 else nn.Identity(),
+                Stage(
+                    ConvDownsample(dims[i - 1], dims[i], DEFAULT_NORM, kernel_size=3) if i > 0 else nn.Identity(),
                     [GroupMambaBlock(dims[i], mlp_ratios[i], rate, norm_layer=norm_layer) for rate in rates],
-                    norm_layer(dims[i]) if i < last else nn.Identity(),
+                    norm_layer(dims[i]) if i < last else None,
                 )
             )
-            self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}"))
 
+        # The trunk goes on with the normalised maps, so that there is nothing left for norms beside it.
+        self.norms = nn.ModuleList([nn.Identity() for _ in dims])
         self.class_block = ClassBlock(dims[-1], mlp_ratios[-1], norm_layer)
         self.norm = norm_layer(dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
@@ -188,25 +148,6 @@ class GroupMamba(nn.Module):
         # bias decay like every matrix.
         stacked = (".D", ".out_norm.weight", ".out_norm.bias")
         return {name for name, _ in self.named_parameters() if name.endswith(stacked)}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99999,)),
-                (r"^class_block|^norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -234,40 +175,6 @@ class GroupMamba(nn.Module):
         self.head = classifier()
         self.head_dist = classifier() if self.distilled else None
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the backbone and collects the stages' outputs.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: The last n stages if an int, all if None, else the stages listed.
-            norm: No effect: stages end with their norm, and the last one has none for maps.
-            stop_early: Stop after the last stage that is wanted.
-            output_fmt: `'NCHW'`.
-            intermediates_only: Return the collected outputs alone.
-
-        Returns:
-            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
     def prune_intermediate_layers(
         self,
         indices: int | list[int] = 1,
@@ -275,19 +182,12 @@ class GroupMamba(nn.Module):
         prune_head: bool = True,
     ) -> list[int]:
         """Removes the layers that the wanted stages don't need."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
+        stages = len(self.stages)
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head or len(self.stages) < stages:
             self.class_block = nn.Identity()
             self.norm = nn.Identity()
-            self.reset_classifier(0, "")
         return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         if self.global_pool == "":

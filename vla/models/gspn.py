@@ -6,17 +6,16 @@ Official code, weights not released: https://github.com/NVlabs/GSPN
 
 import re
 
-import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers.block import NORMS
+from ..layers.downsample import DOWNSAMPLES, STEMS
 from ..layers.gspn import GSPNBlock, rename_released_scan
 from . import vmamba
-from .vmamba import DOWNSAMPLES, NORMS, STEMS, VMambaStage
+from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GSPN"]
 
@@ -26,7 +25,7 @@ def is_global(stage: int, block: int, global_stages: tuple[int, ...]) -> bool:
     return stage in global_stages and (block < 7 or (block + 1) % 7 == 0)
 
 
-class GSPN(nn.Module):
+class GSPN(HierarchicalBackbone):
     """GSPN backbone and classifier, for images of any size.
 
     Stem, downsampling and head are VMamba's. Names and meaning of the arguments `ssm_*`, `mlp_*`, `*_version` and the
@@ -98,7 +97,6 @@ class GSPN(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        super().__init__()
         for name, value, known in (
             ("norm_layer", norm_layer.lower(), NORMS),
             ("downsample_version", downsample_version, DOWNSAMPLES),
@@ -113,21 +111,13 @@ class GSPN(nn.Module):
                 raise ValueError(f"GSPN: {name} has {len(value)} entries, expected {len(depths)} like depths")
         norm_layer = NORMS[norm_layer.lower()]
 
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
-
+        reduction = (patch_size // 2) ** 2 if patchembed_version == "v2" else patch_size
+        super().__init__(in_chans, num_classes, dims, reduction, drop_rate)
         self.stem = STEMS[patchembed_version](in_chans, dims[0], patch_size, norm_layer if patch_norm else nn.Identity)
         if posembed:
-            height, width = (size // patch_size for size in to_2tuple(img_size))
-            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], height, width))
-            trunc_normal_(self.pos_embed, std=0.02)
-        else:
-            self.pos_embed = None
+            height, width = to_2tuple(img_size)
+            self.add_pos_embed(dims[0], (height // patch_size, width // patch_size))
 
-        reduction = (patch_size // 2) ** 2 if patchembed_version == "v2" else patch_size
         self.stages = nn.Sequential()
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             if i == 0:
@@ -154,8 +144,7 @@ class GSPN(nn.Module):
                 )
                 for j, rate in enumerate(rates)
             ]
-            self.stages.append(VMambaStage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dims[i], reduction=reduction * 2**i, module=f"stages.{i}"))
+            self.stages.append(Stage(downsample, blocks))
 
         self.norms = nn.ModuleList([nn.Identity() for _ in dims[:-1]] + [norm_layer(dims[-1])])
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
@@ -166,111 +155,6 @@ class GSPN(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set() if self.pos_embed is None else {"pos_embed"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stem|pos_embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norms", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the backbone and collects the stages' outputs.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: The last n stages if an int, all if None, else the stages listed.
-            norm: Normalise the last stage's output; the others have no norm.
-            stop_early: Stop after the last stage that is wanted.
-            output_fmt: `'NCHW'`.
-            intermediates_only: Return the collected outputs alone.
-
-        Returns:
-            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stop = max_index + 1 if stop_early else len(self.stages)
-        x = self.forward_stem(x)
-        normed = x
-        for i, (stage, stage_norm) in enumerate(zip(self.stages[:stop], self.norms[:stop], strict=True)):
-            x = stage(x)
-            normed = stage_norm(x)
-            if i in take_indices:
-                intermediates.append(normed if norm else x)
-        if intermediates_only:
-            return intermediates
-        return normed, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Removes the layers that the wanted stages don't need."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.norms = self.norms[: max_index + 1]
-        if prune_norm:
-            self.norms = nn.ModuleList([nn.Identity() for _ in self.norms])
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """Patch embedding and position embedding, (B, in_chans, H, W) -> (B, C, ~H / patch_size, ...)."""
-        x = self.stem(x)
-        if self.pos_embed is not None:
-            x = x + F.interpolate(self.pos_embed, x.shape[2:], mode="bicubic")
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.forward_stem(x)
-        x = self.stages(x)
-        return self.norms[-1](x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
@@ -296,7 +180,7 @@ def _cfg(url: str = "", **kwargs) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
         "classifier": "head.fc",
-        "license": "other",
+        "license": "nvidia-noncommercial",
         "origin_url": "https://github.com/NVlabs/GSPN",
         "paper_name": "Parallel Sequence Modeling via Generalized Spatial Propagation Network",
         "paper_ids": "arXiv:2501.12381",

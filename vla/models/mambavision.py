@@ -17,12 +17,12 @@ from timm.layers import (
     get_norm_layer,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.mambavision import MambaVisionBlock, window_partition, window_reverse
 from ._checkpoint import unwrap
+from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["MambaVision"]
 
@@ -63,7 +63,7 @@ class ConvBlock(nn.Module):
         return x + self.drop_path(self.ls(self.norm2(self.conv2(y))))
 
 
-class MambaVisionStage(nn.Module):
+class MambaVisionStage(Stage):
     """Downsampling and blocks of one resolution, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2).
 
     Args:
@@ -75,30 +75,25 @@ class MambaVisionStage(nn.Module):
     """
 
     def __init__(self, in_dim: int, dim: int, blocks: list[nn.Module], window_size: int | None = None):
-        super().__init__()
-        self.window_size = window_size
-        self.grad_checkpointing = False
         if in_dim == dim:
-            self.downsample = nn.Identity()
+            downsample = nn.Identity()
         else:
-            self.downsample = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False)
-        self.blocks = nn.Sequential(*blocks)
+            downsample = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False)
+        super().__init__(downsample, blocks)
+        self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         height, width = x.shape[2], x.shape[3]
         if self.window_size is not None:
             x = window_partition(x, self.window_size)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = self.run_blocks(x)
         if self.window_size is not None:
             x = window_reverse(x, height, width)
         return x
 
 
-class MambaVision(nn.Module):
+class MambaVision(HierarchicalBackbone):
     """MambaVision backbone and classifier, for images of any size.
 
     Args:
@@ -155,7 +150,6 @@ class MambaVision(nn.Module):
         out_norm: tuple[int, ...] = (),
         out_norm_layer: str = "layernorm2d",
     ):
-        super().__init__()
         for name, value in (
             ("dims", dims),
             ("depths", depths),
@@ -170,12 +164,7 @@ class MambaVision(nn.Module):
             raise ValueError(
                 f"MambaVision: out_norm_layer is {out_norm_layer!r}, expected 'layernorm2d' or 'batchnorm2d'"
             )
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
-
+        super().__init__(in_chans, num_classes, dims, 4, drop_rate)
         self.stem = Stem(in_chans, stem_dim, dims[0])
         self.stages = nn.Sequential()
         in_dim = dims[0]
@@ -200,7 +189,6 @@ class MambaVision(nn.Module):
                     for j, rate in enumerate(rates)
                 ]
             self.stages.append(MambaVisionStage(in_dim, dims[i], blocks, window_size[i] if i >= 2 else None))
-            self.feature_info.append(dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}"))
             in_dim = dims[i]
 
         if out_norm:
@@ -216,105 +204,6 @@ class MambaVision(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        # The released recipe decays A_log like any other matrix.
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norms", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the backbone and collects the stages' outputs.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: The last n stages if an int, all if None, else the stages listed.
-            norm: Normalise the outputs, each by its stage's norm: the last one only, unless the model has `out_norm`.
-            stop_early: Stop after the last stage that is wanted.
-            output_fmt: `'NCHW'`.
-            intermediates_only: Return the collected outputs alone.
-
-        Returns:
-            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stop = max_index + 1 if stop_early else len(self.stages)
-        x = self.stem(x)
-        normed = x
-        for i, (stage, stage_norm) in enumerate(zip(self.stages[:stop], self.norms[:stop], strict=True)):
-            x = stage(x)
-            normed = stage_norm(x)
-            if i in take_indices:
-                intermediates.append(normed if norm else x)
-        if intermediates_only:
-            return intermediates
-        return normed, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Removes the layers that the wanted stages don't need."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.norms = self.norms[: max_index + 1]
-        if prune_norm:
-            self.norms = nn.ModuleList([nn.Identity() for _ in self.norms])
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.stages(x)
-        return self.norms[-1](x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
 
 
 _RENAMES = (

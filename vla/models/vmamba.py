@@ -5,23 +5,21 @@ Released weights: https://github.com/MzeroMiko/VMamba
 """
 
 import re
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers.block import DEFAULT_NORM
+from ..layers.block import NORMS
+from ..layers.downsample import DOWNSAMPLES, STEMS
 from ..layers.ss2d import VSSBlock
 from ._checkpoint import unwrap
+from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["VMamba", "parse_forward_type"]
-
-NORMS = {"ln": DEFAULT_NORM, "ln2d": DEFAULT_NORM, "bn": nn.BatchNorm2d}
 
 # Stems of the released forward types: one scan each. What else told them apart were kernels, not results.
 _SCANS = {
@@ -78,99 +76,7 @@ def parse_forward_type(forward_type: str) -> dict:
     )
 
 
-class PatchStem(nn.Module):
-    """Patch embedding by one convolution, (B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm_layer: type[nn.Module]):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm1 = norm_layer(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm1(self.conv1(x))
-
-
-class ConvStem(nn.Module):
-    """Patch embedding by two convolutions with kernel `stride + 1`, (B, in_chans, H, W) -> (B, dim, ~H / stride^2, ..).
-
-    Each has the stride `patch_size // 2`, so that only for `patch_size` 4 the total stride is `patch_size`.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, norm_layer: type[nn.Module]):
-        super().__init__()
-        stride = patch_size // 2
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, stride + 1, stride=stride, padding=1)
-        self.norm1 = norm_layer(dim // 2)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, stride + 1, stride=stride, padding=1)
-        self.norm2 = norm_layer(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x)))
-        return self.norm2(self.conv2(x))
-
-
-class PatchMerging(nn.Module):
-    """2x2 pixels side by side in the channels, normed and projected: (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2).
-
-    Odd maps are padded with zeros at the bottom and at the right, before the norm.
-    """
-
-    def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module]):
-        super().__init__()
-        self.norm = norm_layer(4 * dim)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        x = torch.cat([x[:, :, 0::2, 0::2], x[:, :, 1::2, 0::2], x[:, :, 0::2, 1::2], x[:, :, 1::2, 1::2]], dim=1)
-        return self.reduction(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvDownsample(nn.Module):
-    """Strided convolution and norm, (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2)."""
-
-    def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module], kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=kernel_size // 2 if kernel_size % 2 else 0)
-        self.norm = norm_layer(out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-STEMS = {"v1": PatchStem, "v2": ConvStem}
-DOWNSAMPLES = {
-    "v1": PatchMerging,
-    "v2": partial(ConvDownsample, kernel_size=2),
-    "v3": partial(ConvDownsample, kernel_size=3),
-}
-
-
-class VMambaStage(nn.Module):
-    """Downsampling and blocks of one resolution.
-
-    Args:
-        downsample: Module from the previous stage's output to (B, C, H, W).
-        blocks: Blocks (B, C, H, W) -> same.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class VMamba(nn.Module):
+class VMamba(HierarchicalBackbone):
     """VMamba backbone and classifier, for images of any size.
 
     Names and meaning of the arguments `ssm_*`, `mlp_*`, `*_version` and the like are those of the released
@@ -243,7 +149,6 @@ class VMamba(nn.Module):
         drop_path_rate: float = 0.0,
         out_norm: tuple[int, ...] = (),
     ):
-        super().__init__()
         for name, value, known in (
             ("norm_layer", norm_layer.lower(), NORMS),
             ("downsample_version", downsample_version, DOWNSAMPLES),
@@ -269,21 +174,13 @@ class VMamba(nn.Module):
         mixer_args |= parse_forward_type(forward_type)
         ssm_act_layer = mixer_args.pop("act_layer")
 
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = []
-
+        reduction = (patch_size // 2) ** 2 if patchembed_version == "v2" else patch_size
+        super().__init__(in_chans, num_classes, dims, reduction, drop_rate)
         self.stem = STEMS[patchembed_version](in_chans, dims[0], patch_size, norm_layer if patch_norm else nn.Identity)
         if posembed:
-            height, width = (size // patch_size for size in to_2tuple(img_size))
-            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], height, width))
-            trunc_normal_(self.pos_embed, std=0.02)
-        else:
-            self.pos_embed = None
+            height, width = to_2tuple(img_size)
+            self.add_pos_embed(dims[0], (height // patch_size, width // patch_size))
 
-        reduction = (patch_size // 2) ** 2 if patchembed_version == "v2" else patch_size
         self.stages = nn.Sequential()
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             if i == 0:
@@ -304,8 +201,7 @@ class VMamba(nn.Module):
                 )
                 for rate in rates
             ]
-            self.stages.append(VMambaStage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dims[i], reduction=reduction * 2**i, module=f"stages.{i}"))
+            self.stages.append(Stage(downsample, blocks))
 
         normed_stages = out_norm or (len(dims) - 1,)
         self.norms = nn.ModuleList([norm_layer(d) if i in normed_stages else nn.Identity() for i, d in enumerate(dims)])
@@ -322,107 +218,6 @@ class VMamba(nn.Module):
     def no_weight_decay(self) -> set[str]:
         # As released: the skip weights D are exempt like every vector, while A_log decays like every matrix.
         return {name for name, _ in self.named_parameters() if name == "pos_embed" or name.endswith(".D")}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        return dict(
-            stem=r"^stem|pos_embed",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norms", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the backbone and collects the stages' outputs.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: The last n stages if an int, all if None, else the stages listed.
-            norm: Normalise the outputs, each by its stage's norm: the last one only, unless the model has `out_norm`.
-            stop_early: Stop after the last stage that is wanted.
-            output_fmt: `'NCHW'`.
-            intermediates_only: Return the collected outputs alone.
-
-        Returns:
-            Outputs of the stages as (B, C, H, W); without `intermediates_only` the pair of final features and outputs.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stop = max_index + 1 if stop_early else len(self.stages)
-        x = self.forward_stem(x)
-        normed = x
-        for i, (stage, stage_norm) in enumerate(zip(self.stages[:stop], self.norms[:stop], strict=True)):
-            x = stage(x)
-            normed = stage_norm(x)
-            if i in take_indices:
-                intermediates.append(normed if norm else x)
-        if intermediates_only:
-            return intermediates
-        return normed, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Removes the layers that the wanted stages don't need."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.norms = self.norms[: max_index + 1]
-        if prune_norm:
-            self.norms = nn.ModuleList([nn.Identity() for _ in self.norms])
-        if prune_end:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """Patch embedding and position embedding, (B, in_chans, H, W) -> (B, C, ~H / patch_size, ...)."""
-        x = self.stem(x)
-        if self.pos_embed is not None:
-            x = x + F.interpolate(self.pos_embed, x.shape[2:], mode="bicubic")
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.forward_stem(x)
-        x = self.stages(x)
-        return self.norms[-1](x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
 
 
 _RENAMES = (

@@ -1,0 +1,78 @@
+"""Patch embeddings and downsampling of hierarchical backbones, (B, C, H, W) in and out."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchStem(nn.Module):
+    """Patch embedding by one convolution, (B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm_layer: type[nn.Module]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm1 = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm1(self.conv1(x))
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by two convolutions with kernel `stride + 1`, (B, in_chans, H, W) -> (B, dim, ~H / stride^2, ..).
+
+    Each has the stride `patch_size // 2`, so that only for `patch_size` 4 the total stride is `patch_size`.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm_layer: type[nn.Module]):
+        super().__init__()
+        stride = patch_size // 2
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, stride + 1, stride=stride, padding=1)
+        self.norm1 = norm_layer(dim // 2)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, stride + 1, stride=stride, padding=1)
+        self.norm2 = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchMerging(nn.Module):
+    """2x2 pixels side by side in the channels, normed and projected: (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2).
+
+    Odd maps are padded with zeros at the bottom and at the right, before the norm.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module]):
+        super().__init__()
+        self.norm = norm_layer(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        x = torch.cat([x[:, :, 0::2, 0::2], x[:, :, 1::2, 0::2], x[:, :, 0::2, 1::2], x[:, :, 1::2, 1::2]], dim=1)
+        return self.reduction(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvDownsample(nn.Module):
+    """Strided convolution and norm, (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2)."""
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module], kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=kernel_size // 2 if kernel_size % 2 else 0)
+        self.norm = norm_layer(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+STEMS = {"v1": PatchStem, "v2": ConvStem}
+DOWNSAMPLES = {
+    "v1": PatchMerging,
+    "v2": partial(ConvDownsample, kernel_size=2),
+    "v3": partial(ConvDownsample, kernel_size=3),
+}
