@@ -9,12 +9,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from vla.cli import app
-from vla.train import RunFolder, TrainConfig
+from vla.cli.evaluate import _match_classes
+from vla.data import open_pictures
+from vla.train import RunFolder, TrainConfig, open_model
 
 DIGIT = Path(__file__).parents[2] / "examples" / "digit.png"
 
@@ -83,6 +86,33 @@ def test_eval_agrees_with_training(trained, tmp_path):
         assert measured["top1"] == row["val_top1"] and measured["count"] == 360
         assert measured["loss"] == pytest.approx(row["val_loss"], rel=1e-4)
         assert f"{row['val_top1']:.2f} %" in result.stdout
+
+
+def test_eval_numbers_classes_by_name(pictures, tmp_path):
+    """A set that lacks classes of the model is judged by their names, not by their order."""
+    run(*small(pictures, tmp_path, "--epochs", 20, "--lr", 3e-3, "--no-augment"))
+    (tmp_path / "part").mkdir()
+    shutil.copytree(pictures / "val/light", tmp_path / "part/val/light")
+    for data, count in ((pictures, 4), (tmp_path / "part", 2)):
+        run("eval", "--model", tmp_path / "run", "--data", data, "--out", tmp_path / "result.json", "--device", "cpu")
+        measured = json.loads((tmp_path / "result.json").read_text())
+        assert (measured["top1"], measured["count"]) == (100.0, count)
+    (tmp_path / "part/val/light").rename(tmp_path / "part/val/bright")
+    told = complaint("eval", "--model", tmp_path / "run", "--data", tmp_path / "part", "--device", "cpu")
+    assert "has classes that the model has not: bright" in told
+
+
+def test_imagenet_folders_are_numbered_by_their_names(tmp_path):
+    for name in ("n01440764", "n15075141"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "val" / name / "0.png")
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "c.pth")
+    options = ["--checkpoint", tmp_path / "c.pth", "--data", tmp_path, "--out", tmp_path / "result.json"]
+    run("eval", "--model", "test_vit", *options, "--device", "cpu")
+    assert json.loads((tmp_path / "result.json").read_text())["count"] == 2
+    spec = open_model("test_vit", str(tmp_path / "c.pth"))[1]
+    matched = _match_classes(open_pictures(str(tmp_path), "validation"), spec, "")
+    assert [matched[i][1] for i in range(2)] == [0, 999]
 
 
 def test_predict_names_the_digit(trained, tmp_path):

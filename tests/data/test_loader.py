@@ -1,12 +1,15 @@
 """What a loader gives depends on seed, epoch and position only: not on workers, processes or where it was entered."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
 
-from vla.data import Normalize, TrainLoader, eval_loader
+from vla.data import Normalize, TrainLoader, eval_loader, open_pictures
+from vla.data.loader import TrainPictures
 from vla.data.sources import Pictures
 from vla.errors import UserError
 
@@ -110,6 +113,19 @@ def test_evaluation_reads_each_picture_once(workers):
     images, labels, broken = (torch.cat(p) for p in zip(*(b for loader in parts for b in loader), strict=True))
     assert images[labels >= 0][:, 0, 0, 0].sort().values.tolist() == [i for i in range(11) if i != 4]
     assert broken[labels < 0].tolist() == [4]
+
+
+def test_loaders_can_be_sent_to_new_processes(tmp_path):
+    """Where processes are spawned and not forked, everything a worker needs is pickled."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    for data in ("digits", str(tmp_path)):
+        for split, transform in (("train", AUGMENT), ("validation", PLAIN)):
+            pictures = open_pictures(data, split)
+            again = pickle.loads(pickle.dumps(TrainPictures(pictures, transform, 0)))
+            assert torch.equal(again[1, 0][0], TrainPictures(pictures, transform, 0)[1, 0][0])
 
 
 def test_normalize():

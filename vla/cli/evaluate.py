@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ..data import Normalize, open_pictures
+from ..data import Normalize, Pictures, PictureStream, open_pictures
+from ..data.sources import Relabelled
 from ..errors import UserError
-from ..train import RunFolder, TrainConfig, open_model
+from ..train import ModelSpec, RunFolder, TrainConfig, open_model
 from ..train.config import parse_pairs
 from ..train.evaluate import evaluate, make_eval_loader
 from ..train.run import atomic_file
 from ..train.runtime import Runtime
+from ..train.weights import imagenet_classes
 from .app import app, examples, out
 from .progress import progress_bar
 from .train import report_unreadable
@@ -60,9 +62,7 @@ def eval_command(
     given = {"root": data_root, "split_name": split, "options": parse_pairs("data_kwargs", data_kwargs or [])}
     source, options = _data_options(model, data, given)
     pictures = open_pictures(source, "validation", mode=spec.mode, download=download, batch_size=batch_size, **options)
-    if spec.classes is not None and pictures.classes is not None and len(pictures.classes) > len(spec.classes):
-        raise UserError(f"data: {source} has {len(pictures.classes)} classes, the model has {len(spec.classes)}")
-
+    pictures = _match_classes(pictures, spec, source)
     loader = make_eval_loader(pictures, spec, batch_size, workers, runtime)
     network = runtime.place(network)
     normalize = Normalize(spec.mean, spec.std).to(runtime.device)
@@ -83,6 +83,21 @@ def eval_command(
     table.add_row("pictures", f"{accuracy.count:,} at {spec.input_size[-1]} px")
     out.print(table)
     report_unreadable(accuracy.unreadable)
+
+
+def _match_classes(pictures: Pictures | PictureStream, spec: ModelSpec, source: str) -> Pictures | PictureStream:
+    """Number the classes as the model does, by their names, so that a set may lack some of them."""
+    ours, theirs = spec.classes, pictures.classes
+    if ours is None or theirs is None or ours == theirs or isinstance(pictures, PictureStream):
+        return pictures
+    imagenet = ours == imagenet_classes(len(ours))
+    for names in (ours, imagenet_classes(len(ours), words=False) if imagenet else None):
+        if names is not None and set(theirs) <= set(names):
+            return Relabelled(pictures, names)
+    if imagenet and len(theirs) == len(ours):
+        return pictures
+    unknown = [name for name in theirs if name not in ours]
+    raise UserError(f"data: {source} has classes that the model has not: {', '.join(unknown[:5])}")
 
 
 def _data_options(model: str, data: str | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:

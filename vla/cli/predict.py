@@ -78,7 +78,6 @@ def _classify(
 def _write(picture: Image.Image, best: list[tuple[str, float]], path: Path) -> None:
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"out: {path} has no picture format; wanted a name such as {path.stem}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         annotate(picture, best).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
     out.print(f"wrote {path}", highlight=False)

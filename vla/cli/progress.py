@@ -58,13 +58,14 @@ class ProgressReporter(Reporter):
         self._looked = 0.0
 
     def __enter__(self) -> "ProgressReporter":
-        self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
 
     def begin(self, trainer: Trainer) -> None:
+        # Started here, since of several processes only the main one gets as far as to report.
+        self.progress.start()
         self.trainer = trainer
         config, runtime = trainer.config, trainer.runtime
         parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -72,7 +73,7 @@ class ProgressReporter(Reporter):
         err.print(
             f"[bold]{config.model}[/bold] {parameters / 1e6:.2f} M parameters, {trainer.spec.input_size[-1]} px, on "
             f"{config.data}: {len(trainer.train_pictures):,} pictures to train on, {len(trainer.val_pictures):,} to "
-            f"validate, {len(trainer.train_pictures.classes or ()) or trainer.model.num_classes} classes; "
+            f"validate, {'no labels' if trainer.num_classes is None else f'{trainer.num_classes} classes'}; "
             f"{config.epochs} epochs on {runtime.device}{processes}",
             highlight=False,
         )
@@ -90,8 +91,9 @@ class ProgressReporter(Reporter):
         self.progress.update(self.task, description=description, loss=loss.item())
 
     def epoch(self, row: dict[str, Any]) -> None:
+        accuracy = f"top-1 {row['val_top1']:.2f} %  " if "val_top1" in row else ""
         err.print(
             f"epoch {row['epoch']:>3}/{self.trainer.config.epochs}  loss {row['train_loss']:.4f}  validation loss "
-            f"{row['val_loss']:.4f}  top-1 {row['val_top1']:.2f} %  {row['images_per_second']:,.0f} img/s",
+            f"{row['val_loss']:.4f}  {accuracy}{row['images_per_second']:,.0f} img/s",
             highlight=False,
         )

@@ -82,8 +82,9 @@ def _summarise(folder: RunFolder, reporter: ProgressReporter) -> None:
     row = trainer.history[-1]
     seconds = sum(epoch["seconds"] for epoch in trainer.history)
     table = Table(title=f"{trainer.config.model} on {trainer.config.data}", show_header=False)
-    table.add_row("validation top-1", f"[bold]{row['val_top1']:.2f} %[/bold] of {row['val_count']:,} pictures")
-    table.add_row("validation top-5", f"{row['val_top5']:.2f} %")
+    if "val_top1" in row:
+        table.add_row("validation top-1", f"[bold]{row['val_top1']:.2f} %[/bold] of {row['val_count']:,} pictures")
+        table.add_row("validation top-5", f"{row['val_top5']:.2f} %")
     table.add_row("validation loss", f"{row['val_loss']:.4f}")
     table.add_row("epochs, updates", f"{row['epoch']}, {row['step']:,}")
     table.add_row("training time", f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.1f} s")
@@ -149,6 +150,9 @@ app.command(
         "vla train -m vmamba_tiny_s1l8 -d imagenet/ --epochs 300 --batch-size 128 --amp bf16 --workers 8 --ema 0.9999",
         "vla train -m vmamba_tiny_s1l8 --pretrained -d pets/ --epochs 20 --lr 1e-4 --layer-decay 0.8",
         "vla train -m vmamba_atto -d hfds/uoft-cs/cifar10 --val-split test --data-kwargs input_key=img",
+        "vla train -m groupmamba_atto -d digits --teacher runs/vmamba_atto-digits",
+        "vla train -m mae_vrwkv_atto -d digits --out runs/mae",
+        "vla train -m vrwkv_atto -d digits --checkpoint runs/mae",
         "vla train --out runs/vmamba_atto-digits --resume",
     ),
 )(_with_config_options(train_command))

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     ORDER = 1
     AUGMENT = 2
     STEP = 3
+    VALIDATION = 4
 
 
 def seed_all(seed: int, stream: Stream, *position: int, device: torch.device | None = None) -> None:

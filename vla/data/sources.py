@@ -69,6 +69,25 @@ class Subset(Pictures):
         return self.source.name(int(self.indices[index]))
 
 
+class Relabelled(Pictures):
+    """The pictures of `source` with the class indices of `classes`, by name; all its names must be among them."""
+
+    def __init__(self, source: Pictures, classes: list[str]):
+        super().__init__(classes, source.mode)
+        self.source = source
+        self.indices = [classes.index(name) for name in source.classes]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        picture, target = self.source[index]
+        return picture, target if target < 0 else self.indices[target]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
 class DigitPictures(Pictures):
     """scikit-learn's 1797 scanned digits, 8x8 pixels of 17 grey levels."""
 

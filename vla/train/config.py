@@ -79,6 +79,15 @@ class TrainConfig:
     mixup_off_epoch: int = _option(0, "Augmentation", "Epoch from which both are off; 0 is never.")
     smoothing: float = _option(0.1, "Augmentation", "Label smoothing.")
 
+    teacher: str | None = _option(
+        None, "Distillation", "Learn from this classifier too: a model name with published weights, or a run folder."
+    )
+    distill: Literal["hard", "soft"] = _option(
+        "hard", "Distillation", "From the teacher's most probable class, or from its probabilities."
+    )
+    distill_alpha: float = _option(0.5, "Distillation", "Weight of the teacher against the labels.")
+    distill_tau: float = _option(1.0, "Distillation", "Temperature of soft distillation.")
+
     device: str | None = _option(None, "Execution", "cpu, cuda, mps, …; the best that there is by default.")
     amp: Literal["none", "bf16", "fp16"] = _option("none", "Execution", "Mixed precision.")
     channels_last: bool = _option(False, "Execution", "Channels-last memory layout.")
@@ -110,13 +119,13 @@ class TrainConfig:
                 raise UserError(f"{name}: missing, give --{name}")
         for name in ("epochs", "batch_size", "grad_accum", "img_size", "num_classes"):
             self._check(name, lambda x: x >= 1, "at least 1")
-        for name in ("lr", "crop_pct", "clip_grad", "layer_decay"):
+        for name in ("lr", "crop_pct", "clip_grad", "layer_decay", "distill_tau"):
             self._check(name, lambda x: x > 0, "more than 0")
         for name in ("weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "mixup", "cutmix", "workers", "seed"):
             self._check(name, lambda x: x >= 0, "at least 0")
         for name in ("save_steps", "mixup_off_epoch", "color_jitter"):
             self._check(name, lambda x: x >= 0, "at least 0")
-        for name in ("hflip", "vflip", "reprob", "mixup_prob"):
+        for name in ("hflip", "vflip", "reprob", "mixup_prob", "distill_alpha"):
             self._check(name, lambda x: 0 <= x <= 1, "between 0 and 1")
         for name in ("ema", "smoothing", "drop", "drop_path"):
             self._check(name, lambda x: 0 <= x < 1, "at least 0 and less than 1")

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ class RunFolder:
         """
         if self.config_file.exists():
             raise UserError(f"out: {self.path} already holds a run; go on with --resume, or choose another --out")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: cannot create {self.path}: {error.strerror}") from error
         with atomic_file(self.config_file) as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
 
@@ -85,13 +81,14 @@ class RunFolder:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; afterwards it takes the place of `path` in one step, or vanishes on an error.
 
-    The temporary name is fixed, so what a killed process left is overwritten by the next one.
+    The temporary name is fixed, so what a killed process left is overwritten by the next one. The folder is made.
 
     Raises:
         UserError: When it cannot be written, a full disk above all; `path` is then as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -100,7 +97,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; the file is as it was before") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _sync_folder(path: Path) -> None:
@@ -123,7 +121,8 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     for key, label in (("train_loss", "training"), ("val_loss", "validation")):
         loss.plot(epochs, [row[key] for row in history], label=label)
     for key, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        accuracy.plot(epochs, [row[key] for row in history], label=label)
+        if key in history[0]:
+            accuracy.plot(epochs, [row[key] for row in history], label=label)
     rate.plot(epochs, [row["lr"] for row in history], color="tab:gray")
     for axes, title in ((loss, "Loss"), (accuracy, "Validation accuracy (%)"), (rate, "Learning rate")):
         axes.set_title(title)
@@ -131,5 +130,6 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     loss.legend(frameon=False)
-    accuracy.legend(frameon=False, loc="lower right")
+    if "val_top1" in history[0]:
+        accuracy.legend(frameon=False, loc="lower right")
     figure.savefig(path, format="png", dpi=120)

@@ -28,3 +28,17 @@ class Classification(nn.Module):
         smoothing = self.smoothing if targets.ndim == 1 else 0.0
         losses = [F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) for logits in outputs]
         return sum(losses) / len(losses)
+
+
+class Reconstruction(nn.Module):
+    """The loss that a masked autoencoder computes itself; targets are unused."""
+
+    def forward(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Loss of a batch, a scalar.
+
+        Args:
+            model: Gives a tuple that starts with its loss.
+            images: (B, C, H, W).
+            targets: Unused.
+        """
+        return model(images)[0]

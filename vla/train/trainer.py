@@ -18,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import Normalize, Pictures, PictureStream, TrainLoader, open_pictures
 from ..data.seeds import Stream, seed_all
 from ..errors import UserError, require_extra, suggest
+from ..models.vrwkv_mae import PRETRAINING_MODELS
 from .config import TrainConfig
-from .evaluate import evaluate, make_eval_loader
+from .distill import Distillation
+from .evaluate import evaluate, evaluate_reconstruction, make_eval_loader
 from .run import RunFolder
 from .runtime import Runtime
-from .task import Classification
-from .weights import ModelSpec, build_model, has_fixed_size, load_weights, save_model, weights_path
+from .task import Classification, Reconstruction
+from .weights import ModelSpec, build_model, has_fixed_size, load_weights, open_model, save_model, weights_path
 
 # Seconds between two drawings of the curves, which take a good part of one each.
 _CURVES_INTERVAL = 20.0
@@ -85,13 +87,13 @@ class Trainer:
         self.runtime = runtime
 
         self.train_pictures, self.val_pictures = self._open_pictures()
-        num_classes = self._count_classes()
+        self.num_classes = None if config.model in PRETRAINING_MODELS else self._count_classes()
         seed_all(config.seed, Stream.INIT)
-        self.model, self.spec = self._build_model(num_classes)
+        self.model, self.spec = self._build_model()
         self.normalize = Normalize(self.spec.mean, self.spec.std).to(runtime.device)
         self.erase = RandomErasing(config.reprob, mode="pixel", device=runtime.device) if config.reprob else None
-        self.mixup = self._build_mixup(num_classes)
-        self.task = Classification(config.smoothing)
+        self.mixup = self._build_mixup()
+        self.task = self._build_task()
         self.train_loader = self._build_train_loader()
         self.val_loader = make_eval_loader(
             self.val_pictures, self.spec, config.batch_size, config.workers, self.runtime
@@ -160,8 +162,9 @@ class Trainer:
         total = torch.zeros((), device=self.runtime.device)
         for micro, (images, targets, broken) in enumerate(group):
             self.unreadable.update(self.train_pictures.name(int(index)) for index in broken[broken >= 0])
-            if targets.min() < 0 or targets.max() >= self.model.num_classes:
-                raise UserError(f"data: class index {int(targets.max())} of {self.model.num_classes}; --num-classes?")
+            classes = self.num_classes
+            if classes is not None and (targets.min() < 0 or targets.max() >= classes):
+                raise UserError(f"data: class index {int(targets.max())} of {classes}; --num-classes?")
             seed_all(config.seed, Stream.STEP, self.step, micro, self.runtime.rank, device=self.runtime.device)
             images, targets = self._prepare(images, targets)
             synchronise = micro == len(group) - 1
@@ -195,8 +198,8 @@ class Trainer:
         self._check_loss()
         if self.runtime.world_size > 1:
             distribute_bn(self.model, self.runtime.world_size, reduce=True)
-        accuracy = evaluate(self.kept_model, self.val_pictures, self.val_loader, self.normalize, self.runtime)
-        self.unreadable.update(accuracy.unreadable)
+        validation, unreadable = self._validate()
+        self.unreadable.update(unreadable)
         images = self.steps_per_epoch * self.config.grad_accum * self.train_loader.batch_size
         loss = self.runtime.sum(self.loss_sum.clone()).item() / self.runtime.world_size
         self.history.append(
@@ -205,10 +208,7 @@ class Trainer:
                 "step": self.step,
                 "lr": max(group["lr"] for group in self.optimizer.param_groups),
                 "train_loss": loss / self.steps_per_epoch,
-                "val_loss": accuracy.loss,
-                "val_top1": accuracy.top1,
-                "val_top5": accuracy.top5,
-                "val_count": accuracy.count,
+                **validation,
                 "seconds": round(self.seconds, 3),
                 "images_per_second": round(images * self.runtime.world_size / self.seconds, 1),
             }
@@ -217,6 +217,16 @@ class Trainer:
         self.seconds = 0.0
         self._save_state()
         self._publish()
+
+    def _validate(self) -> tuple[dict[str, Any], list[str]]:
+        """Figures of the validation, and the names of pictures that could not be read."""
+        common = (self.kept_model, self.val_pictures, self.val_loader, self.normalize, self.runtime)
+        if self.num_classes is None:
+            loss, count, unreadable = evaluate_reconstruction(*common, self.config.seed)
+            return {"val_loss": loss, "val_count": count}, unreadable
+        accuracy = evaluate(*common)
+        figures = {"val_loss": accuracy.loss, "val_top1": accuracy.top1, "val_top5": accuracy.top5}
+        return {**figures, "val_count": accuracy.count}, accuracy.unreadable
 
     def _check_loss(self) -> None:
         loss = self.loss_sum.item()
@@ -301,9 +311,11 @@ class Trainer:
             raise UserError(f"data: {self.config.data} has one class only; wanted two or more")
         return count
 
-    def _build_model(self, num_classes: int) -> tuple[nn.Module, ModelSpec]:
+    def _build_model(self) -> tuple[nn.Module, ModelSpec]:
         config = self.config
-        args = {"num_classes": num_classes, **config.model_kwargs}
+        args = dict(config.model_kwargs)
+        if self.num_classes is not None:
+            args = {"num_classes": self.num_classes, **args}
         optional = {"drop_path_rate": config.drop_path, "drop_rate": config.drop}
         if config.in_chans != 3:
             optional["in_chans"] = config.in_chans
@@ -314,20 +326,42 @@ class Trainer:
         if config.checkpoint is not None:
             load_weights(model, weights_path(config.checkpoint), new_head=True)
         if config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except (AssertionError, AttributeError) as error:
+                raise UserError(f"grad_checkpointing: {config.model} does not offer it") from error
         spec = ModelSpec.of(model, config.model, args, config.img_size, config.crop_pct, self.train_pictures.classes)
         return self.runtime.place(model), spec
 
-    def _build_mixup(self, num_classes: int) -> Mixup | None:
+    def _build_task(self) -> nn.Module:
+        config = self.config
+        if self.num_classes is None:
+            if config.teacher is not None:
+                raise UserError(f"teacher: {config.model} is a masked autoencoder, which learns from no classifier")
+            return Reconstruction()
+        if config.teacher is None:
+            return Classification(config.smoothing)
+        teacher, _ = open_model(config.teacher, img_size=self.spec.input_size[-1])
+        if teacher.num_classes != self.num_classes:
+            raise UserError(
+                f"teacher: {config.teacher} has {teacher.num_classes} classes, wanted the {self.num_classes} of "
+                f"{config.data}"
+            )
+        teacher = self.runtime.place(teacher)
+        return Distillation(teacher, config.distill, config.distill_alpha, config.distill_tau, config.smoothing)
+
+    def _build_mixup(self) -> Mixup | None:
         config = self.config
         if not (config.mixup or config.cutmix):
             return None
+        if self.num_classes is None:
+            raise UserError(f"mixup: {config.model} is a masked autoencoder, which has no labels to mix")
         return Mixup(
             config.mixup,
             config.cutmix,
             prob=config.mixup_prob,
             label_smoothing=config.smoothing,
-            num_classes=num_classes,
+            num_classes=self.num_classes,
         )
 
     def _build_train_loader(self) -> TrainLoader:

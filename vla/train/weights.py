@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..errors import UserError, suggest
+from ..models.vrwkv_mae import PRETRAINING_MODELS
 from .run import RunFolder, atomic_file
 
 _METADATA_KEY = "vla"
@@ -109,10 +111,16 @@ def build_model(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         UserError: For an unknown model, with near names, or an argument that it does not take.
     """
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
-        raise UserError(f"model: unknown model {name!r}{suggest(name, timm.list_models())}")
+    if name in PRETRAINING_MODELS:
+        create = PRETRAINING_MODELS[name]
+        if kwargs.pop("pretrained", False):
+            raise UserError(f"model: {name} has no published weights")
+    elif not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
+        raise UserError(f"model: unknown model {name!r}{suggest(name, [*timm.list_models(), *PRETRAINING_MODELS])}")
+    else:
+        create = partial(timm.create_model, name)
     try:
-        return timm.create_model(name, **kwargs)
+        return create(**kwargs)
     except Exception as error:  # whatever a model, the hub or the network raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model: cannot build {name}: {reason}") from error
@@ -248,6 +256,10 @@ def open_model(name: str, checkpoint: str | None = None, img_size: int | None = 
     if Path(name).expanduser().exists() and not timm.is_model(name):
         path = weights_path(name)
         spec = read_spec(path)
+        if spec is not None and spec.architecture in PRETRAINING_MODELS:
+            raise UserError(
+                f"model: {path} reconstructs and cannot classify; train a classifier with --checkpoint {name}"
+            )
         if spec is None:
             raise UserError(f"model: {path} does not say which model it is; give --model NAME --checkpoint {path}")
         model = spec.build()
@@ -270,7 +282,7 @@ def open_model(name: str, checkpoint: str | None = None, img_size: int | None = 
             model = build_model(name, **args)
         load_weights(model, path)
         spec = ModelSpec.of(model, name, args, img_size)
-    spec.classes = _imagenet_classes(model)
+    spec.classes = imagenet_classes(model.num_classes)
     return model.eval(), spec
 
 
@@ -280,6 +292,8 @@ def _size_args(name: str, img_size: int | None) -> dict[str, Any]:
 
 def has_fixed_size(name: str) -> bool:
     """Whether the model must be told its input size when it is built."""
+    if name in PRETRAINING_MODELS:
+        return True
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return bool(config is not None and config.fixed_input_size)
 
@@ -289,9 +303,11 @@ def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
     return weights[names[0]].shape[0] if names else None
 
 
-def _imagenet_classes(model: nn.Module) -> list[str] | None:
-    subset = infer_imagenet_subset(model)
+def imagenet_classes(num_classes: int, words: bool = True) -> list[str] | None:
+    """Classes of the ImageNet set with that many of them, in words or as folder names; None where there is none."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
         return None
     info = ImageNetInfo(subset)
-    return [info.index_to_description(index) for index in range(info.num_classes())]
+    name = info.index_to_description if words else info.index_to_label_name
+    return [name(index) for index in range(info.num_classes())]
