@@ -386,6 +386,8 @@ def mambavision_atto(pretrained: bool = False, **kwargs) -> MambaVision:
         stem_dim=16,
         depths=(1, 1, 2, 2),
         num_heads=(1, 1, 2, 3),
+        # Padding a picture of 32 pixels to larger windows would be most of the work.
+        window_size=(8, 8, 4, 2),
         drop_path_rate=0.0,
         double_dt_bias=False,
         dt_init="mamba",
