@@ -5,5 +5,6 @@ from .gspn import GSPN
 from .mambavision import MambaVision
 from .vmamba import VMamba
 from .vrwkv import VRWKV
+from .vrwkv_mae import VRWKVMAE
 
-__all__ = ["GSPN", "GroupMamba", "MambaVision", "VMamba", "VRWKV"]
+__all__ = ["GSPN", "GroupMamba", "MambaVision", "VMamba", "VRWKV", "VRWKVMAE"]

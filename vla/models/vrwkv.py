@@ -303,8 +303,12 @@ def rename_released(name: str, value: Tensor) -> tuple[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """Released checkpoint -> state dict with this module's names, its position embedding resized to the model's."""
+    """Released or pre-trained checkpoint -> state dict with this module's names, position embedding resized."""
     state_dict = unwrap(state_dict, prefixes=("module.",))
+    if "mask_token" in state_dict:
+        from .vrwkv_mae import mae_to_classifier  # here, as it imports this module
+
+        state_dict = mae_to_classifier(state_dict)
     out = dict(rename_released(name, value) for name, value in state_dict.items())
     pos_embed = out.get("pos_embed")
     if model is not None and pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:

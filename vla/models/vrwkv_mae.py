@@ -14,7 +14,7 @@ from ..layers.vrwkv import VRWKVBlock, to_map, to_tokens
 from ._checkpoint import unwrap
 from .vrwkv import rename_released, resize_pos_embed
 
-__all__ = ["VRWKVMAE", "mae_vrwkv_atto", "mae_vrwkv_base", "mae_to_classifier"]
+__all__ = ["PRETRAINING_MODELS", "VRWKVMAE", "mae_to_classifier", "mae_vrwkv_atto", "mae_vrwkv_base"]
 
 
 def sincos_pos_embed(height: int, width: int, dim: int) -> Tensor:
@@ -247,6 +247,20 @@ def mae_vrwkv_base(**kwargs) -> VRWKVMAE:
 
 
 def mae_vrwkv_atto(**kwargs) -> VRWKVMAE:
-    """Pre-training of `vrwkv_atto`, with the blocks of the larger models; not in the paper."""
-    model_args = dict(patch_size=8, embed_dim=96, depth=6, decoder_embed_dim=64, decoder_depth=2)
+    """Pre-training of `vrwkv_atto`; not in the paper."""
+    model_args = dict(
+        patch_size=8,
+        embed_dim=96,
+        depth=6,
+        decoder_embed_dim=64,
+        decoder_depth=2,
+        post_norm=False,
+        layer_scale=None,
+        key_norm=False,
+        drop_path_rate=0.0,
+    )
     return VRWKVMAE(**dict(model_args, **kwargs))
+
+
+# By name, for the command line: they classify nothing, so they are not timm's to create.
+PRETRAINING_MODELS = {f.__name__: f for f in (mae_vrwkv_base, mae_vrwkv_atto)}
