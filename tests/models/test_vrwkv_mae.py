@@ -88,10 +88,9 @@ def test_bad_arguments():
 
 def test_encoder_becomes_a_classifier():
     """With nothing hidden the encoder and the classifier's backbone are the same network."""
-    pretrained = mae_vrwkv_atto(img_size=32, drop_path_rate=0.0).eval()
-    classifier = timm.create_model(
-        "vrwkv_atto", img_size=32, post_norm=True, layer_scale=1e-5, key_norm=True, shift_mode="single_shift"
-    ).eval()
+    options = dict(img_size=32, post_norm=True, layer_scale=1e-5, key_norm=True, shift_mode="single_shift")
+    pretrained = mae_vrwkv_atto(**options).eval()
+    classifier = timm.create_model("vrwkv_atto", **options).eval()
     result = classifier.load_state_dict(mae_to_classifier(pretrained.state_dict()), strict=False)
     assert set(result.missing_keys) == {"head.fc.weight", "head.fc.bias"}
     assert not result.unexpected_keys
