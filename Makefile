@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 PYTEST_ARGS ?= -q -n 2
+# Threads that wait by sleeping: by spinning, small models train many times slower on a machine that is shared.
+export OMP_WAIT_POLICY := passive
 # One thread per test worker: more only compete for the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
