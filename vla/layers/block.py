@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, GluMlp, LayerNorm2d, LayerScale2d, Mlp, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
 # timm's LayerNorm2d has eps 1e-6; the families' LayerNorms are PyTorch's, with 1e-5.
@@ -30,8 +30,8 @@ class ResidualBlock(nn.Module):
         norm_layer: Class or timm name of a norm of (B, C, H, W) maps: `LayerNorm2d`, `nn.BatchNorm2d`, ...
         act_layer: Class or timm name of the MLP's activation.
         mlp_drop: Dropout rate inside the MLP.
-        mlp: Replaces the MLP: a module from (B, H, W, C) to (B, H, W, C). `mlp_ratio`, `act_layer` and `mlp_drop` are
-            then unused.
+        gated_mlp: Use a gated MLP, `fc2(u * act(g))` with `u, g = fc1(x)`.
+        mlp: Replaces the MLP: a module from (B, H, W, C) to (B, H, W, C). The options of the MLP are then unused.
         post_norm: Normalise the outputs of mixer and MLP instead of their inputs.
     """
 
@@ -45,13 +45,18 @@ class ResidualBlock(nn.Module):
         norm_layer: str | Callable[..., nn.Module] = DEFAULT_NORM,
         act_layer: str | type[nn.Module] = nn.GELU,
         mlp_drop: float = 0.0,
+        gated_mlp: bool = False,
         mlp: nn.Module | None = None,
         post_norm: bool = False,
     ):
         super().__init__()
         norm_layer = get_norm_layer(norm_layer)
         if mlp is None and mlp_ratio > 0:
-            mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer), drop=mlp_drop)
+            hidden, act_layer = int(dim * mlp_ratio), get_act_layer(act_layer)
+            if gated_mlp:
+                mlp = GluMlp(dim, 2 * hidden, act_layer=act_layer, drop=(0.0, mlp_drop))
+            else:
+                mlp = Mlp(dim, hidden, act_layer=act_layer, drop=mlp_drop)
 
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, get_act_layer
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
@@ -188,10 +187,6 @@ class GSPNBlock(ResidualBlock):
         gated_mlp: bool = False,
         **mixer_args,
     ):
-        mlp = None
-        if gated_mlp and mlp_ratio > 0:
-            hidden = int(dim * mlp_ratio)
-            mlp = GluMlp(dim, 2 * hidden, act_layer=get_act_layer(act_layer), drop=(0.0, mlp_drop))
         super().__init__(
             dim,
             GSPNMixer(dim, **mixer_args),
@@ -201,5 +196,5 @@ class GSPNBlock(ResidualBlock):
             norm_layer=norm_layer,
             act_layer=act_layer,
             mlp_drop=mlp_drop,
-            mlp=mlp,
+            gated_mlp=gated_mlp,
         )

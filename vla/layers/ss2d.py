@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, get_act_layer
+from timm.layers import get_act_layer
 from torch import Tensor, nn
 
 from ..ops import cross_merge, scan2d, ssd
@@ -377,10 +377,6 @@ class VSSBlock(ResidualBlock):
         ssm_act_layer: str | type[nn.Module] = nn.SiLU,
         **mixer_args,
     ):
-        mlp = None
-        if gated_mlp and mlp_ratio > 0:
-            hidden = int(dim * mlp_ratio)
-            mlp = GluMlp(dim, 2 * hidden, act_layer=get_act_layer(act_layer), drop=(0.0, mlp_drop))
         super().__init__(
             dim,
             SS2D(dim, act_layer=ssm_act_layer, **mixer_args),
@@ -390,6 +386,6 @@ class VSSBlock(ResidualBlock):
             norm_layer=norm_layer,
             act_layer=act_layer,
             mlp_drop=mlp_drop,
-            mlp=mlp,
+            gated_mlp=gated_mlp,
             post_norm=post_norm,
         )
