@@ -1,14 +1,16 @@
 """Choice of the backend."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from vla.ops import use_backend
+from vla.ops import selective_scan, use_backend
 from vla.ops.scan2d import operator as scan2d
 from vla.ops.ssd import operator as ssd
 
@@ -66,3 +68,33 @@ def test_environment_variable():
     environment = {**os.environ, "VLA_BACKEND": "naive"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "naive"
+
+
+def _scan_in_child(queue):
+    torch.set_num_threads(2)
+    queue.put(_scan().sum().item())
+
+
+def _scan():
+    x = torch.arange(2.0 * 200 * 9).view(2, 200, 9) / 1000
+    B = torch.ones(2, 1, 9)
+    return selective_scan(x, x, -torch.ones(200, 1), B, B)
+
+
+def test_threads_and_forks():
+    """Compiled kernels give the same bits on any number of threads, from several threads at once and after a fork."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = _scan()
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(result, expected) for result in pool.map(lambda _: _scan(), range(16)))
+    finally:
+        torch.set_num_threads(threads)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_scan_in_child, args=(queue,), daemon=True)
+    child.start()
+    assert queue.get(timeout=60) == expected.sum().item()
+    child.join(60)

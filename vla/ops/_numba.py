@@ -1,6 +1,7 @@
 """What the compiled CPU kernels share: vectorisable elementary functions, and running one kernel on several threads."""
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -85,15 +86,25 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="vla")
 
 
+# A forked process has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def run_tasks(kernel: Callable, tasks: int, *args) -> None:
-    """Calls `kernel(task, *args)` for every task of `range(tasks)`, on PyTorch's number of threads.
+    """Calls `kernel(task, *args)` for every task of `range(tasks)`, on PyTorch's number of threads, this one included.
 
     The kernels release the interpreter lock. A pool of our own instead of Numba's parallel loops: those end the process
     when two threads launch them at once, and take several times longer to compile.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or tasks == 1:
-        for task in range(tasks):
+    queue = iter(range(tasks))
+
+    def work() -> None:
+        for task in queue:
             kernel(task, *args)
-    else:
-        list(_pool(threads).map(lambda task: kernel(task, *args), range(tasks)))
+
+    helpers = min(torch.get_num_threads(), tasks) - 1
+    futures = [_pool(helpers).submit(work) for _ in range(helpers)]
+    work()
+    for future in futures:
+        future.result()
