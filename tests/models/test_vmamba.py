@@ -75,7 +75,8 @@ def check_gradients(model: Official, image: torch.Tensor, expected: dict, dtype:
 def test_small_model(name, backend, dtype):
     case, expected = INDEX[name], golden.load("vmamba", name)
     cascade = case["config"]["forward_type"].startswith("v052dc")
-    value_tolerance, gradient_tolerance = (1e-4, 1e-3) if cascade else (1e-5, 1e-4)
+    # The cascade's two norms without parameters amplify rounding: the released code in float32 is off by 9.8e-5 itself.
+    value_tolerance, gradient_tolerance = (1e-4, 2e-4) if cascade else (1e-5, 1e-4)
     model = official(build(case["config"]), case, dtype)
     image = golden.image(case["input"][0], *case["input"][2:]).to(dtype).requires_grad_()
     with use_backend(backend):
