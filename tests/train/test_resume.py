@@ -109,7 +109,7 @@ def test_kill_at_any_moment(folder, tmp_path):
         killed_at.append(weights(run)["step"])
     assert killed_at == sorted(set(killed_at)) and killed_at[-1] < 180
     for process in (undisturbed, vla(*command, "--out", run.path, "--resume")):
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
     assert_same_run(run, RunFolder(tmp_path / "reference"))
     assert not [path for path in run.path.iterdir() if path.name.endswith(".tmp")]
@@ -128,7 +128,7 @@ def test_full_disk_keeps_the_last_state(folder, tmp_path):
         "train", "--out", tmp_path / "run", "--resume",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )  # fmt: skip
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if "state.pt" in line] == [
         f"vla: cannot write {tmp_path}/run/state.pt: File too large; the file is as it was before"
@@ -169,7 +169,7 @@ def test_two_processes_train_as_one(folder, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for process in (alone, pair):
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
     ours, theirs = (weights(RunFolder(tmp_path / name)) for name in ("pair", "alone"))
     assert ours["step"] == theirs["step"] == 6

@@ -76,10 +76,10 @@ def info_command(
     for pretrained in _pretrained(name):
         table.add_section()
         _add_weights(table, name, pretrained)
-    table.add_section()
-    arguments = "".join(f", {key}={value!r}" for key, value in call_args.items())
-    table.add_row("in Python", f"import timm, vla\ntimm.create_model({name!r}{arguments})")
     out.print(table)
+    arguments = "".join(f", {key}={value!r}" for key, value in call_args.items())
+    # Below the table and unwrapped, to be copied.
+    out.print(f"import timm, vla\nmodel = timm.create_model({name!r}{arguments})", soft_wrap=True, highlight=False)
 
 
 def _add_weights(table: Table, name: str, config: PretrainedCfg) -> None:
