@@ -143,7 +143,7 @@ def test_window_padding(height, width, size):
     windows = window_partition(x, size)
     rows, columns = -(-height // size), -(-width // size)
     assert windows.shape == (2 * rows * columns, 3, size, size)
-    assert windows.sum() == pytest.approx(x.sum(), abs=1e-4)
+    assert windows.sum().item() == pytest.approx(x.sum().item(), abs=1e-4)
     assert torch.equal(window_reverse(windows, height, width), x)
 
 
