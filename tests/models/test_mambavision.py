@@ -307,7 +307,7 @@ def full_cases():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, model_name", full_cases())
+@pytest.mark.parametrize("name, model_name", list(full_cases()))
 def test_full_size(name, model_name, dtype):
     case, data = INDEX[name], golden.load("mambavision", name)
     model = create(model_name, "cpu").eval()
