@@ -124,7 +124,7 @@ class Operator:
             if problem:
                 raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
             return _override
-        preferred = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+        preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type)
         if preferred is not None:
             problem = self._obstacle(preferred, device)
             if problem is None:
@@ -143,6 +143,8 @@ class Operator:
             return f"needs the package {backend}, which is not installed"
         if backend == "numba" and device.type != "cpu":
             return f"runs on the CPU, the tensors are on {device}"
+        if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
         return None
 
     def _module(self, device: torch.device) -> ModuleType:
@@ -165,7 +167,7 @@ class Operator:
     def _forward(self, *args):
         device = self._check_devices(args)
         self.infer(*args)
-        with _full_precision(device):
+        with _full_precision(device), _current(device):
             return self._module(device).forward(*args)
 
     def _fake(self, *args):
@@ -188,8 +190,9 @@ class Operator:
 
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
-        module = self._module(tensors[0].device)
-        with _full_precision(tensors[0].device):
+        device = tensors[0].device
+        module = self._module(device)
+        with _full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
@@ -229,6 +232,11 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """The GPU of the tensors as the current one: that is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
