@@ -1,0 +1,224 @@
+"""What `tests.ops.aot` compiles: calls of the operators on meta tensors, by operator.
+
+Every kernel must be launched by some case. Sizes are those of models and benchmarks, then awkward ones.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vla import ops
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+CROSS = ["row", "col", "row_rev", "col_rev"]
+SWEEPS = ["right", "down", "left", "up"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`function(**make(dtype))`, and all its gradients.
+
+    Args:
+        name: For messages and for choosing.
+        function: Public function of `vla.ops`.
+        make: From the activations' dtype to the arguments.
+        dtypes: Activations' dtypes to compile for.
+    """
+
+    name: str
+    function: Callable
+    make: Callable[[torch.dtype], dict]
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+
+
+def weight(*size: int) -> Tensor:
+    """A parameter: float32, whatever the activations are."""
+    return torch.empty(size, device="meta")
+
+
+def maps(dtype: torch.dtype, *size: int) -> Tensor:
+    """Activations (..., C, H, W), channels last in memory."""
+    return torch.empty(*size[:-3], *size[-2:], size[-3], dtype=dtype, device="meta").movedim(-1, -3)
+
+
+def rows(dtype: torch.dtype, *size: int) -> Tensor:
+    """Activations, contiguous."""
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _selective_scan() -> Iterator[Case]:
+    def arguments(batch, channels, length, states, groups, gate=False, tokens=False):
+        def make(dtype: torch.dtype) -> dict:
+            def sequence(*size: int) -> Tensor:  # `tokens`: (B, L, ...) in memory, as linear layers leave it
+                return maps(dtype, *size[:-1], 1, size[-1]).squeeze(-2) if tokens else rows(dtype, *size)
+
+            return dict(
+                u=sequence(batch, channels, length),
+                delta=sequence(batch, channels, length),
+                A=weight(channels, states),
+                B=sequence(batch, groups, states, length),
+                C=sequence(batch, groups, states, length),
+                D=weight(channels),
+                z=sequence(batch, channels, length) if gate else None,
+                delta_bias=weight(channels),
+                delta_softplus=True,
+                return_last_state=gate,
+            )
+
+        return make
+
+    def bare(dtype: torch.dtype) -> dict:
+        u = rows(dtype, 3, 5, 197)
+        return dict(u=u, delta=u.clone(), A=weight(5, 3), B=weight(5, 3), C=rows(dtype, 3, 3, 197))
+
+    f = ops.selective_scan
+    yield Case("vmamba", f, arguments(128, 384, 3136, 1, 4))
+    yield Case("mambavision", f, arguments(1024, 160, 196, 8, 1), (BF16,))
+    yield Case("mambavision tokens", f, arguments(1024, 160, 49, 8, 1, tokens=True), (BF16,))
+    yield Case("language", f, arguments(8, 1536, 4096, 16, 1, gate=True), (BF16,))
+    yield Case("one row", f, arguments(1, 1536, 65536, 16, 1), (BF16,))
+    yield Case("one row, one state", f, arguments(1, 384, 65536, 1, 4), (BF16,))
+    yield Case("64 states", f, arguments(2, 64, 333, 64, 2, gate=True), (FP16,))
+    yield Case("bare", f, bare, (FP32,))
+
+
+def _scan2d() -> Iterator[Case]:
+    def arguments(batch, channels, height, width, states=1, rank=6, k=CROSS, layout=maps, **options):
+        def make(dtype: torch.dtype) -> dict:
+            parameters = len(k)
+            d = channels
+            full = parameters * d if options.get("grouped") else d
+            # One projection of the pixels, split: dt, B and C are views of it.
+            width_of_projection = (rank or d) + 2 * states
+            projected = layout(dtype, batch, parameters * width_of_projection, height, width)
+            projected = projected.unflatten(1, (parameters, width_of_projection))
+            dt, B, C = projected.split([rank or d, states, states], dim=2)
+            return dict(
+                x=layout(dtype, batch, full, height, width),
+                dt=dt,
+                A=weight(parameters, d, states),
+                B=B,
+                C=C,
+                directions=k,
+                D=weight(parameters, d),
+                dt_weight=weight(parameters, d, rank) if rank else None,
+                dt_bias=weight(parameters, d),
+                **options,
+            )
+
+        return make
+
+    f = ops.scan2d
+    yield Case("vmamba stage 1", f, arguments(128, 96, 56, 56))
+    yield Case("vmamba stage 2", f, arguments(128, 192, 28, 28, rank=12), (BF16,))
+    yield Case("vmamba stage 3", f, arguments(128, 384, 14, 14, rank=24), (BF16,))
+    yield Case("vmamba stage 4", f, arguments(128, 768, 7, 7, rank=48), (BF16,))
+    yield Case("vmamba 2048", f, arguments(1, 96, 512, 512), (BF16,))
+    yield Case("16 states", f, arguments(8, 192, 56, 56, states=16), (BF16,))
+    yield Case("groupmamba", f, arguments(128, 16, 56, 56, rank=1, grouped=True), (BF16,))
+    yield Case("groupmamba stage 3", f, arguments(128, 87, 14, 14, rank=6, grouped=True), (BF16,))
+    yield Case("lines, full rank", f, arguments(2, 33, 13, 17, states=3, rank=0, k=["row", "row_rev"], per_line=True))
+    yield Case("contiguous", f, arguments(2, 33, 13, 17, layout=rows), (FP32,))
+
+
+def _bi_wkv() -> Iterator[Case]:
+    def arguments(batch, length, channels):
+        return lambda dtype: dict(
+            w=weight(channels),
+            u=weight(channels),
+            k=rows(dtype, batch, length, channels),
+            v=rows(dtype, batch, length, channels),
+        )
+
+    f = ops.bi_wkv
+    yield Case("vrwkv_tiny", f, arguments(128, 196, 192))
+    yield Case("vrwkv_base", f, arguments(128, 196, 768), (BF16,))
+    yield Case("896", f, arguments(16, 3136, 192), (BF16,))
+    yield Case("2048", f, arguments(4, 16384, 384), (BF16,))
+    yield Case("one row", f, arguments(1, 65536, 192), (BF16,))
+    yield Case("odd", f, arguments(3, 197, 33), (FP32, FP16))
+
+
+def _wkv6() -> Iterator[Case]:
+    def arguments(batch, length, heads, size):
+        def make(dtype: torch.dtype) -> dict:
+            return {n: rows(dtype, batch, length, heads * size) for n in "rkvw"} | {"u": weight(heads, size)}
+
+        return make
+
+    f = ops.wkv6
+    yield Case("vrwkv6_tiny", f, arguments(128, 196, 3, 64))
+    yield Case("vrwkv6_base", f, arguments(32, 196, 12, 64), (BF16,))
+    yield Case("2048", f, arguments(1, 16384, 6, 64), (BF16,))
+    yield Case("heads of 32", f, arguments(2, 333, 2, 32), (FP16,))
+    yield Case("heads of 16", f, arguments(2, 197, 2, 16), (FP32,))
+
+
+def _q_shift() -> Iterator[Case]:
+    def arguments(layout, *size, **options):
+        return lambda dtype: dict(x=layout(dtype, *size), **options)
+
+    f = ops.q_shift
+    yield Case("vrwkv", f, arguments(maps, 128, 192, 14, 14))
+    yield Case("vrwkv6", f, arguments(maps, 128, 192, 14, 14, head_dim=64), (BF16,))
+    yield Case("odd", f, arguments(rows, 3, 33, 7, 9, shift=2, gamma=0.2), (FP16,))
+
+
+def _line_scan() -> Iterator[Case]:
+    def gspn(batch, channels, height, width, **options):
+        """All four sweeps with coefficients expanded from a proxy of 8 channels."""
+
+        def make(dtype: torch.dtype) -> dict:
+            return dict(
+                x=maps(dtype, batch, channels, height, width),
+                gates=weight(3, 4, channels, 8),
+                lam=weight(4, channels, 8),
+                directions=SWEEPS,
+                u=weight(4, channels, 8),
+                skip=weight(4, channels, 8),
+                proxy=maps(dtype, batch, 8, height, width),
+                **options,
+            )
+
+        return make
+
+    def dense(batch, channels, height, width, k=1, layout=rows, output=False, **options):
+        """Coefficients as maps."""
+
+        def make(dtype: torch.dtype) -> dict:
+            def coefficient(*lead: int) -> Tensor:
+                return layout(dtype, *lead, channels, height, width)
+
+            return dict(
+                x=layout(dtype, batch, channels, height, width),
+                gates=coefficient(batch, 3, k),
+                lam=coefficient(batch, k),
+                directions=SWEEPS[:k],
+                u=coefficient(batch, k) if output else None,
+                skip=coefficient(batch, k) if output else None,
+                **options,
+            )
+
+        return make
+
+    f = ops.line_scan
+    yield Case("gspn stage 1", f, gspn(128, 96, 56, 56, chunk=2, aligned=False))
+    yield Case("gspn stage 2", f, gspn(128, 192, 28, 28, chunk=2), (BF16,))
+    yield Case("gspn stage 3", f, gspn(128, 384, 14, 14, aligned=False), (BF16,))
+    yield Case("gspn 2048", f, gspn(1, 96, 512, 512), (BF16,))
+    yield Case("dense, local", f, dense(128, 576, 56, 56, chunk=2), (FP16,))
+    yield Case("dense, global", f, dense(128, 2304, 14, 14), (FP16,))
+    yield Case("dense, large", f, dense(1, 576, 1024, 1024), (FP16,))
+    yield Case("dense, odd", f, dense(2, 5, 7, 9, k=4, layout=maps, output=True, chunk=4, normalize=False))
+
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "selective_scan": tuple(_selective_scan()),
+    "scan2d": tuple(_scan2d()),
+    "bi_wkv": tuple(_bi_wkv()),
+    "wkv6": tuple(_wkv6()),
+    "q_shift": tuple(_q_shift()),
+    "line_scan": tuple(_line_scan()),
+}
