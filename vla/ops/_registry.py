@@ -117,16 +117,21 @@ class Operator:
         register_flop_formula(getattr(torch.ops.vla, name))(forward_flops)
         register_flop_formula(getattr(torch.ops.vla, f"{name}_backward"))(backward_flops)
 
-    def backend_for(self, device: torch.device) -> str:
-        """Name of the backend that serves `device` under the current `use_backend` setting."""
+    def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
+
+        Triton's kernels keep float32 states; the rare float64 (`gradcheck`) goes to the vectorised PyTorch code.
+        """
         if _override is not None:
-            problem = self._obstacle(_override, device)
+            problem = self._obstacle(_override, device, dtype)
             if problem:
                 raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
             return _override
         preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type)
+        if preferred == "triton" and dtype == torch.float64:
+            preferred = None
         if preferred is not None:
-            problem = self._obstacle(preferred, device)
+            problem = self._obstacle(preferred, device, dtype)
             if problem is None:
                 return preferred
             # Without Numba a CPU is still served as usual; a GPU without Triton is slow, which must not stay unnoticed.
@@ -135,8 +140,8 @@ class Operator:
                 warnings.warn(f"{self.name}: backend 'triton' {problem}; using slower PyTorch code", stacklevel=3)
         return "torch"
 
-    def _obstacle(self, backend: str, device: torch.device) -> str | None:
-        """Why `backend` cannot serve `device`, or None when it can."""
+    def _obstacle(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why `backend` cannot serve tensors of `dtype` on `device`, or None when it can."""
         if backend not in self.backends:
             return f"does not exist, there are {', '.join(self.backends)}"
         if backend in ("numba", "triton") and not _is_installed(backend):
@@ -145,10 +150,12 @@ class Operator:
             return f"runs on the CPU, the tensors are on {device}"
         if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
+        if backend == "triton" and dtype == torch.float64:
+            return "computes in float32, the tensors are float64"
         return None
 
-    def _module(self, device: torch.device) -> ModuleType:
-        backend = self.backend_for(device)
+    def _module(self, first: Tensor) -> ModuleType:
+        backend = self.backend_for(first.device, first.dtype)
         if backend not in self._modules:
             module = backend if backend == "naive" else f"_{backend}"
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
@@ -168,7 +175,7 @@ class Operator:
         device = self._check_devices(args)
         self.infer(*args)
         with _full_precision(device), _current(device):
-            return self._module(device).forward(*args)
+            return self._module(args[self.tensor_arguments[0]]).forward(*args)
 
     def _fake(self, *args):
         self._check_devices(args)
@@ -191,7 +198,7 @@ class Operator:
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
-        module = self._module(device)
+        module = self._module(tensors[0])
         with _full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
