@@ -68,7 +68,7 @@ operator = Operator(
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus) -> (Tensor, Tensor)",
     package=__name__,
-    backends=("naive", "torch", "numba"),
+    backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
     flops=_flops,
 )

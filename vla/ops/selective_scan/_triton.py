@@ -1,0 +1,884 @@
+"""Triton kernels of the selective scan: time along the lanes of a warp, chunk by chunk, states recomputed backwards."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LN2, LOG2E, compose, softplus2
+
+# Triton 3.1 has no gather.
+_HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
+# Programs that keep a GPU busy. Fewer rows than that, and chunks run in parallel.
+_MIN_PROGRAMS = 1024
+
+
+@triton.jit
+def _compose_left(decay_later, first_later, value_later, decay, first, value):
+    """Two neighbouring spans of steps of the adjoint recurrence as one, for a scan against time.
+
+    A span is (product of all decays but its first step's, decay of its first step, adjoint state at its first step).
+    """
+    following = decay * first_later
+    return following * decay_later, first, value + following * value_later
+
+
+@triton.jit
+def _add_left(first_later, rest_later, first, rest):
+    """Two neighbouring spans (first value, sum of the others) as one, for a scan against time."""
+    return first, rest + (first_later + rest_later)
+
+
+@triton.jit
+def _take(x, index):
+    """`x[index[i, j], j]`; within a warp a shuffle."""
+    if _HAS_GATHER:
+        return tl.gather(x, index, 0)
+    source = tl.arange(0, x.shape[0])[None, :, None]
+    return tl.sum(tl.where(source == index[:, None, :], x[None, :, :], 0.0), 1)
+
+
+@triton.jit
+def _states_in_time(decay, inject, entering, position, steps):
+    """States (S, R, E) of `h -> decay * h + inject`, given those (R,) that enter; time is (S, E) flattened."""
+    product, local = tl.associative_scan((decay, inject), 2, compose)
+    last = steps == product.shape[2] - 1
+    lane_product = tl.sum(tl.where(last, product, 0.0), 2)
+    lane_local = tl.sum(tl.where(last, local, 0.0), 2)
+    lane_local = tl.where(position == 0, lane_local + lane_product * entering[None, :], lane_local)
+    _, after = tl.associative_scan((lane_product, lane_local), 0, compose)
+    before = tl.where(position == 0, entering[None, :], _take(after, tl.maximum(position - 1, 0)))
+    return local + product * before[:, :, None]
+
+
+@triton.jit
+def _adjoints_against_time(decay, inject, entering, position, steps):
+    """Adjoints (S, R, E) of `g_t = inject_t + decay_{t+1} g_{t+1}`, and `decay * g` (R,) of the very first step.
+
+    `entering` (R,) is `decay * g` of the step after the last.
+    """
+    lanes: tl.constexpr = decay.shape[0]
+    one = tl.full(decay.shape, 1.0, decay.dtype)
+    product, _, local = tl.associative_scan((one, tl.flip(decay, 2), tl.flip(inject, 2)), 2, _compose_left)
+    product, local = tl.flip(product, 2), tl.flip(local, 2)
+    first = steps == 0
+    lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), lanes - 1 - position)
+    lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), lanes - 1 - position)
+    lane_local = tl.where(position == 0, lane_local + lane_product * entering[None, :], lane_local)
+    _, after = tl.associative_scan((lane_product, lane_local), 0, compose)
+    leaving = tl.sum(tl.where(position == lanes - 1, after, 0.0), 0)
+    following = _take(after, tl.maximum(lanes - 2 - position, 0))
+    following = tl.where(position == lanes - 1, entering[None, :], following)
+    return local + product * following[:, :, None], leaving
+
+
+@triton.jit
+def _sum_after(x, position):
+    """Sum over the later steps of (S, R, E): added up, as a difference of sums would lose the digits of small terms."""
+    lanes: tl.constexpr = x.shape[0]
+    first, rest = tl.associative_scan((tl.flip(x, 2), tl.full(x.shape, 0.0, x.dtype)), 2, _add_left)
+    lane = _take(tl.sum(x, 2), lanes - 1 - position)
+    after = _take(tl.cumsum(lane, 0), tl.maximum(lanes - 2 - position, 0))
+    after = tl.where(position == lanes - 1, 0.0, after)
+    return tl.flip(rest, 2) + after[:, :, None]
+
+
+@triton.jit
+def _sum_until(x, position, steps):
+    """Sum over the earlier steps of (S, R, E) and the step itself."""
+    local = tl.cumsum(x, 2)
+    lane = tl.cumsum(tl.sum(tl.where(steps == x.shape[2] - 1, local, 0.0), 2), 0)
+    before = tl.where(position == 0, 0.0, _take(lane, tl.maximum(position - 1, 0)))
+    return local + before[:, :, None]
+
+
+@triton.jit
+def _log2_decay(delta, SOFTPLUS: tl.constexpr):
+    """`log2(e)` times the time step, from the biased `delta`: times `A` it is the exponent of `exp2`."""
+    s = delta * LOG2E
+    if SOFTPLUS:
+        s = softplus2(s)
+    return s
+
+
+@triton.jit
+def _aligned(stride, ALIGN: tl.constexpr):
+    """`stride`, a multiple of ALIGN as its caller knows: the compiler then may use wide loads."""
+    return stride // ALIGN * ALIGN
+
+
+@triton.jit
+def _share(chunks, PARALLEL: tl.constexpr):
+    """Rows' program and range of chunks of this program: one chunk if PARALLEL, else all."""
+    program = tl.program_id(0)
+    first = 0
+    last = chunks
+    if PARALLEL:
+        programs = tl.num_programs(0) // chunks
+        first = program // programs
+        last = first + 1
+        program = program % programs
+    return program, first, last
+
+
+@triton.jit
+def _rows(program, span, channels, ROWS: tl.constexpr):
+    """Sequence, channels (ROWS,) and their mask of a program; its rows share a group of both B and C."""
+    blocks = tl.cdiv(span, ROWS)
+    per_sequence = (channels // span) * blocks
+    batch = (program // per_sequence).to(tl.int64)
+    block = program % per_sequence
+    row = (block % blocks) * ROWS + tl.arange(0, ROWS)
+    return batch, ((block // blocks) * span + row).to(tl.int64), row < span
+
+
+@triton.jit
+def selective_scan_fwd_kernel(
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    out_ptr,
+    carry_ptr,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    C_channels,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    C_b,
+    C_g,
+    C_n,
+    C_l,
+    z_b,
+    z_d,
+    z_l,
+    out_b,
+    out_d,
+    out_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    PARALLEL: tl.constexpr,
+    ONE_STATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Outputs of ROWS rows: of one chunk if PARALLEL, else of all chunks one after the other.
+
+    `carry` (B, D, N, chunks + 1) has the states that enter each chunk if PARALLEL; else `carry` (B, D, N) is where the
+    states go from chunk to chunk, and has the last ones in the end.
+    """
+    length = _aligned(length, ALIGN)
+    chunks = tl.cdiv(length, STEPS)
+    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
+    batch, channel, valid = _rows(program, span, channels, ROWS)
+    step = tl.arange(0, STEPS)
+    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
+    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
+    out_row = out_ptr + batch * _aligned(out_b, ALIGN) + (channel * _aligned(out_d, ALIGN))[:, None]
+    if z_ptr is not None:
+        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + (channel * _aligned(z_d, ALIGN))[:, None]
+    A_row = A_ptr + channel * A_d
+    if B_CONSTANT:
+        B_row = B_ptr + channel[:, None] * B_g
+    else:
+        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
+    if C_CONSTANT:
+        C_row = C_ptr + channel[:, None] * C_g
+    else:
+        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
+    sequence = batch * channels + channel
+    carry = tl.zeros([ROWS], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+    if D_ptr is not None:
+        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+
+    for chunk in range(first_chunk, last_chunk):
+        time = chunk * STEPS + step
+        inside = (time < length)[None, :]
+        mask = valid[:, None] & inside
+        time = time.to(tl.int64)[None, :]
+        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (R, L)
+        delta = tl.load(delta_row + time * delta_l, mask, 0.0).to(tl.float32)  # (R, L)
+        if z_ptr is not None:
+            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, L)
+        if bias_ptr is not None:
+            delta += bias
+        # Padding neither decays nor adds, so that the states behind it are those at its start.
+        dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
+        x = dt2 * LN2 * u
+        if D_ptr is not None:
+            y = skip * u
+        else:
+            y = tl.zeros([ROWS, STEPS], tl.float32)
+        if not ONE_STATE:
+            # The states that other threads stored at the end of the previous chunk.
+            tl.debug_barrier()
+        for n in range(states):
+            A = tl.load(A_row + n * A_n, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+            if B_CONSTANT:
+                B = tl.load(B_row + n * B_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
+            else:
+                B = tl.load(B_row + n * _aligned(B_n, ALIGN) + time * B_l, inside, 0.0).to(tl.float32)  # (1, L)
+            if C_CONSTANT:
+                C = tl.load(C_row + n * C_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
+            else:
+                C = tl.load(C_row + n * _aligned(C_n, ALIGN) + time * C_l, inside, 0.0).to(tl.float32)  # (1, L)
+            if PARALLEL:
+                carry = tl.load(carry_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
+            elif not ONE_STATE:
+                carry = tl.load(carry_ptr + sequence * states + n, valid & (chunk > 0), 0.0)  # (R,)
+            decay = tl.exp2(A * dt2)
+            inject = B * x
+            inject += tl.where((step == 0)[None, :], decay * carry[:, None], 0.0)
+            _, h = tl.associative_scan((decay, inject), 1, compose)
+            y += C * h
+            if not PARALLEL:
+                carry = tl.sum(tl.where((step == STEPS - 1)[None, :], h, 0.0), 1)
+                if not ONE_STATE:
+                    tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
+        if z_ptr is not None:
+            y *= z * tl.sigmoid(z)
+        tl.store(out_row + time * out_l, y, mask)  # (R, L)
+    if ONE_STATE and not PARALLEL:
+        tl.store(carry_ptr + sequence, carry, valid)  # (R,)
+
+
+@triton.jit
+def selective_scan_chunk_kernel(
+    delta_ptr,
+    A_ptr,
+    P_ptr,
+    v_ptr,
+    z_ptr,
+    bias_ptr,
+    local_ptr,
+    total_ptr,
+    span,
+    channels,
+    length,
+    states,
+    P_channels,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    P_b,
+    P_g,
+    P_n,
+    P_l,
+    v_b,
+    v_d,
+    v_l,
+    z_b,
+    z_d,
+    z_l,
+    SOFTPLUS: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+):
+    """What each chunk alone adds to the states behind it, from `P` = B and `v` = u, or, if ADJOINT, to the adjoints
+    before it, from `P` = C and `v` the gradient of the output; and the chunks' total time."""
+    length = _aligned(length, ALIGN)
+    chunks = tl.cdiv(length, LANES * PER_LANE)
+    program, chunk, _ = _share(chunks, True)
+    batch, channel, valid = _rows(program, span, channels, ROWS)
+    position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
+    steps = tl.arange(0, PER_LANE)[None, None, :]
+    time = chunk * (LANES * PER_LANE) + tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
+    inside = time < length
+    mask = inside & valid[None, :, None]
+    time = time.to(tl.int64)
+    row = channel[None, :, None]
+    delta_at = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN) + time * delta_l
+    delta = tl.load(delta_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+    v_at = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN) + time * v_l
+    v = tl.load(v_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+    if bias_ptr is not None:
+        delta += tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+    dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
+    if ADJOINT:
+        if z_ptr is not None:
+            z_at = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN) + time * z_l
+            z = tl.load(z_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+            v *= z * tl.sigmoid(z)
+        between = _sum_until(dt2, position, steps)
+    else:
+        v *= dt2 * LN2
+        between = _sum_after(dt2, position)
+    sequence = batch * channels + channel
+    tl.store(total_ptr + sequence * chunks + chunk, tl.sum(tl.sum(dt2, 2), 0), valid)  # (R,)
+    if CONSTANT:
+        P_at = P_ptr + channel * P_g
+    else:
+        P_at = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
+        P_at += time * P_l
+    for n in range(states):
+        A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+        if CONSTANT:
+            P = tl.load(P_at + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+        else:
+            P = tl.load(P_at + n * _aligned(P_n, ALIGN), inside, 0.0).to(tl.float32)  # (S, 1, E)
+        local = tl.sum(tl.sum(tl.exp2(A * between) * (P * v), 2), 0)
+        tl.store(local_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
+
+
+@triton.jit
+def selective_scan_carry_kernel(
+    local_ptr,
+    total_ptr,
+    A_ptr,
+    initial_ptr,
+    entering_ptr,
+    rows,
+    channels,
+    states,
+    chunks,
+    A_d,
+    A_n,
+    ADJOINT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """States (B, D, N, chunks + 1) that enter each chunk and the last ones; if ADJOINT, `decay * adjoint` (B, D, N,
+    chunks) of the step after each chunk, given those behind the last."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    sequence = row // states
+    A_at = A_ptr + sequence % channels * A_d + row % states * A_n
+    A = tl.load(A_at, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+    if ADJOINT:
+        entering = entering_ptr + row * chunks
+        carry = tl.load(initial_ptr + row, valid, 0.0)  # (R,)
+        tl.store(entering + (chunks - 1), carry, valid)
+    else:
+        entering = entering_ptr + row * (chunks + 1)
+        carry = tl.zeros([ROWS], tl.float32)
+        tl.store(entering, carry, valid)
+    column = tl.arange(0, CHUNKS)[None, :]
+    for start in range(0, chunks, CHUNKS):
+        order = start + column
+        mask = valid[:, None] & (order < chunks)
+        chunk = order
+        if ADJOINT:
+            chunk = chunks - 1 - order
+        total = tl.load(total_ptr + (sequence * chunks)[:, None] + chunk, mask, 0.0)  # (R, c)
+        local = tl.load(local_ptr + (row * chunks)[:, None] + chunk, mask, 0.0)  # (R, c)
+        decay = tl.exp2(A * total)
+        local += tl.where(column == 0, decay * carry[:, None], 0.0)
+        _, h = tl.associative_scan((decay, local), 1, compose)
+        carry = tl.sum(tl.where(column == CHUNKS - 1, h, 0.0), 1)
+        if ADJOINT:
+            tl.store(entering[:, None] + (chunk - 1), h, mask & (chunk > 0))  # (R, c)
+        else:
+            tl.store(entering[:, None] + (chunk + 1), h, mask)  # (R, c)
+
+
+@triton.jit
+def selective_scan_bwd_kernel(
+    g_ptr,
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    entering_ptr,
+    carry_ptr,
+    gu_ptr,
+    gdelta_ptr,
+    gA_ptr,
+    gB_ptr,
+    gC_ptr,
+    gD_ptr,
+    gz_ptr,
+    gbias_ptr,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    C_channels,
+    g_b,
+    g_d,
+    g_l,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    C_b,
+    C_g,
+    C_n,
+    C_l,
+    z_b,
+    z_d,
+    z_l,
+    gu_b,
+    gu_d,
+    gu_l,
+    gdelta_b,
+    gdelta_d,
+    gdelta_l,
+    gz_b,
+    gz_d,
+    gz_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    PARALLEL: tl.constexpr,
+    ONE_STATE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+):
+    """Gradients of ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
+
+    `entering` (B, D, N, chunks + 1) has the states that enter each chunk, `carry` (B, D, N, chunks) the adjoints that
+    enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from chunk to chunk. Sums over rows or steps
+    are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD and gbias (B, chunks, D), else gB and gC
+    (B, programs, N, L).
+    """
+    length = _aligned(length, ALIGN)
+    chunks = tl.cdiv(length, LANES * PER_LANE)
+    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
+    batch, channel, valid = _rows(program, span, channels, ROWS)
+    position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
+    steps = tl.arange(0, PER_LANE)[None, None, :]
+    step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
+    row = channel[None, :, None]
+    g_row = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN)
+    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN)
+    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
+    gu_row = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN)
+    gdelta_row = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN)
+    if z_ptr is not None:
+        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
+        gz_row = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN)
+    # Parts of gradients that are summed over rows: one for each program of a sequence.
+    part = program.to(tl.int64) * states * length
+    if B_CONSTANT:
+        B_row = B_ptr + channel * B_g
+    else:
+        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
+    if C_CONSTANT:
+        C_row = C_ptr + channel * C_g
+    else:
+        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
+    sequence = batch * channels + channel
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+    if D_ptr is not None:
+        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+    if ONE_STATE and not PARALLEL:
+        carry = tl.load(carry_ptr + sequence, valid, 0.0)  # (R,)
+    else:
+        carry = tl.zeros([ROWS], tl.float32)
+
+    for number in range(first_chunk, last_chunk):
+        chunk = chunks - 1 - number
+        time = chunk * (LANES * PER_LANE) + step
+        inside = time < length
+        mask = inside & valid[None, :, None]
+        time = time.to(tl.int64)
+        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        delta = tl.load(delta_row + time * delta_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        gy = tl.load(g_row + time * g_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        if bias_ptr is not None:
+            delta += bias
+        dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
+        x = dt2 * LN2 * u
+        if z_ptr is not None:
+            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+            gate = tl.sigmoid(z)
+            g_gate = gy * gate * (1 + z * (1 - gate))
+            gy *= z * gate
+            if D_ptr is not None:
+                y = skip * u
+            else:
+                y = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+        gx = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+        gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+        # Where this chunk's part of a gradient per channel and state goes.
+        constant_part = ((batch * chunks + chunk) * channels + channel) * states
+        if not ONE_STATE:
+            # The adjoints that other threads stored at the end of the previous chunk.
+            tl.debug_barrier()
+        for n in range(states):
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+            if B_CONSTANT:
+                B = tl.load(B_row + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+            else:
+                B = tl.load(B_row + n * _aligned(B_n, ALIGN) + time * B_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
+            if C_CONSTANT:
+                C = tl.load(C_row + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+            else:
+                C = tl.load(C_row + n * _aligned(C_n, ALIGN) + time * C_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
+            entering = tl.load(entering_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
+            if PARALLEL:
+                carry = tl.load(carry_ptr + (sequence * states + n) * chunks + chunk, valid, 0.0)  # (R,)
+            elif not ONE_STATE:
+                carry = tl.load(carry_ptr + sequence * states + n, valid, 0.0)  # (R,)
+            decay = tl.exp2(A * dt2)
+            inject = B * x
+            h = _states_in_time(decay, inject, entering, position, steps)
+            g, carry = _adjoints_against_time(decay, C * gy, carry, position, steps)
+            if not PARALLEL and not ONE_STATE:
+                tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
+            if z_ptr is not None:
+                y += C * h
+            gx += B * g
+            # Gradient of the decay's logarithm dt A: g times the decayed previous state.
+            g_log = g * (h - inject)
+            gdt += A * g_log
+            tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * (dt2 * LN2), 2), 0), valid)  # (R,)
+            if B_CONSTANT:
+                tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
+            else:
+                tl.store(gB_ptr + part + n * length + time, tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
+            if C_CONSTANT:
+                tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
+            else:
+                tl.store(gC_ptr + part + n * length + time, tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
+        gu = gx * (dt2 * LN2)
+        if D_ptr is not None:
+            gu += skip * gy
+            g_sum = tl.sum(tl.sum(gy * u, 2), 0)
+            tl.store(gD_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+        gdelta = gdt + gx * u
+        if SOFTPLUS:
+            # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
+            gdelta *= tl.exp2(delta * LOG2E - dt2)
+        gdelta = tl.where(inside, gdelta, 0.0)
+        if bias_ptr is not None:
+            g_sum = tl.sum(tl.sum(gdelta, 2), 0)
+            tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+        if z_ptr is not None:
+            tl.store(gz_row + time * gz_l, g_gate * y, mask)  # (S, R, E)
+        tl.store(gu_row + time * gu_l, gu, mask)  # (S, R, E)
+        tl.store(gdelta_row + time * gdelta_l, gdelta, mask)  # (S, R, E)
+
+
+class _Scan:
+    """Arguments of one call as the kernels want them."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        softplus: bool,
+    ):
+        self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.bias = u, delta, A, B, C, D, z, bias
+        self.softplus = softplus
+        self.batch, self.channels, self.length = u.shape
+        self.states = A.shape[1]
+        self.D = None if D is None else D.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.B_strides, self.B_channels = self._projection(B)
+        self.C_strides, self.C_channels = self._projection(C)
+        # Rows of a program share a group of B and a group of C.
+        self.span = math.gcd(*(k for k in (self.B_channels, self.C_channels, self.channels) if k))
+
+    def _projection(self, x: Tensor) -> tuple[tuple[int, ...], int]:
+        """Strides (b, g, n, l) of B or C and the channels of a group, 0 if constant along the steps."""
+        if x.dim() == 2:
+            return (0, x.stride(0), x.stride(1), 0), 0
+        if x.dim() == 3:
+            return (x.stride(0), 0, x.stride(1), x.stride(2)), self.channels
+        return x.stride(), self.channels // x.shape[1]
+
+    def programs(self, rows: int) -> int:
+        return self.batch * (self.channels // self.span) * triton.cdiv(self.span, rows)
+
+    def alignment(self, *tensors: Tensor | None) -> int:
+        """Largest power of two up to 16 that divides the length and all strides between rows of equal steps."""
+        sizes = [self.length]
+        for x in (self.u, self.delta, self.z, self.B, self.C, *tensors):
+            if x is not None and x.dim() > 2:
+                sizes += [stride for stride in x.stride()[:-1]]
+        return next(k for k in (16, 8, 4, 2, 1) if all(size % k == 0 for size in sizes))
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()
+
+
+def _entering(scan: _Scan, chunk: tuple[int, int], rows: int, g: Tensor | None = None, g_state: Tensor | None = None):
+    """States (B, D, N, chunks + 1) that enter each chunk; adjoints (B, D, N, chunks) if `g`, of the output, is given."""
+    lanes, per_lane = chunk
+    chunks = triton.cdiv(scan.length, lanes * per_lane)
+    adjoint = g is not None
+    shape = (scan.batch, scan.channels, scan.states)
+    local, total = scan.new(*shape, chunks), scan.new(scan.batch, scan.channels, chunks)
+    P, strides, per_group = (
+        (scan.C, scan.C_strides, scan.C_channels) if adjoint else (scan.B, scan.B_strides, scan.B_channels)
+    )
+    v = g if adjoint else scan.u
+    z = scan.z if adjoint else None
+    selective_scan_chunk_kernel[(scan.programs(rows) * chunks,)](
+        scan.delta,
+        scan.A,
+        P,
+        v,
+        z,
+        scan.bias,
+        local,
+        total,
+        scan.span,
+        scan.channels,
+        scan.length,
+        scan.states,
+        per_group,
+        *scan.delta.stride(),
+        *scan.A.stride(),
+        *strides,
+        *v.stride(),
+        *_strides(z),
+        SOFTPLUS=scan.softplus,
+        CONSTANT=per_group == 0,
+        ADJOINT=adjoint,
+        ALIGN=scan.alignment(v),
+        ROWS=rows,
+        LANES=lanes,
+        PER_LANE=per_lane,
+        num_warps=max(1, rows // 2),
+    )
+    entering = scan.new(*shape, chunks if adjoint else chunks + 1)
+    count = math.prod(shape)
+    block = min(1024, max(16, triton.next_power_of_2(chunks)))
+    block_rows = max(1, 512 // block)
+    selective_scan_carry_kernel[(triton.cdiv(count, block_rows),)](
+        local,
+        total,
+        scan.A,
+        g_state,
+        entering,
+        count,
+        scan.channels,
+        scan.states,
+        chunks,
+        *scan.A.stride(),
+        ADJOINT=adjoint,
+        ROWS=block_rows,
+        CHUNKS=block,
+        num_warps=1,
+    )
+    return entering
+
+
+def _vector(scan: _Scan, align: int) -> int:
+    """Steps of one thread: what it loads at once, at most 16 bytes."""
+    return max(1, min(align, 16 // scan.u.element_size()))
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    state = scan.new(scan.batch, scan.channels, scan.states)
+    if out.numel() == 0 or scan.states == 0:
+        raise NotImplementedError
+    align = scan.alignment()
+    steps, rows, warps = 256, 2, 1
+    parallel = scan.programs(rows) < _MIN_PROGRAMS and scan.length > steps
+    programs = scan.programs(rows)
+    carry = state
+    if parallel:
+        carry = _entering(scan, (32, steps // 32), rows)
+        programs *= triton.cdiv(scan.length, steps)
+    selective_scan_fwd_kernel[(programs,)](
+        u,
+        delta,
+        A,
+        B,
+        C,
+        scan.D,
+        z,
+        scan.bias,
+        out,
+        carry,
+        scan.span,
+        scan.channels,
+        scan.length,
+        scan.states,
+        scan.B_channels,
+        scan.C_channels,
+        *u.stride(),
+        *delta.stride(),
+        *A.stride(),
+        *scan.B_strides,
+        *scan.C_strides,
+        *_strides(z),
+        *out.stride(),
+        SOFTPLUS=delta_softplus,
+        B_CONSTANT=scan.B_channels == 0,
+        C_CONSTANT=scan.C_channels == 0,
+        PARALLEL=parallel,
+        ONE_STATE=scan.states == 1,
+        ALIGN=align,
+        ROWS=rows,
+        STEPS=steps,
+        num_warps=warps,
+    )
+    if parallel:
+        state.copy_(carry[..., -1])
+    return out, state
+
+
+def backward(
+    grads: list[Tensor],
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    g, g_state = grads[0], grads[1].contiguous()
+    gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
+    gz = None if z is None else torch.empty_like(z)
+    align = scan.alignment(g, gu, gdelta, gz)
+    lanes, per_lane = 32, _vector(scan, align)
+    rows, warps = 8, 4
+    chunks = triton.cdiv(scan.length, lanes * per_lane)
+    programs = scan.programs(rows)
+    parallel = programs < _MIN_PROGRAMS and chunks > 1
+    per_sequence = programs // scan.batch
+    by_channel = (scan.batch, chunks, scan.channels)
+    by_state = (*by_channel, scan.states)
+    by_program = (scan.batch, per_sequence, scan.states, scan.length)
+    gA = scan.new(*by_state)
+    gB = scan.new(*(by_program if scan.B_channels else by_state))
+    gC = scan.new(*(by_program if scan.C_channels else by_state))
+    gD = None if D is None else scan.new(*by_channel)
+    gbias = None if delta_bias is None else scan.new(*by_channel)
+    if chunks == 1:
+        entering = g_state.new_zeros(*g_state.shape, 2)
+    else:
+        entering = _entering(scan, (lanes, per_lane), rows)
+    if parallel:
+        carry = _entering(scan, (lanes, per_lane), rows, g, g_state)
+    else:
+        carry = g_state.clone()
+    selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
+        g,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        scan.D,
+        z,
+        scan.bias,
+        entering,
+        carry,
+        gu,
+        gdelta,
+        gA,
+        gB,
+        gC,
+        gD,
+        gz,
+        gbias,
+        scan.span,
+        scan.channels,
+        scan.length,
+        scan.states,
+        scan.B_channels,
+        scan.C_channels,
+        *g.stride(),
+        *u.stride(),
+        *delta.stride(),
+        *A.stride(),
+        *scan.B_strides,
+        *scan.C_strides,
+        *_strides(z),
+        *gu.stride(),
+        *gdelta.stride(),
+        *_strides(gz),
+        SOFTPLUS=delta_softplus,
+        B_CONSTANT=scan.B_channels == 0,
+        C_CONSTANT=scan.C_channels == 0,
+        PARALLEL=parallel,
+        ONE_STATE=scan.states == 1,
+        ALIGN=align,
+        ROWS=rows,
+        LANES=lanes,
+        PER_LANE=per_lane,
+        num_warps=warps,
+    )
+
+    def projection(part: Tensor, like: Tensor) -> Tensor:
+        if like.dim() == 2:
+            return part.sum((0, 1))
+        groups = 1 if like.dim() == 3 else like.shape[1]
+        return part.unflatten(1, (groups, -1)).sum(2).reshape(like.shape)
+
+    return (
+        gu,
+        gdelta,
+        gA.sum((0, 1)),
+        projection(gB, B),
+        projection(gC, C),
+        None if D is None else gD.sum((0, 1)),
+        gz,
+        None if delta_bias is None else gbias.sum((0, 1)),
+    )
