@@ -9,16 +9,48 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def softplus2(s):
-    """`log2(1 + 2^s)`: softplus with the factor log2(e) on both sides, where the GPU's own exponentials are.
+    """`log2(1 + 2^s)`: softplus with the factor log2(e) on both sides, for the GPU's own exponential.
 
-    Near 0 the logarithm of `1 + p` has no digits of a small `p` left; its series has.
+    `max(s, 0) + log2(1 + p)` with `p = 2^-|s|` in (0, 1], the logarithm as `p` times a polynomial: exact to 4e-7 of the
+    result however small it is, and cheaper than Triton's `log2`, which is not the GPU's own.
     """
-    p = tl.exp2(tl.minimum(s, 126.0))
-    near = p * (1.4426950408889634 + p * (-0.7213475204444817 + p * (0.4808983469629878 - p * 0.36067376022224085)))
-    return tl.maximum(tl.where(p < 0.03125, near, tl.log2(1.0 + p)), s)
+    p = tl.exp2(-tl.abs(s))
+    series = 0.0636078417301178 - 0.012319459579885006 * p
+    series = -0.15535180270671844 + series * p
+    series = 0.25600966811180115 + series * p
+    series = -0.3533948063850403 + series * p
+    series = 0.48006370663642883 + series * p
+    series = -0.7213100790977478 + series * p
+    series = 1.4426947832107544 + series * p
+    return tl.maximum(s, 0.0) + p * series
 
 
 @triton.jit
 def compose(decay_first, state_first, decay_second, state_second):
     """Two steps `h -> decay * h + state` of a linear recurrence as one, for `tl.associative_scan`."""
     return decay_first * decay_second, decay_second * state_first + state_second
+
+
+@triton.jit
+def _second(first, second):
+    return second
+
+
+@triton.jit
+def settle(tile):
+    """The same tile, laid out as loads from memory are instead of as the tensor cores left it.
+
+    Triton lets the layout of `tl.dot`'s result spread over all that follows, which puts neighbouring rows in different
+    lanes. A scan stops that; this one hands every element through.
+    """
+    return tl.associative_scan(tile, 0, _second)
+
+
+@triton.jit
+def pick(tile, index, i):
+    """Row i of a float32 tile along axis 0, whose positions are `index`.
+
+    The sum is one of integers: where the rows are a thread's own registers, the compiler sees that only one is not 0.
+    """
+    bits = tl.where(index == i, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)

@@ -69,7 +69,7 @@ operator = Operator(
     "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, str[] directions, Tensor? D, Tensor? dt_weight, "
     "Tensor? dt_bias, bool delta_softplus, bool grouped, bool per_line) -> Tensor",
     package=__name__,
-    backends=("naive", "torch", "numba"),
+    backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
     flops=_flops,
 )
