@@ -5,35 +5,87 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vla.timing import Timing
+
 
 @dataclass
 class Measurement:
     """One thing to time.
 
     Args:
-        name: What runs, e.g. `'forward N=1 torch'`.
-        run: The call to time.
-        check: Raises `AssertionError` if `run` computes something wrong.
+        name: What runs, e.g. `'forward N=1 torch'`; unique within the case.
+        setup: Builds what is needed, raises `AssertionError` if it computes something wrong, and returns the call to
+            time; or the time itself, of what can only be done once. Called late, one measurement after another, so that
+            only one is in memory.
         slow: Few repetitions will do.
+        latency: Time single calls from start to result instead of many in a row.
+        kernels: Short calls, of which only the kernels' time is of interest, not Python's.
         details: Whatever belongs to the figure: shape, dtype, batch, ...
         bytes: Fewest bytes the call must move, for time over the memory-bandwidth floor.
         items: Work items of a call, for a rate (images).
+        official_ms: Time of the official code on an H200, from the project's records.
     """
 
     name: str
-    run: Callable[[], object]
-    check: Callable[[], None]
+    setup: Callable[[], Callable[[], object] | Timing]
     slow: bool = False
+    latency: bool = False
+    kernels: bool = False
     details: dict = field(default_factory=dict)
     bytes: int | None = None
     items: int | None = None
+    official_ms: float | None = None
 
 
-Case = Callable[[torch.device], Iterator[Measurement]]
+@dataclass(frozen=True)
+class Options:
+    """What a user chose.
+
+    Args:
+        device: Where to run.
+        models: Models instead of a case's own.
+        peers: Also run timm's models of the same size.
+        modes: Of `'eager'` and `'compiled'`.
+        batch: Batch size instead of a case's own.
+        sizes: Image sizes instead of a case's own.
+        drop_path: Rate of stochastic depth in training, the same for all models.
+    """
+
+    device: torch.device
+    models: tuple[str, ...] = ()
+    peers: bool = False
+    modes: tuple[str, ...] = ("eager", "compiled")
+    batch: int | None = None
+    sizes: tuple[int, ...] = ()
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named set of measurements.
+
+    Args:
+        measurements: Makes them, cheaply: the work is in their `setup`.
+        in_turns: Time one call of each in turns, so that a slow moment of the machine hits all alike; all are in
+            memory at once.
+    """
+
+    measurements: Callable[[Options], Iterator[Measurement]]
+    in_turns: bool = False
+
+    @property
+    def description(self) -> str:
+        return (self.measurements.__doc__ or "").strip().partition("\n")[0]
+
+
 CASES: dict[str, Case] = {}
 
 
-def case(function: Case) -> Case:
-    """Registers `function` under its name."""
-    CASES[function.__name__] = function
-    return function
+def case(in_turns: bool = False) -> Callable:
+    """Registers a function under its name, see `Case`."""
+
+    def register(function: Callable[[Options], Iterator[Measurement]]) -> Callable:
+        CASES[function.__name__] = Case(function, in_turns)
+        return function
+
+    return register

@@ -1,5 +1,5 @@
 """Importing this package registers every case."""
 
-from . import cpu_models, cpu_scans
+from . import cpu_models, cpu_scans, mixers, models, operators
 
-__all__ = ["cpu_models", "cpu_scans"]
+__all__ = ["cpu_models", "cpu_scans", "mixers", "models", "operators"]

@@ -6,83 +6,89 @@ import torch
 
 from vla.ops import scan2d, selective_scan, use_backend
 
-from ..registry import Measurement, case
+from ..checks import check_operator
+from ..registry import Measurement, Options, case
 
 CROSS = ["row", "col", "row_rev", "col_rev"]
 
 
 def _compare_backends(
-    label: str, function: Callable, tensors: dict, backends: tuple[str, ...], **options
+    label: str, function: Callable, make: Callable[[], dict], backends: tuple[str, ...], **choices
 ) -> Iterator[Measurement]:
-    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
-    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
-
-    def forward(backend: str) -> torch.Tensor:
-        with use_backend(backend), torch.no_grad():
-            return function(**leaves, **options)
-
-    def both(backend: str, arguments: dict) -> list[torch.Tensor]:
+    def checked(backend: str) -> dict:
+        tensors = make()
         with use_backend(backend):
-            y = function(**arguments, **options)
-            return [y, *torch.autograd.grad(y.square().sum(), list(arguments.values()))]
+            check_operator(function, tensors, choices, {}, {})
+        return tensors
 
-    def check(backend: str) -> None:
-        for actual, expected in zip(both(backend, leaves), both("torch", exact), strict=True):
-            error = (actual - expected).abs().max() / expected.abs().max()
-            assert error < 1e-3, f"{label} {backend}: relative error {error:.2g}"
+    def forward(backend: str) -> Callable[[], torch.Tensor]:
+        tensors = checked(backend)
+
+        def run() -> torch.Tensor:
+            with use_backend(backend), torch.no_grad():
+                return function(**tensors, **choices)
+
+        return run
+
+    def both(backend: str) -> Callable[[], list[torch.Tensor]]:
+        leaves = {name: t.detach().requires_grad_() for name, t in checked(backend).items()}
+
+        def run() -> list[torch.Tensor]:
+            with use_backend(backend):
+                y = function(**leaves, **choices)
+                return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+        return run
 
     for backend in backends:
-        details = {"backend": backend, "case": label, "dtype": "float32"}
-        slow = backend == "naive"
-        yield Measurement(
-            f"{label} forward, {backend}",
-            lambda b=backend: forward(b),
-            lambda b=backend: check(b),
-            slow,
-            details | {"pass": "forward"},
-        )
-        yield Measurement(
-            f"{label} forward + backward, {backend}",
-            lambda b=backend: both(b, leaves),
-            lambda: None,
-            slow,
-            details | {"pass": "forward + backward"},
-        )
+        for what, setup in (("forward", forward), ("forward + backward", both)):
+            yield Measurement(
+                f"{label} {what}, {backend}",
+                lambda setup=setup, backend=backend: setup(backend),
+                slow=backend == "naive",
+                details={"backend": backend, "case": label, "dtype": "float32", "pass": what},
+            )
 
 
-@case
-def cpu_selective_scan(device: torch.device) -> Iterator[Measurement]:
+@case(in_turns=True)
+def cpu_selective_scan(options: Options) -> Iterator[Measurement]:
     """Selective scan, batch 1, 384 channels, 3136 steps."""
     for states in (1, 16):
-        torch.manual_seed(0)
-        tensors = dict(
-            u=torch.randn(1, 384, 3136),
-            delta=torch.randn(1, 384, 3136) - 1,
-            A=-torch.rand(384, states) - 0.1,
-            B=torch.randn(1, 4, states, 3136),
-            C=torch.randn(1, 4, states, 3136),
-            D=torch.randn(384),
-            delta_bias=torch.randn(384),
-        )
+
+        def make(states: int = states) -> dict:
+            torch.manual_seed(0)
+            return dict(
+                u=torch.randn(1, 384, 3136),
+                delta=torch.randn(1, 384, 3136) - 1,
+                A=-torch.rand(384, states) - 0.1,
+                B=torch.randn(1, 4, states, 3136),
+                C=torch.randn(1, 4, states, 3136),
+                D=torch.randn(384),
+                delta_bias=torch.randn(384),
+            )
+
         label = f"B1 D384 L3136 N{states}"
-        yield from _compare_backends(label, selective_scan, tensors, ("naive", "torch", "numba"), delta_softplus=True)
+        yield from _compare_backends(label, selective_scan, make, ("naive", "torch", "numba"), delta_softplus=True)
 
 
-@case
-def cpu_scan2d(device: torch.device) -> Iterator[Measurement]:
+@case(in_turns=True)
+def cpu_scan2d(options: Options) -> Iterator[Measurement]:
     """Directional scan in the shapes of VMamba-T's four stages, batch 1."""
     for channels, side in ((96, 56), (192, 28), (384, 14), (768, 7)):
-        torch.manual_seed(0)
-        rank = channels // 16
-        tensors = dict(
-            x=torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last),
-            dt=torch.randn(1, side, side, 4, rank).permute(0, 3, 4, 1, 2),
-            A=-torch.rand(4, channels, 1) - 0.1,
-            B=torch.randn(1, 4, 1, side, side),
-            C=torch.randn(1, 4, 1, side, side),
-            D=torch.randn(4, channels),
-            dt_weight=torch.randn(4, channels, rank) / rank**0.5,
-            dt_bias=torch.randn(4, channels) - 3,
-        )
+
+        def make(channels: int = channels, side: int = side) -> dict:
+            torch.manual_seed(0)
+            rank = channels // 16
+            return dict(
+                x=torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last),
+                dt=torch.randn(1, side, side, 4, rank).permute(0, 3, 4, 1, 2),
+                A=-torch.rand(4, channels, 1) - 0.1,
+                B=torch.randn(1, 4, 1, side, side),
+                C=torch.randn(1, 4, 1, side, side),
+                D=torch.randn(4, channels),
+                dt_weight=torch.randn(4, channels, rank) / rank**0.5,
+                dt_bias=torch.randn(4, channels) - 3,
+            )
+
         label = f"B1 D{channels} {side}x{side} N1"
-        yield from _compare_backends(label, scan2d, tensors, ("torch", "numba"), directions=CROSS)
+        yield from _compare_backends(label, scan2d, make, ("torch", "numba"), directions=CROSS)

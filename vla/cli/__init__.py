@@ -1,9 +1,9 @@
-"""The command line: `vla train`, `vla eval`, `vla predict`, `vla models`, `vla info`."""
+"""The command line: `vla train`, `vla eval`, `vla predict`, `vla models`, `vla info`, `vla bench`."""
 
 from .app import app, main
 
 # Each registers its commands; the help keeps this order.
 # isort: off
-from . import train, evaluate, predict, models  # noqa: F401
+from . import train, evaluate, predict, models, bench  # noqa: F401
 
 __all__ = ["app", "main"]

@@ -1,0 +1,150 @@
+"""The benchmarks: a wrong result is never timed, a failure is told and stops nothing, figures are kept."""
+
+import json
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import runner
+from benchmarks.__main__ import app
+from benchmarks.checks import check_operator
+from benchmarks.registry import CASES, Case, Measurement, Options
+from vla.ops import selective_scan, use_backend
+from vla.timing import Timing, measure, measure_latency
+
+CPU = Options(torch.device("cpu"))
+FAST = torch.device("cpu")
+
+
+def command(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def case(monkeypatch):
+    """Registers a case of its own for a test."""
+
+    def register(*measurements, in_turns=False):
+        monkeypatch.setitem(CASES, "own", Case(lambda options: iter(measurements), in_turns))
+
+    return register
+
+
+def fails():
+    raise ValueError("does not work\nand here is why")
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_failure_is_told_and_stops_nothing(case, tmp_path, in_turns):
+    case(Measurement("bad", fails), Measurement("good", lambda: lambda: None, items=4, bytes=10), in_turns=in_turns)
+    told = []
+    runner.run_case("own", CPU, tmp_path, bandwidth=1e9, calls=2, tell=told.append)
+    content = json.loads((tmp_path / "own.json").read_text())
+    bad, good = content["results"]
+    assert content["results"] == told
+    assert bad == {"name": "bad", "error": "ValueError: does not work"}
+    assert good["floor_ms"] == pytest.approx(1e-5)
+    assert good["over_floor"] == pytest.approx(good["median_ms"] / 1e-5)
+    assert good["items_per_second"] == pytest.approx(4e3 / good["median_ms"])
+    assert content["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_figures_up_to_the_time_limit_are_kept(case, tmp_path):
+    case(Measurement("quick", lambda: lambda: None), Measurement("endless", lambda: lambda: time.sleep(60)))
+    start = time.perf_counter()
+    output = command("run", "own", "--device", "cpu", "--output", tmp_path, "--time-limit", 2)
+    assert time.perf_counter() - start < 30
+    assert "stopped after 2 seconds" in output
+    assert [r["name"] for r in json.loads((tmp_path / "own.json").read_text())["results"]] == ["quick"]
+
+
+def test_results_compare_and_merge(case, tmp_path):
+    first, second = Measurement("first", lambda: lambda: None), Measurement("second", lambda: Timing(0.5, 0.25, 1))
+    case(first)
+    command("run", "own", "--device", "cpu", "--output", tmp_path / "a")
+    case(second)
+    output = command("run", "own", "--device", "cpu", "--output", tmp_path / "b", "--compare", tmp_path / "a")
+    assert "500.000" in output
+    command("merge", tmp_path / "c.json", tmp_path / "a" / "own.json", tmp_path / "b" / "own.json")
+    merged = json.loads((tmp_path / "c.json").read_text())["results"]
+    assert [r["name"] for r in merged] == ["first", "second"] and merged[1]["fastest_ms"] == 250
+    merged[1]["median_ms"] = 1000
+    (tmp_path / "old.json").write_text(json.dumps(json.loads((tmp_path / "c.json").read_text()) | {"results": merged}))
+    assert "2.00" in command("compare", tmp_path / "old.json", tmp_path / "c.json")
+    assert "cannot read" in command("compare", tmp_path / "none.json", tmp_path / "c.json", code=2)
+
+
+def test_wrong_words_are_refused():
+    assert "unknown case" in command("run", "nonsense", code=2)
+    assert "unknown mode" in command("run", "--modes", "slow", code=2)
+    assert "expected numbers" in command("run", "--sizes", "224,large", code=2)
+
+
+@pytest.mark.parametrize("wrong", [None, "output", "gradient"])
+def test_a_wrong_operator_is_found(wrong):
+    torch.manual_seed(0)
+    tensors = dict(
+        u=torch.randn(3, 8, 20),
+        delta=torch.rand(3, 8, 20),
+        A=-torch.rand(8, 2),
+        B=torch.randn(3, 2, 2, 20),
+        C=torch.randn(3, 2, 2, 20),
+    )
+
+    class WrongGradient(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, grad: grad * 1.01)
+
+    def function(u, delta, A, B, C):
+        if u.dtype == torch.float64:  # the reference
+            return selective_scan(u, delta, A, B, C)
+        if wrong == "gradient":
+            B = WrongGradient.apply(B)
+        return selective_scan(u, delta, A, B, C) * (1.01 if wrong == "output" else 1)
+
+    row, group = {0: 1, 1: 4}, {0: 1, 1: 1}
+    arguments = function, tensors, {}, dict(u=row, delta=row, A={0: 4}, B=group, C=group), row
+    if wrong is None:
+        check_operator(*arguments)
+    else:
+        with pytest.raises(AssertionError, match="output" if wrong == "output" else "gradient of B"):
+            check_operator(*arguments)
+
+
+def test_the_clock():
+    def run():
+        time.sleep(0.01)
+
+    for timing in (measure(run, FAST, calls=3), measure_latency(run, FAST, calls=3)):
+        assert 0.01 <= timing.fastest <= timing.median
+    assert measure(run, FAST, calls=100, seconds=0.06).calls <= 6
+    assert measure_latency(run, FAST, calls=100, seconds=0).calls == 3
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "scan2d", "bi_wkv", "wkv6", "q_shift", "line_scan", "mixers"])
+def test_gpu_cases_have_whole_descriptions(name):
+    measurements = list(CASES[name].measurements(Options(torch.device("cuda"), batch=1)))
+    assert len({m.name for m in measurements}) == len(measurements) > 1
+    for measurement in measurements:
+        assert measurement.details["dtype"] and measurement.details["pass"] and measurement.official_ms is None
+    official = [m.official_ms for m in CASES[name].measurements(Options(torch.device("cuda")))]
+    assert any(official) == (name not in ("scan2d", "wkv6", "q_shift"))
+
+
+def test_models_run_small(tmp_path):
+    options = ["--device", "cpu", "--models", "vmamba_atto", "--batch", 2, "--modes", "eager", "--output", tmp_path]
+    with use_backend("torch"):  # needs no compiler
+        command("run", "models", "latency", *options, "--sizes", 32, "--calls", 1)
+    rows = json.loads((tmp_path / "models.json").read_text())["results"]
+    assert [(r["pass"], r["size"], r["batch"], r["mode"]) for r in rows] == [
+        ("eval", 32, 2, "eager"),
+        ("train", 32, 2, "eager"),
+    ]
+    with use_backend("torch"):
+        command("run", "resolution", *options, "--sizes", "32,48", "--calls", 1)
+    command("plot", tmp_path / "resolution.json", "--out", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
