@@ -119,6 +119,8 @@ def _scan2d() -> Iterator[Case]:
     yield Case("16 states", f, arguments(8, 192, 56, 56, states=16), (BF16,))
     yield Case("groupmamba", f, arguments(128, 16, 56, 56, rank=1, grouped=True), (BF16,))
     yield Case("groupmamba stage 3", f, arguments(128, 87, 14, 14, rank=6, grouped=True), (BF16,))
+    mambavision = arguments(128, 160, 1, 196, states=8, rank=20, k=["row"])
+    yield Case("mambavision", f, mambavision, (BF16,))
     yield Case("lines, full rank", f, arguments(2, 33, 13, 17, states=3, rank=0, k=["row", "row_rev"], per_line=True))
     yield Case("contiguous", f, arguments(2, 33, 13, 17, layout=rows), (FP32,))
 
@@ -204,10 +206,10 @@ def _line_scan() -> Iterator[Case]:
         return make
 
     f = ops.line_scan
-    yield Case("gspn stage 1", f, gspn(128, 96, 56, 56, chunk=2, aligned=False))
-    yield Case("gspn stage 2", f, gspn(128, 192, 28, 28, chunk=2), (BF16,))
-    yield Case("gspn stage 3", f, gspn(128, 384, 14, 14, aligned=False), (BF16,))
-    yield Case("gspn 2048", f, gspn(1, 96, 512, 512), (BF16,))
+    yield Case("gspn stage 1", f, gspn(128, 144, 56, 56, chunk=2, aligned=False))
+    yield Case("gspn stage 2", f, gspn(128, 288, 28, 28, chunk=2), (BF16,))
+    yield Case("gspn stage 3", f, gspn(128, 576, 14, 14, aligned=False), (BF16,))
+    yield Case("gspn 2048", f, gspn(1, 144, 512, 512), (BF16,))
     yield Case("dense, local", f, dense(128, 576, 56, 56, chunk=2), (FP16,))
     yield Case("dense, global", f, dense(128, 2304, 14, 14), (FP16,))
     yield Case("dense, large", f, dense(1, 576, 1024, 1024), (FP16,))
