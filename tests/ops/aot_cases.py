@@ -168,6 +168,23 @@ def _q_shift() -> Iterator[Case]:
     yield Case("odd", f, arguments(rows, 3, 33, 7, 9, shift=2, gamma=0.2), (FP16,))
 
 
+def _q_shift_mix() -> Iterator[Case]:
+    def arguments(layout, mixes, rank, *size, **options):
+        def make(dtype: torch.dtype) -> dict:
+            batch, channels, height, width = size
+            tensors = dict(x=layout(dtype, *size), weight=weight(mixes, channels))
+            if rank > 0:
+                tensors |= dict(low=rows(dtype, batch, height * width, mixes * rank), up=weight(mixes, rank, channels))
+            return tensors | options
+
+        return make
+
+    f = ops.q_shift_mix
+    yield Case("vrwkv", f, arguments(maps, 3, 0, 128, 192, 14, 14, dtype=BF16))
+    yield Case("vrwkv6", f, arguments(maps, 5, 32, 128, 192, 14, 14, head_dim=64), (BF16,))
+    yield Case("odd", f, arguments(rows, 2, 5, 3, 33, 7, 9, shift=2, gamma=0.2), (FP32, FP16))
+
+
 def _line_scan() -> Iterator[Case]:
     def gspn(batch, channels, height, width, **options):
         """All four sweeps with coefficients expanded from a proxy of 8 channels."""
@@ -222,5 +239,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "bi_wkv": tuple(_bi_wkv()),
     "wkv6": tuple(_wkv6()),
     "q_shift": tuple(_q_shift()),
+    "q_shift_mix": tuple(_q_shift_mix()),
     "line_scan": tuple(_line_scan()),
 }

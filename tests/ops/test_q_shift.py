@@ -1,4 +1,4 @@
-"""Q-Shift: both backends against reference values and against each other."""
+"""Q-Shift: all backends against reference values and against the definition."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests import golden
 from tests.ops.harness import check_machinery, compare, randn, run
 from vla.ops import q_shift, use_backend
 
-BACKENDS = ["naive", "torch"]
+BACKENDS = ["naive", "torch", "triton"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -21,9 +21,26 @@ def test_against_naive(shape, gamma, head_dim, shift, dtype):
     compare("torch", q_shift, {"x": randn(0)(*shape).to(dtype)}, shift=shift, gamma=gamma, head_dim=head_dim)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape, shift, gamma, head_dim",
+    [
+        ((2, 16, 4, 5), 1, 0.25, None),
+        ((1, 7, 1, 6), 2, 0.25, None),
+        ((2, 24, 6, 1), 1, 0.2, 12),
+        ((1, 8, 3, 3), 9, 0.1, None),
+    ],
+)
+def test_triton(shape, shift, gamma, head_dim, dtype):
+    x = randn(0)(*shape).to(dtype)
+    compare("triton", q_shift, {"x": x}, shift=shift, gamma=gamma, head_dim=head_dim)
+    wide = torch.cat((x, x), 3).contiguous(memory_format=torch.channels_last)
+    compare("triton", q_shift, {"x": wide[..., : x.shape[3]]}, shift=shift, gamma=gamma, head_dim=head_dim)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_format_and_empty_batch(backend):
-    x = randn(0)(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+    x = randn(0)(2, 8, 3, 4).float().contiguous(memory_format=torch.channels_last)
     expected = run(backend, q_shift, {"x": x.contiguous()})
     actual = run(backend, q_shift, {"x": x})
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -39,10 +56,10 @@ def test_reference_values(file, backend):
     for case in golden.index("vrwkv")["ops"][file]:
         height, width = case["H"], case["W"]
         tokens, expected = (data[f"{name}{case['i']}"][:, : height * width] for name in "xy")
-        x = tokens.transpose(1, 2).unflatten(2, (height, width))
+        x = tokens.transpose(1, 2).unflatten(2, (height, width)).float()
         with use_backend(backend):
             y = q_shift(x, case["shift_pixel"], case.get("gamma", 0.25), case.get("head_dim"))
-        assert torch.equal(y.flatten(2).transpose(1, 2), expected), case
+        assert torch.equal(y.flatten(2).transpose(1, 2), expected.float()), case
 
 
 class Shift(nn.Module):

@@ -4,6 +4,7 @@ from ._registry import use_backend
 from .bi_wkv import bi_wkv
 from .line_scan import line_scan
 from .q_shift import q_shift
+from .q_shift_mix import q_shift_mix
 from .scan2d import cross_merge, cross_scan, scan2d
 from .selective_scan import selective_scan
 from .ssd import ssd
@@ -15,6 +16,7 @@ __all__ = [
     "cross_scan",
     "line_scan",
     "q_shift",
+    "q_shift_mix",
     "scan2d",
     "selective_scan",
     "ssd",

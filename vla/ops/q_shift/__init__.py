@@ -11,15 +11,20 @@ __all__ = ["q_shift"]
 _OP = "q_shift"
 
 
+def check_shift(op: str, x: Tensor, shift: int, gamma: float, head_dim: int | None) -> None:
+    """Raises `ValueError` unless the options are those of a shift of x, (B, C, H, W)."""
+    if shift < 0:
+        raise ValueError(f"{op}: shift is {shift}, expected 0 or more pixels")
+    if not 0 <= gamma <= 0.25:
+        raise ValueError(f"{op}: gamma is {gamma}, expected a share of the channels between 0 and 1/4")
+    if head_dim is not None and (head_dim < 1 or x.shape[1] % head_dim != 0):
+        raise ValueError(f"{op}: head_dim is {head_dim}, expected a divisor of the {x.shape[1]} channels of x")
+
+
 def _infer(x: Tensor, shift: int, gamma: float, head_dim: int | None) -> Tensor:
     check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
     check_float(_OP, x=x)
-    if shift < 0:
-        raise ValueError(f"{_OP}: shift is {shift}, expected 0 or more pixels")
-    if not 0 <= gamma <= 0.25:
-        raise ValueError(f"{_OP}: gamma is {gamma}, expected a share of the channels between 0 and 1/4")
-    if head_dim is not None and (head_dim < 1 or x.shape[1] % head_dim != 0):
-        raise ValueError(f"{_OP}: head_dim is {head_dim}, expected a divisor of the {x.shape[1]} channels of x")
+    check_shift(_OP, x, shift, gamma, head_dim)
     return torch.empty_like(x)
 
 
@@ -27,7 +32,7 @@ operator = Operator(
     _OP,
     "(Tensor x, int shift, float gamma, int? head_dim) -> Tensor",
     package=__name__,
-    backends=("naive", "torch"),
+    backends=("naive", "torch", "triton"),
     infer=_infer,
     flops=lambda x, shift, gamma, head_dim: 0,
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def _shift(x: Tensor, shift: int, gamma: float, head_dim: int | None) -> Tensor:
+def shifted(x: Tensor, shift: int, gamma: float, head_dim: int | None) -> Tensor:
     """Q-Shift; a negative `shift` moves every group the other way, which is the adjoint."""
     channels = x.shape[1]
     out = torch.empty_like(x)
@@ -32,8 +32,8 @@ def _move(source: Tensor, target: Tensor, axis: int, step: int) -> None:
 
 
 def forward(x: Tensor, shift: int, gamma: float, head_dim: int | None) -> Tensor:
-    return _shift(x, shift, gamma, head_dim)
+    return shifted(x, shift, gamma, head_dim)
 
 
 def backward(grads: list[Tensor], x: Tensor, shift: int, gamma: float, head_dim: int | None) -> list[Tensor]:
-    return [_shift(grads[0], -shift, gamma, head_dim)]
+    return [shifted(grads[0], -shift, gamma, head_dim)]

@@ -34,7 +34,7 @@ operator = Operator(
     _OP,
     "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> Tensor",
     package=__name__,
-    backends=("naive", "torch"),
+    backends=("naive", "torch", "triton"),
     infer=_infer,
     flops=_flops,
 )

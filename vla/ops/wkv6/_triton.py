@@ -1,0 +1,479 @@
+"""Bidirectional WKV6 in chunks on tensor cores.
+
+Within a chunk the pairs of tokens are sorted by the smallest aligned span that holds both: at level s one token lies in
+the left half of a span of `2^(s+1)` tokens and the other in its right half. The decay between them is the product of
+those from the one to the middle and from the middle to the other, each a function of one token, at most 1, and the
+exponential of a sum of logarithms of one sign: nothing overflows and nothing cancels, however strong the decay.
+So a level is one matrix product, masked to its pairs. See README.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LOG2E
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32, the operands rounded to bfloat16 or as `tl.dot`'s `input_precision` says."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def decay_rate(w):
+    """Minus the logarithm of the decay; the bound keeps sums of it finite where the decay is 0 either way."""
+    return tl.exp2(tl.minimum(w.to(tl.float32), 80.0) * LOG2E)
+
+
+@triton.jit
+def between(mask, log_decay, PRECISION: tl.constexpr):
+    """Products over the tokens j of a chunk with mask[t, j] of their decays, from the logarithms to base 2."""
+    return tl.exp2(product(tl.where(mask, 1.0, 0.0), log_decay, PRECISION))
+
+
+@triton.jit
+def towards_middle(level, L: tl.constexpr):
+    """mask[t, j] of the tokens j between t and the middle of t's span of `2^(level + 1)` tokens."""
+    t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    start = (t >> level) << level
+    right = ((t >> level) & 1) == 1
+    return (j >= tl.where(right, start, t + 1)) & (j < tl.where(right, t, start + (1 << level)))
+
+
+@triton.jit
+def pairs_at(level, L: tl.constexpr):
+    """mask[t, i] of the pairs in different halves of a span of `2^(level + 1)` tokens."""
+    t, i = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    return (i >> level) == ((t >> level) ^ 1)
+
+
+@triton.jit
+def wkv6_states_kernel(
+    a,
+    b,
+    w,
+    states,
+    length,
+    sequences,
+    heads,
+    chunks,
+    a_batch,
+    a_token,
+    b_batch,
+    b_token,
+    w_batch,
+    w_token,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of decayed a_i b_i^T over all chunks before (direction 0) or after (direction 1) each chunk.
+
+    One program walks one sequence in one direction, with one tile of the (N, N) state.
+    """
+    tiles_v = tl.cdiv(N, BLOCK_V)
+    tiles = tl.cdiv(N, BLOCK_K) * tiles_v
+    program = tl.program_id(0)
+    tile = program % tiles
+    sequence = (program // tiles) % sequences
+    direction = program // (tiles * sequences)
+
+    batch, first = (sequence // heads).to(tl.int64), (sequence % heads) * N
+    row = (tile // tiles_v) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+    a += batch * a_batch + first + row
+    b += batch * b_batch + first + column
+    w += batch * w_batch + first + row
+    # (2, sequences, chunks, N, N)
+    states += (direction.to(tl.int64) * sequences + sequence) * chunks * N * N + row[:, None] * N + column[None, :]
+
+    t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    outer = tl.where(direction == 0, j > t, j < t)
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    for step in range(chunks):
+        chunk = tl.where(direction == 0, step, chunks - 1 - step)
+        token = chunk.to(tl.int64) * L + tl.arange(0, L)
+        inside_k = (token < length)[:, None] & (row < N)[None, :]
+        inside_v = (token < length)[:, None] & (column < N)[None, :]
+        a_chunk = tl.load(a + token[:, None] * a_token, inside_k, 0.0)  # (L, BLOCK_K)
+        b_chunk = tl.load(b + token[:, None] * b_token, inside_v, 0.0)  # (L, BLOCK_V)
+        w_chunk = tl.load(w + token[:, None] * w_token, inside_k, float("-inf"))  # (L, BLOCK_K)
+        inside = (row < N)[:, None] & (column < N)[None, :]
+        tl.store(states + chunk.to(tl.int64) * N * N, state.to(states.dtype.element_ty), inside)
+        log_decay = -LOG2E * decay_rate(w_chunk)
+        a_chunk = a_chunk.to(tl.float32) * between(outer, log_decay, PRECISION)
+        total = tl.exp2(tl.sum(log_decay, 0))
+        state = state * total[:, None] + product(tl.trans(a_chunk), b_chunk, PRECISION)
+
+
+@triton.jit
+def wkv6_fwd_kernel(
+    r,
+    k,
+    v,
+    w,
+    u,
+    states,
+    y,
+    length,
+    sequences,
+    heads,
+    chunks,
+    levels,
+    r_batch,
+    r_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    w_batch,
+    w_token,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Outputs of one chunk in one tile of the value channels. With r and k swapped and gy for v: the gradient of v."""
+    tiles_v = tl.cdiv(N, BLOCK_V)
+    program = tl.program_id(0)
+    tile = program % tiles_v
+    chunk = (program // tiles_v) % chunks
+    sequence = program // (tiles_v * chunks)
+
+    batch, first = (sequence // heads).to(tl.int64), (sequence % heads) * N
+    token = chunk.to(tl.int64) * L + tl.arange(0, L)
+    valid = (token < length)[:, None]
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    r += batch * r_batch + first + token[:, None] * r_token
+    k += batch * k_batch + first + token[:, None] * k_token
+    v += batch * v_batch + first + token[:, None] * v_token + column[None, :]
+    w += batch * w_batch + first + token[:, None] * w_token
+    y += (batch * length + token[:, None]) * heads * N + first + column[None, :]
+    past = states + (sequence.to(tl.int64) * chunks + chunk) * N * N + column[None, :]
+    future = past + sequences.to(tl.int64) * chunks * N * N
+
+    t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    inside_v = valid & (column < N)[None, :]
+    out = tl.zeros((L, BLOCK_V), tl.float32)
+    score = tl.zeros((L, L), tl.float32)
+    for start in range(0, N, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        inside_k = valid & (row < N)[None, :]
+        r_chunk = tl.load(r + row[None, :], inside_k, 0.0).to(tl.float32)  # (L, BLOCK_K)
+        k_chunk = tl.load(k + row[None, :], inside_k, 0.0).to(tl.float32)  # (L, BLOCK_K)
+        w_chunk = tl.load(w + row[None, :], inside_k, float("-inf"))  # (L, BLOCK_K)
+        bonus = tl.load(u + first + row, row < N, 0.0).to(tl.float32)  # (BLOCK_K,)
+        log_decay = -LOG2E * decay_rate(w_chunk)
+
+        if chunks > 1:
+            inside = (row < N)[:, None] & (column < N)[None, :]
+            state = tl.load(past + row[:, None] * N, inside, 0.0)  # (BLOCK_K, BLOCK_V)
+            out += product(r_chunk * between(j < t, log_decay, PRECISION), state, PRECISION)
+            state = tl.load(future + row[:, None] * N, inside, 0.0)  # (BLOCK_K, BLOCK_V)
+            out += product(r_chunk * between(j > t, log_decay, PRECISION), state, PRECISION)
+
+        of_all = product(r_chunk, tl.trans(k_chunk), PRECISION)
+        of_self = tl.sum(r_chunk * k_chunk * bonus[None, :], 1)[:, None]
+        score += tl.where(j == t, of_self, tl.where(pairs_at(0, L), of_all, 0.0))
+        for level in range(1, levels):
+            decay = between(towards_middle(level, L), log_decay, PRECISION)
+            of_all = product(r_chunk * decay, tl.trans(k_chunk * decay), PRECISION)
+            score += tl.where(pairs_at(level, L), of_all, 0.0)
+    v_chunk = tl.load(v, inside_v, 0.0)  # (L, BLOCK_V)
+    out += product(score, v_chunk, PRECISION)
+    tl.store(y, out.to(y.dtype.element_ty), inside_v)
+
+
+@triton.jit
+def wkv6_bwd_kernel(
+    r,
+    k,
+    v,
+    w,
+    u,
+    gy,
+    states,
+    g_states,
+    gr,
+    gk,
+    gw,
+    gu,
+    length,
+    sequences,
+    heads,
+    chunks,
+    levels,
+    r_batch,
+    r_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    w_batch,
+    w_token,
+    gy_batch,
+    gy_token,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of r, k, w, and the chunk's part of u's, for one chunk in one tile of the key channels."""
+    tiles_k = tl.cdiv(N, BLOCK_K)
+    program = tl.program_id(0)
+    tile = program % tiles_k
+    chunk = (program // tiles_k) % chunks
+    sequence = program // (tiles_k * chunks)
+
+    batch, first = (sequence // heads).to(tl.int64), (sequence % heads) * N
+    token = chunk.to(tl.int64) * L + tl.arange(0, L)
+    valid = (token < length)[:, None]
+    row = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside_k = valid & (row < N)[None, :]
+    v += batch * v_batch + first + token[:, None] * v_token
+    gy += batch * gy_batch + first + token[:, None] * gy_token
+    here = (sequence.to(tl.int64) * chunks + chunk) * N * N + row[:, None] * N
+    opposite = sequences.to(tl.int64) * chunks * N * N
+
+    g_score = tl.zeros((L, L), tl.float32)
+    for start in range(0, N, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        inside_v = valid & (column < N)[None, :]
+        v_chunk = tl.load(v + column[None, :], inside_v, 0.0)  # (L, BLOCK_V)
+        gy_chunk = tl.load(gy + column[None, :], inside_v, 0.0)  # (L, BLOCK_V)
+        g_score += product(gy_chunk, tl.trans(v_chunk), PRECISION)
+    if PRECISION == "bf16":
+        g_pairs = g_score.to(tl.bfloat16)
+    else:
+        g_pairs = g_score
+
+    channel = first + row[None, :]
+    r_chunk = tl.load(r + batch * r_batch + token[:, None] * r_token + channel, inside_k, 0.0).to(tl.float32)
+    k_chunk = tl.load(k + batch * k_batch + token[:, None] * k_token + channel, inside_k, 0.0).to(tl.float32)
+    w_chunk = tl.load(w + batch * w_batch + token[:, None] * w_token + channel, inside_k, float("-inf"))
+    bonus = tl.load(u + first + row, row < N, 0.0).to(tl.float32)  # (BLOCK_K,)
+    log_decay = -LOG2E * decay_rate(w_chunk)
+
+    # The token itself, and its neighbour, which no decay parts from it.
+    t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    diagonal = tl.sum(tl.where(j == t, g_score, 0.0), 1)[:, None]
+    gu_chunk = tl.sum(diagonal * r_chunk * k_chunk, 0)
+    pairs = tl.where(pairs_at(0, L), g_pairs, 0.0)
+    gr_chunk = diagonal * bonus[None, :] * k_chunk + product(pairs, k_chunk, PRECISION)
+    gk_chunk = diagonal * bonus[None, :] * r_chunk + product(tl.trans(pairs), r_chunk, PRECISION)
+    g_log = tl.zeros((L, BLOCK_K), tl.float32)
+
+    # Partners in other chunks, first those before, then those after; for the decays also the pairs around the chunk.
+    if chunks > 1:
+        across = tl.zeros((BLOCK_K,), tl.float32)
+        for direction in range(2):
+            same, other = here + direction * opposite, here + (1 - direction) * opposite
+            r_outer = tl.zeros((L, BLOCK_K), tl.float32)
+            k_outer = tl.zeros((L, BLOCK_K), tl.float32)
+            for start in range(0, N, BLOCK_V):
+                column = start + tl.arange(0, BLOCK_V)
+                inside_v = valid & (column < N)[None, :]
+                inside = (row < N)[:, None] & (column < N)[None, :]
+                gy_chunk = tl.load(gy + column[None, :], inside_v, 0.0)  # (L, BLOCK_V)
+                state = tl.load(states + same + column[None, :], inside, 0.0)  # (BLOCK_K, BLOCK_V)
+                r_outer += product(gy_chunk, tl.trans(state), PRECISION)
+                g_state = tl.load(g_states + other + column[None, :], inside, 0.0)  # (BLOCK_K, BLOCK_V)
+                across += tl.sum(state.to(tl.float32) * g_state.to(tl.float32), 1)
+                v_chunk = tl.load(v + column[None, :], inside_v, 0.0)  # (L, BLOCK_V)
+                g_state = tl.load(g_states + same + column[None, :], inside, 0.0)  # (BLOCK_K, BLOCK_V)
+                k_outer += product(v_chunk, tl.trans(g_state), PRECISION)
+            towards = tl.where(direction == 0, j < t, j > t)
+            decay = between(towards, log_decay, PRECISION)
+            r_outer *= decay
+            k_outer *= decay
+            gr_chunk += r_outer
+            gk_chunk += k_outer
+            q = r_chunk * r_outer + k_chunk * k_outer
+            g_log += product(tl.where(tl.trans(towards), 1.0, 0.0), q, PRECISION)
+        g_log += (tl.exp2(tl.sum(log_decay, 0)) * across)[None, :]
+
+    # Pairs inside the chunk.
+    for level in range(1, levels):
+        towards = towards_middle(level, L)
+        decay = between(towards, log_decay, PRECISION)
+        pairs = tl.where(pairs_at(level, L), g_pairs, 0.0)
+        g = decay * product(pairs, k_chunk * decay, PRECISION)
+        gr_chunk += g
+        q = g * r_chunk
+        g = decay * product(tl.trans(pairs), r_chunk * decay, PRECISION)
+        gk_chunk += g
+        q += g * k_chunk
+        g_log += product(tl.where(tl.trans(towards), 1.0, 0.0), q, PRECISION)
+
+    out = (batch * length + token[:, None]) * heads * N + channel
+    tl.store(gr + out, gr_chunk.to(gr.dtype.element_ty), inside_k)
+    tl.store(gk + out, gk_chunk.to(gk.dtype.element_ty), inside_k)
+    # Loaded again: its registers are worth more in between.
+    w_chunk = tl.load(w + batch * w_batch + token[:, None] * w_token + channel, inside_k, float("-inf"))
+    tl.store(gw + out, (-decay_rate(w_chunk) * g_log).to(gw.dtype.element_ty), inside_k)
+    # (sequences, chunks, N)
+    tl.store(gu + (sequence.to(tl.int64) * chunks + chunk) * N + row, gu_chunk, row < N)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (B, T, C) with contiguous channels, as the linear layers before the operator leave them."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _tiling(length: int, precision: str) -> tuple[int, tuple, tuple]:
+    """Logarithm of the tokens in a chunk; tiles (BLOCK_K, BLOCK_V) and warps of states, forward, backward."""
+    if precision == "bf16":
+        levels, blocks = 6, ((64, 64), (64, 64), (32, 64))
+    else:
+        levels, blocks = 5, ((32, 64), (32, 64), (32, 64))
+    while levels > 4 and length <= 1 << (levels - 1):
+        levels -= 1
+    return levels, blocks, (4, 4, 4)
+
+
+class _Launcher:
+    """Sizes and precision of one call.
+
+    Products take bfloat16 operands when r, k and v are bfloat16, TF32 when they are of 16 bits (float16's range is too
+    small for sums over a sequence), and three TF32 products for one in float32.
+    """
+
+    def __init__(self, r: Tensor, k: Tensor, v: Tensor, u: Tensor):
+        self.batch, self.length, self.channels = r.shape
+        self.heads, self.size = u.shape
+        self.sequences = self.batch * self.heads
+        dtypes = {r.dtype, k.dtype, v.dtype}
+        if r.device.type == "cpu":
+            # Triton's interpreter cannot multiply bfloat16.
+            self.precision = "ieee"
+        elif dtypes == {torch.bfloat16}:
+            self.precision = "bf16"
+        else:
+            self.precision = "tf32" if torch.float32 not in dtypes else "tf32x3"
+        self.levels, blocks, self.warps = _tiling(self.length, self.precision)
+        self.chunk = 1 << self.levels
+        self.chunks = triton.cdiv(self.length, self.chunk)
+        padded = max(16, triton.next_power_of_2(self.size))
+        self.blocks = [(min(k, padded), min(v, padded)) for k, v in blocks]
+
+    def states(self, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        states = torch.empty(2, self.sequences, self.chunks, self.size, self.size, dtype=dtype, device=a.device)
+        if self.chunks > 1:
+            block_k, block_v = self.blocks[0]
+            tiles = triton.cdiv(self.size, block_k) * triton.cdiv(self.size, block_v)
+            wkv6_states_kernel[(2 * self.sequences * tiles,)](
+                a,
+                b,
+                w,
+                states,
+                self.length,
+                self.sequences,
+                self.heads,
+                self.chunks,
+                *a.stride()[:2],
+                *b.stride()[:2],
+                *w.stride()[:2],
+                N=self.size,
+                L=self.chunk,
+                BLOCK_K=block_k,
+                BLOCK_V=block_v,
+                PRECISION=self.precision,
+                num_warps=self.warps[0],
+            )
+        return states
+
+    def outputs(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor) -> Tensor:
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        block_k, block_v = self.blocks[1]
+        wkv6_fwd_kernel[(triton.cdiv(self.size, block_v) * self.chunks * self.sequences,)](
+            r,
+            k,
+            v,
+            w,
+            u,
+            states,
+            y,
+            self.length,
+            self.sequences,
+            self.heads,
+            self.chunks,
+            self.levels,
+            *r.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *w.stride()[:2],
+            N=self.size,
+            L=self.chunk,
+            BLOCK_K=block_k,
+            BLOCK_V=block_v,
+            PRECISION=self.precision,
+            num_warps=self.warps[1],
+        )
+        return y
+
+    def gradients(self, r, k, v, w, u, gy, states, g_states) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of r, k, w and u."""
+        gr, gk, gw = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, w))
+        gu = torch.empty(self.batch, self.heads, self.chunks, self.size, dtype=torch.float32, device=r.device)
+        block_k, block_v = self.blocks[2]
+        wkv6_bwd_kernel[(triton.cdiv(self.size, block_k) * self.chunks * self.sequences,)](
+            r,
+            k,
+            v,
+            w,
+            u,
+            gy,
+            states,
+            g_states,
+            gr,
+            gk,
+            gw,
+            gu,
+            self.length,
+            self.sequences,
+            self.heads,
+            self.chunks,
+            self.levels,
+            *r.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *w.stride()[:2],
+            *gy.stride()[:2],
+            N=self.size,
+            L=self.chunk,
+            BLOCK_K=block_k,
+            BLOCK_V=block_v,
+            PRECISION=self.precision,
+            num_warps=self.warps[2],
+        )
+        return gr, gk, gw, gu.sum((0, 2))
+
+
+def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    if r.numel() == 0:
+        return torch.empty_like(v, memory_format=torch.contiguous_format)
+    launcher = _Launcher(r, k, v, u)
+    r, k, v, w, u = _rows(r), _rows(k), _rows(v), _rows(w), u.contiguous()
+    return launcher.outputs(r, k, v, w, u, launcher.states(k, v, w))
+
+
+def backward(grads: list[Tensor], r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    if r.numel() == 0:
+        return tuple(torch.zeros_like(x) for x in (r, k, v, w, u))
+    launcher = _Launcher(r, k, v, u)
+    r, k, v, w, gy, u = _rows(r), _rows(k), _rows(v), _rows(w), _rows(grads[0]), u.contiguous()
+    states, g_states = launcher.states(k, v, w), launcher.states(r, gy, w)
+    gr, gk, gw, gu = launcher.gradients(r, k, v, w, u, gy, states, g_states)
+    # Pairs are symmetric in (r, gy) and (k, v).
+    gv = launcher.outputs(k, r, gy, w, u, g_states)
+    return gr, gk, gv, gw, gu
