@@ -70,6 +70,8 @@ def run(
             for name in names:
                 console.rule(name)
                 report = run_case(name, options, output, bandwidth, calls, tell)
+                if name == "resolution":
+                    console.print(_growth(report.content))
                 earlier = compare / f"{name}.json" if compare and compare.is_dir() else compare
                 if earlier is not None:
                     console.print(_comparison(_read(earlier), report.content))
@@ -148,6 +150,30 @@ def _line(result: dict) -> str:
     if "times_faster" in result:
         parts.append(f"official {result['official_ms']:8.3f} ms / {result['times_faster']:.2f}")
     return "  ".join(parts)
+
+
+def _growth(content: dict) -> Table:
+    """Time and memory per pixel, over those at the size in front: 1 where they grow with the pixels."""
+    sizes = sorted({result["size"] for result in content["results"]})
+    first = 512 if 512 in sizes else sizes[0]
+    sizes = [size for size in sizes if size > first]
+    table = Table(title=f"per pixel, over {first} pixels: time (memory)")
+    table.add_column("", no_wrap=True)
+    for size in sizes:
+        table.add_column(str(size), justify="right")
+    figures = {(r["model"], r["pass"], r["size"]): r for r in content["results"] if "error" not in r}
+    for model, kind in dict.fromkeys((r["model"], r["pass"]) for r in content["results"]):
+        base = figures.get((model, kind, first))
+        cells = []
+        for size in sizes:
+            result = figures.get((model, kind, size))
+            if base is None or result is None:
+                cells.append("-")
+                continue
+            growth = [result[k] / base[k] / (size / first) ** 2 for k in ("median_ms", "peak_gib") if k in result]
+            cells.append(" ".join([f"{growth[0]:.2f}", *(f"({g:.2f})" for g in growth[1:])]))
+        table.add_row(f"{model} {kind}", *cells)
+    return table
 
 
 def _comparison(old: dict, new: dict) -> Table:

@@ -39,6 +39,8 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # A100; H100 and H200; RTX 50, which Triton knows since 3.3. Bytes of shared memory that a program can have there.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 TARGETS = tuple(t for t in SHARED_MEMORY if t < 120 or VERSION >= (3, 3))
+# Compiled for in every case; the others once per kernel and dtype, unless chosen by hand.
+MAIN_TARGET = 90
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
 
 
@@ -99,19 +101,25 @@ class Compiler:
 
     Args:
         targets: Compute capabilities to compile for.
+        thorough: Those of them to compile for in every case.
         dump: Folder for the kernels' intermediate and machine code.
 
     Attributes:
+        case: What the launches belong to, for messages.
+        dtype: dtype of its activations.
         compiled: (module, kernel, target) of what was compiled.
         errors: Everything that went wrong.
     """
 
     HEADER = f"{'kernel':44} {'sm':>4} {'regs':>5} {'spill':>5} {'shared':>7} {'s':>5}  case, constants"
 
-    def __init__(self, targets: tuple[int, ...], dump: Path | None = None):
+    def __init__(self, targets: tuple[int, ...], thorough: tuple[int, ...], dump: Path | None = None):
         self.targets = targets
+        self.thorough = thorough
         self.dump = dump
         self.case = ""
+        self.dtype = torch.float32
+        self.met: set[tuple[JITFunction, torch.dtype, int]] = set()
         self.compiled: set[tuple[str, str, int]] = set()
         self.seen: set[str] = set()
         self.errors: list[str] = []
@@ -124,6 +132,10 @@ class Compiler:
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             self._check_grid(kernel, grid(arguments) if callable(grid) else grid)
             for target in self.targets:
+                key = (kernel, self.dtype, target)
+                if key in self.met and target not in self.thorough:
+                    continue
+                self.met.add(key)
                 driver.set_active(Device(target))
                 start = time.perf_counter()
                 try:
@@ -157,8 +169,10 @@ class Compiler:
         if binary.hash in self.seen:
             return
         self.seen.add(binary.hash)
-        if binary.metadata.shared > SHARED_MEMORY[target]:
-            self.fail(f"{kernel.__name__} for sm_{target}: {binary.metadata.shared} bytes of shared memory")
+        # The launchers choose the same tiles for all GPUs, so that those of the largest must fit the smallest.
+        limit = min(SHARED_MEMORY[t] for t in self.targets)
+        if binary.metadata.shared > limit:
+            self.fail(f"{kernel.__name__} needs {binary.metadata.shared} bytes of shared memory, the limit is {limit}")
         constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and p.name in arguments}
         constants["num_warps"] = binary.metadata.num_warps
         text = " ".join(f"{name}={value}" for name, value in constants.items())
@@ -231,7 +245,8 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-    compiler = Compiler(tuple(options.target or TARGETS), options.dump)
+    targets = tuple(options.target or TARGETS)
+    compiler = Compiler(targets, tuple(options.target or (MAIN_TARGET,)), options.dump)
     print(f"Triton {triton.__version__}\n{Compiler.HEADER}")
     for operator in options.operators or available:
         if operator not in CASES:
@@ -240,6 +255,7 @@ def main() -> int:
         for case in CASES[operator]:
             for dtype in case.dtypes:
                 if options.case in case.name:
+                    compiler.dtype = dtype
                     compiler.case = f"{operator}/{case.name}/{str(dtype).removeprefix('torch.')}"
                     run(compiler, case, dtype)
         if not options.case:

@@ -52,7 +52,7 @@ def sum_kernel(x, y, SIZE: tl.constexpr):
     tl.store(y, tl.sum(tl.load(x + tl.arange(0, SIZE))))
 
 
-compiler = Compiler(TARGETS)
+compiler = Compiler(TARGETS, TARGETS)
 x = torch.empty(1 << 16, dtype=torch.float16, device="meta")
 with compiler.intercept():
     good_kernel[(1,)](x, x, 300, SIZE=512)
