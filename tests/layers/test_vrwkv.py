@@ -54,6 +54,38 @@ def test_class_tokens_are_not_shifted():
         assert torch.equal(y[:, :, 0].transpose(1, 2), data[f"y{case['i']}"]), case
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("grid", [None, (3, 4)])
+def test_mixes(grid, low_rank):
+    """Class tokens are mixed with themselves; under autocast the mixes come in the dtype of what takes them."""
+    torch.manual_seed(0)
+    shift = TokenShift("q_shift", head_dim=4)
+    x = torch.randn(2, 8, 1, 14) if grid else torch.randn(2, 8, 3, 4)
+    weight, low, up = torch.randn(3, 8), None, None
+    tokens = x.flatten(2).transpose(1, 2)
+    change = shift(x, grid).flatten(2).transpose(1, 2) - tokens
+    share = weight[:, None, None]
+    if low_rank:
+        low, up = torch.randn(2, tokens.shape[1], 3 * 2), torch.randn(3, 2, 8)
+        share = share + torch.einsum("btmr,mrc->mbtc", low.unflatten(2, (3, 2)), up)
+    expected = tokens + change * share
+    assert_close("mixes", shift.mix(x, weight, grid, low, up), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = shift.mix(x, weight, grid, low, up)
+    assert mixed.dtype is torch.bfloat16
+    assert_close("under autocast", mixed, expected)
+
+
+@pytest.mark.parametrize("version", [1, 6])
+def test_compiled_under_autocast(version):
+    block = VRWKVBlock(16, version=version, head_dim=8)
+    x = torch.randn(2, 16, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(x)
+        actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 5), (20, 13)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import bi_wkv, q_shift, wkv6
+from ..ops import bi_wkv, q_shift, q_shift_mix, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
@@ -27,6 +27,15 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """(B, H * W, C) -> (B, C, H, W), a view in channels-last memory."""
     return tokens.unflatten(1, [height, width]).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
+    """dtype of the linear layers that follow x under autocast, None without it."""
+    if torch.jit.is_scripting():
+        return None
+    else:
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 class TokenShift(nn.Module):
@@ -63,6 +72,41 @@ class TokenShift(nn.Module):
         pixels = grid[0] * grid[1]
         shifted = q_shift(to_map(tokens[:, :pixels], grid[0], grid[1]), self.shift, self.gamma, self.head_dim)
         return to_map(torch.cat([to_tokens(shifted), tokens[:, pixels:]], dim=1), x.shape[2], x.shape[3])
+
+    def mix(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        grid: Grid = None,
+        low: Optional[Tensor] = None,  # noqa: UP045
+        up: Optional[Tensor] = None,  # noqa: UP045
+    ) -> Tensor:
+        """`x + (shift(x) - x) * (weight + low @ up)` for several weights, see `vla.ops.q_shift_mix`.
+
+        Args:
+            x: Map, (B, C, H, W).
+            weight: Share of the shifted map, (mixes, C).
+            grid: See `VRWKVBlock`.
+            low: Low-rank part of the share, (B, T, mixes * rank), `'q_shift'` only.
+            up: Its expansion, (mixes, rank, C).
+
+        Returns:
+            Tokens (mixes, B, T, C), under autocast in its dtype.
+        """
+        dtype = autocast_dtype(x)
+        tokens = to_tokens(x)
+        if self.mode != "q_shift":
+            change = self.along_sequence(tokens) - tokens
+            return tokens + change * weight[:, None, None]
+        if grid is None:
+            mixed = q_shift_mix(x, weight, low, up, self.shift, self.gamma, self.head_dim, dtype)
+            return mixed.permute(0, 1, 3, 4, 2).flatten(2, 3)
+        pixels = grid[0] * grid[1]
+        low = None if low is None else low[:, :pixels]
+        pixel_map = to_map(tokens[:, :pixels], grid[0], grid[1])
+        mixed = q_shift_mix(pixel_map, weight, low, up, self.shift, self.gamma, self.head_dim, dtype)
+        rest = tokens[:, pixels:].to(mixed.dtype).expand(weight.shape[0], -1, -1, -1)
+        return torch.cat([mixed.permute(0, 1, 3, 4, 2).flatten(2, 3), rest], dim=2)
 
     def along_sequence(self, tokens: Tensor) -> Tensor:
         """`'single_shift'` and `'double_shift'` of tokens (B, T, C)."""
@@ -160,16 +204,13 @@ class SpatialMix(nn.Module):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
-        tokens = to_tokens(x)
         if self.shift is None:
-            k, v, r = self.key(tokens), self.value(tokens), self.receptance(tokens)
+            k = v = r = to_tokens(x)
         else:
-            shifted = to_tokens(self.shift(x, grid))
-            change = tokens - shifted
-            k = self.key(shifted + change * self.mix_k)
-            v = self.value(shifted + change * self.mix_v)
-            r = self.receptance(shifted + change * self.mix_r)
-        length = tokens.shape[1]
+            mixes = torch.stack([self.mix_k, self.mix_v, self.mix_r])
+            k, v, r = self.shift.mix(x, 1 - mixes, grid).unbind(0)
+        k, v, r = self.key(k), self.value(v), self.receptance(r)
+        length = k.shape[1]
         y = bi_wkv(self.decay / length, self.bonus / length, k, v, self.official_split)
         y = self.output(torch.sigmoid(r) * self.wkv_norm(y))
         return to_map(y, x.shape[2], x.shape[3])
@@ -237,20 +278,13 @@ class SpatialMix6(nn.Module):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
-        tokens = to_tokens(x)
-        change = to_tokens(self.shift(x, grid)) - tokens
-        low = torch.tanh((tokens + change * self.mix_x) @ self.mix_down).unflatten(2, [5, self.mix_rank])
-        mixes = torch.matmul(low.permute(2, 0, 1, 3), self.mix_up.unsqueeze(1))
-        w, k, v, r, g = mixes.unbind(0)
-        w = tokens + change * (self.mix_w + w)
+        low = torch.tanh(self.shift.mix(x, self.mix_x[None], grid)[0] @ self.mix_down)
+        mixes = torch.stack([self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g])
+        w, k, v, r, g = self.shift.mix(x, mixes, grid, low, self.mix_up).unbind(0)
         w = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
-        k = self.key(tokens + change * (self.mix_k + k))
-        v = self.value(tokens + change * (self.mix_v + v))
-        r = self.receptance(tokens + change * (self.mix_r + r))
-        g = F.silu(self.gate(tokens + change * (self.mix_g + g)))
-        y = self.wkv_norm(wkv6(r, k, v, w, self.bonus))
+        y = self.wkv_norm(wkv6(self.receptance(r), self.key(k), self.value(v), w, self.bonus))
         y = self.group_norm(y.flatten(0, 1)).view_as(y)
-        return to_map(self.output(y * g), x.shape[2], x.shape[3])
+        return to_map(self.output(y * F.silu(self.gate(g))), x.shape[2], x.shape[3])
 
 
 class ChannelMix(nn.Module):
@@ -302,13 +336,10 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
-        tokens = to_tokens(x)
         if self.shift is None:
-            k, r = tokens, tokens
+            k = r = to_tokens(x)
         else:
-            shifted = to_tokens(self.shift(x, grid))
-            change = tokens - shifted
-            k, r = shifted + change * self.mix_k, shifted + change * self.mix_r
+            k, r = self.shift.mix(x, 1 - torch.stack([self.mix_k, self.mix_r]), grid).unbind(0)
         hidden = self.hidden_norm(F.relu(self.key(k)).square())
         return to_map(torch.sigmoid(self.receptance(r)) * self.value(hidden), x.shape[2], x.shape[3])
 
