@@ -6,6 +6,7 @@ derives from the arguments (dtypes, alignment, integers equal to 1 or divisible 
 fit the GPU, results must have the right shapes. Prints registers and spills of every kernel:
 
     python -m tests.ops.aot selective_scan [scan2d ...] [--case SUBSTRING] [--target 90] [--dump FOLDER]
+    python -m tests.ops.aot --model vmamba_tiny_s1l8 --target 90      what a model's first training step compiles
 
 Needs a process without TRITON_INTERPRET, which decides about a kernel when it is defined.
 """
@@ -20,10 +21,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import timm
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +70,7 @@ class OnMeta(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        modules = (importlib.import_module(f"vla.ops.{name}") for name in kernels_by_operator())
+        modules = [module for name, module in sys.modules.items() if name.startswith("vla.ops.")]
         self.operators = {o.name: o for m in modules for o in vars(m).values() if isinstance(o, Operator)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -76,6 +78,8 @@ class OnMeta(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("vla::")
         operator = self.operators[name.removesuffix("_backward")]
+        if "triton" not in operator.backends:
+            return operator._fake(*args) if name == operator.name else operator._fake_backward(*args)
         backend = importlib.import_module(f"{operator.package}._triton")
         if name == operator.name:
             expected, actual = operator.infer(*args), backend.forward(*args)
@@ -122,6 +126,7 @@ class Compiler:
         self.met: set[tuple[JITFunction, torch.dtype, int]] = set()
         self.compiled: set[tuple[str, str, int]] = set()
         self.seen: set[str] = set()
+        self.seconds: list[float] = []
         self.errors: list[str] = []
 
     @contextmanager
@@ -169,6 +174,7 @@ class Compiler:
         if binary.hash in self.seen:
             return
         self.seen.add(binary.hash)
+        self.seconds.append(seconds)
         # The launchers choose the same tiles for all GPUs, so that those of the largest must fit the smallest.
         limit = min(SHARED_MEMORY[t] for t in self.targets)
         if binary.metadata.shared > limit:
@@ -206,26 +212,44 @@ def resources(cubin: bytes) -> tuple[str, str]:
     return words.get("REG", "?"), words.get("STACK", "?")
 
 
-def kernels_by_operator() -> dict[str, set[tuple[str, str]]]:
-    """(module, name) of every function `*_kernel` in the Triton files below `vla/ops`, by the operator's folder."""
-    root = Path(vla.ops.__file__).parent
-    kernels: dict[str, set[tuple[str, str]]] = {}
-    for file in sorted(root.glob("*/_triton*.py")):
-        name = f"vla.ops.{file.parent.name}.{file.stem}"
+def operators() -> list[str]:
+    """Folders below `vla/ops` that have Triton kernels."""
+    return sorted({file.parent.name for file in Path(vla.ops.__file__).parent.glob("*/_triton*.py")})
+
+
+def kernels_of(operator: str) -> set[tuple[str, str]]:
+    """(module, name) of every function called `*_kernel` in the operator's Triton files."""
+    found = set()
+    for file in (Path(vla.ops.__file__).parent / operator).glob("_triton*.py"):
+        name = f"vla.ops.{operator}.{file.stem}"
         members = vars(importlib.import_module(name)).values()
         own = {m.__name__ for m in members if isinstance(m, JITFunction) and m.fn.__module__ == name}
-        found = kernels.setdefault(file.parent.name, set())
         found |= {(name, kernel) for kernel in own if kernel.endswith("_kernel")}
-    return kernels
+    return found
 
 
-def run(compiler: Compiler, case: Case, dtype: torch.dtype) -> None:
+def run_case(compiler: Compiler, case: Case, dtype: torch.dtype) -> None:
     """Forward and backward of one case."""
     arguments = case.make(dtype)
     tensors = [t.requires_grad_() for t in arguments.values() if isinstance(t, torch.Tensor) and t.is_leaf]
+    run(compiler, lambda: case.function(**arguments), tensors)
+
+
+def run_model(compiler: Compiler, name: str) -> None:
+    """Forward and backward of a model, in bfloat16."""
+    with torch.device("meta"):
+        model = timm.create_model(name).bfloat16().train()
+        pictures = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    run(compiler, lambda: model(pictures), list(model.parameters()))
+    print(f"{name}: {time.perf_counter() - start:.1f} s, of which compilation {sum(compiler.seconds):.1f} s")
+
+
+def run(compiler: Compiler, call: Callable[[], object], tensors: list[torch.Tensor]) -> None:
+    """A call and its gradients."""
     try:
         with compiler.intercept(), use_backend("triton"), OnMeta():
-            outputs = case.function(**arguments)
+            outputs = call()
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
             torch.autograd.grad(outputs, tensors, [torch.empty_like(o) for o in outputs], allow_unused=True)
     except Exception as error:
@@ -235,11 +259,12 @@ def run(compiler: Compiler, case: Case, dtype: torch.dtype) -> None:
 
 
 def main() -> int:
-    available = kernels_by_operator()
+    available = operators()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operators", nargs="*", help=f"of {', '.join(available)}; all by default")
     parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
+    parser.add_argument("--model", help="a model instead of operators")
     parser.add_argument("--dump", type=Path, help="folder for TTGIR, PTX, cubin and SASS")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -248,7 +273,10 @@ def main() -> int:
     targets = tuple(options.target or TARGETS)
     compiler = Compiler(targets, tuple(options.target or (MAIN_TARGET,)), options.dump)
     print(f"Triton {triton.__version__}\n{Compiler.HEADER}")
-    for operator in options.operators or available:
+    if options.model:
+        compiler.case = options.model
+        run_model(compiler, options.model)
+    for operator in () if options.model else options.operators or available:
         if operator not in CASES:
             compiler.errors.append(f"{operator} has Triton kernels, but no cases in tests/ops/aot_cases.py")
             continue
@@ -257,9 +285,9 @@ def main() -> int:
                 if options.case in case.name:
                     compiler.dtype = dtype
                     compiler.case = f"{operator}/{case.name}/{str(dtype).removeprefix('torch.')}"
-                    run(compiler, case, dtype)
+                    run_case(compiler, case, dtype)
         if not options.case:
-            wanted = {(*kernel, target) for kernel in available[operator] for target in compiler.targets}
+            wanted = {(*kernel, target) for kernel in kernels_of(operator) for target in compiler.targets}
             for module, kernel, target in sorted(wanted - compiler.compiled):
                 compiler.errors.append(f"{module}.{kernel} was not compiled for sm_{target}")
     print(f"{len(compiler.seen)} kernels compiled, {len(compiler.errors)} errors")
