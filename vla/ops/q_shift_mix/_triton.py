@@ -83,11 +83,10 @@ def q_shift_mix_fwd_kernel(
     change -= value
     if RANK > 0:
         low += image * low_batch
-    y += (image * height * width + pixel) * channels + channel
     for mix in range(mixes):
         share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
-        tl.store(y, (value + change * share).to(y.dtype.element_ty), inside)
-        y += images.to(tl.int64) * height * width * channels
+        out = y + ((mix * images + image) * height * width + pixel) * channels + channel
+        tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["mixes", "step"])
@@ -163,7 +162,7 @@ def q_shift_mix_bwd_kernel(
         of_share = g_chunk * change
         if RANK > 0:
             moves += g_chunk * share
-            out = g_share + natural + mix * images.to(tl.int64) * height * width * channels
+            out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
             tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
         else:
             moves += share * load_shifted(

@@ -157,8 +157,9 @@ def wkv6_fwd_kernel(
     v += batch * v_batch + first + token[:, None] * v_token + column[None, :]
     w += batch * w_batch + first + token[:, None] * w_token
     y += (batch * length + token[:, None]) * heads * N + first + column[None, :]
+    # (2, sequences, chunks, N, N)
     past = states + (sequence.to(tl.int64) * chunks + chunk) * N * N + column[None, :]
-    future = past + sequences.to(tl.int64) * chunks * N * N
+    future = states + ((sequence.to(tl.int64) + sequences) * chunks + chunk) * N * N + column[None, :]
 
     t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     inside_v = valid & (column < N)[None, :]
@@ -241,8 +242,6 @@ def wkv6_bwd_kernel(
     inside_k = valid & (row < N)[None, :]
     v += batch * v_batch + first + token[:, None] * v_token
     gy += batch * gy_batch + first + token[:, None] * gy_token
-    here = (sequence.to(tl.int64) * chunks + chunk) * N * N + row[:, None] * N
-    opposite = sequences.to(tl.int64) * chunks * N * N
 
     g_score = tl.zeros((L, L), tl.float32)
     for start in range(0, N, BLOCK_V):
@@ -276,7 +275,8 @@ def wkv6_bwd_kernel(
     if chunks > 1:
         across = tl.zeros((BLOCK_K,), tl.float32)
         for direction in range(2):
-            same, other = here + direction * opposite, here + (1 - direction) * opposite
+            same = ((sequence.to(tl.int64) + direction * sequences) * chunks + chunk) * N * N + row[:, None] * N
+            other = ((sequence.to(tl.int64) + (1 - direction) * sequences) * chunks + chunk) * N * N + row[:, None] * N
             r_outer = tl.zeros((L, BLOCK_K), tl.float32)
             k_outer = tl.zeros((L, BLOCK_K), tl.float32)
             for start in range(0, N, BLOCK_V):
