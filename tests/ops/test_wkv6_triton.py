@@ -8,6 +8,7 @@ from tests.ops.harness import compare, run
 from tests.ops.test_wkv6 import make
 from tests.tolerance import assert_close
 from vla.ops import use_backend, wkv6
+from vla.ops.wkv6 import _triton
 
 # One token; chunks of 16, 32 and 64 tokens, one and several; heads of 16 channels, fewer, more, and of two tiles.
 SHAPES = [
@@ -45,6 +46,13 @@ def test_extreme_decay(offset):
     tensors = make(1, 80, 2, 8, torch.float32)
     tensors["w"] = tensors["w"] + torch.where(torch.arange(80) % 3 == 0, offset, 0.0)[:, None]
     compare("triton", wkv6, tensors)
+
+
+@pytest.mark.parametrize("segments", [2, 3, 5])
+def test_segments(segments, monkeypatch):
+    """Few long sequences are walked in parts, some of them shorter or empty."""
+    monkeypatch.setattr(_triton, "_segments", lambda chunks, walks: segments)
+    compare("triton", wkv6, make(1, 170, 1, 16, torch.float32))
 
 
 def test_strides():

@@ -58,10 +58,13 @@ def wkv6_states_kernel(
     b,
     w,
     states,
+    ends,
+    totals,
     length,
     sequences,
     heads,
     chunks,
+    segments,
     a_batch,
     a_token,
     b_batch,
@@ -76,28 +79,39 @@ def wkv6_states_kernel(
 ):
     """Sums of decayed a_i b_i^T over all chunks before (direction 0) or after (direction 1) each chunk.
 
-    One program walks one sequence in one direction, with one tile of the (N, N) state.
+    One program walks one segment of one sequence in one direction, with one tile of the (N, N) state. Without `states`
+    it leaves the segment's own sum in `ends` and the logarithm of its decay in `totals`; with both it starts from `ends`.
     """
     tiles_v = tl.cdiv(N, BLOCK_V)
     tiles = tl.cdiv(N, BLOCK_K) * tiles_v
     program = tl.program_id(0)
     tile = program % tiles
-    sequence = (program // tiles) % sequences
-    direction = program // (tiles * sequences)
+    segment = (program // tiles) % segments
+    sequence = (program // (tiles * segments)) % sequences
+    direction = program // (tiles * segments * sequences)
 
     batch, first = (sequence // heads).to(tl.int64), (sequence % heads) * N
     row = (tile // tiles_v) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (row < N)[:, None] & (column < N)[None, :]
     a += batch * a_batch + first + row
     b += batch * b_batch + first + column
     w += batch * w_batch + first + row
-    # (2, sequences, chunks, N, N)
-    states += (direction.to(tl.int64) * sequences + sequence) * chunks * N * N + row[:, None] * N + column[None, :]
+    walk = direction.to(tl.int64) * sequences + sequence
+    entry = row[:, None] * N + column[None, :]
 
     t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     outer = tl.where(direction == 0, j > t, j < t)
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    for step in range(chunks):
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    if ends is not None:
+        # (2, sequences, segments, N, N) and (2, sequences, segments, N)
+        ends += (walk * segments + segment) * N * N + entry
+        totals += (walk * segments + segment) * N + row
+        if states is not None:
+            state = tl.load(ends, inside, 0.0)  # (BLOCK_K, BLOCK_V)
+    steps = tl.cdiv(chunks, segments)
+    for step in range(segment * steps, tl.minimum((segment + 1) * steps, chunks)):
         chunk = tl.where(direction == 0, step, chunks - 1 - step)
         token = chunk.to(tl.int64) * L + tl.arange(0, L)
         inside_k = (token < length)[:, None] & (row < N)[None, :]
@@ -105,12 +119,33 @@ def wkv6_states_kernel(
         a_chunk = tl.load(a + token[:, None] * a_token, inside_k, 0.0)  # (L, BLOCK_K)
         b_chunk = tl.load(b + token[:, None] * b_token, inside_v, 0.0)  # (L, BLOCK_V)
         w_chunk = tl.load(w + token[:, None] * w_token, inside_k, float("-inf"))  # (L, BLOCK_K)
-        inside = (row < N)[:, None] & (column < N)[None, :]
-        tl.store(states + chunk.to(tl.int64) * N * N, state.to(states.dtype.element_ty), inside)
+        if states is not None:
+            # (2, sequences, chunks, N, N)
+            tl.store(states + (walk * chunks + chunk) * N * N + entry, state.to(states.dtype.element_ty), inside)
         log_decay = -LOG2E * decay_rate(w_chunk)
         a_chunk = a_chunk.to(tl.float32) * between(outer, log_decay, PRECISION)
-        total = tl.exp2(tl.sum(log_decay, 0))
-        state = state * total[:, None] + product(tl.trans(a_chunk), b_chunk, PRECISION)
+        of_chunk = tl.sum(log_decay, 0)
+        total += of_chunk
+        state = state * tl.exp2(of_chunk)[:, None] + product(tl.trans(a_chunk), b_chunk, PRECISION)
+    if states is None:
+        tl.store(ends, state, inside)
+        tl.store(totals, total, row < N)
+
+
+@triton.jit
+def wkv6_segments_kernel(ends, totals, segments, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Replaces each segment's own sum in `ends` by the sum of all segments before it, one (N, N) state a program."""
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ends += tl.program_id(0).to(tl.int64) * segments * N * N + entry
+    totals += tl.program_id(0).to(tl.int64) * segments * N + entry // N
+    state = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(segments):
+        own = tl.load(ends, entry < N * N, 0.0)
+        total = tl.load(totals, entry < N * N, 0.0)
+        tl.store(ends, state, entry < N * N)
+        state = state * tl.exp2(total) + own
+        ends += N * N
+        totals += N
 
 
 @triton.jit
@@ -340,6 +375,15 @@ def _tiling(length: int, precision: str) -> tuple[int, tuple, tuple]:
     return levels, blocks, (4, 4, 4)
 
 
+def _segments(chunks: int, walks: int) -> int:
+    """Parts of every sequence that are walked at the same time, where the sequences alone don't fill a GPU.
+
+    It costs a second walk, so the parts are kept few, and long beside the walk over their ends.
+    """
+    wanted = max(1, min(512 // walks, chunks // 8))
+    return triton.cdiv(chunks, triton.cdiv(chunks, wanted))
+
+
 class _Launcher:
     """Sizes and precision of one call.
 
@@ -366,20 +410,32 @@ class _Launcher:
         self.blocks = [(min(k, padded), min(v, padded)) for k, v in blocks]
 
     def states(self, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        """Sums of decayed a_i b_i^T of all chunks before, and after, each chunk, (2, sequences, chunks, N, N)."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         states = torch.empty(2, self.sequences, self.chunks, self.size, self.size, dtype=dtype, device=a.device)
-        if self.chunks > 1:
-            block_k, block_v = self.blocks[0]
-            tiles = triton.cdiv(self.size, block_k) * triton.cdiv(self.size, block_v)
-            wkv6_states_kernel[(2 * self.sequences * tiles,)](
+        if self.chunks == 1:
+            return states
+        block_k, block_v = self.blocks[0]
+        walks = 2 * self.sequences * triton.cdiv(self.size, block_k) * triton.cdiv(self.size, block_v)
+        segments = _segments(self.chunks, walks)
+        ends = totals = None
+        if segments > 1:
+            ends = states.new_empty(2, self.sequences, segments, self.size, self.size, dtype=torch.float32)
+            totals = states.new_empty(2, self.sequences, segments, self.size, dtype=torch.float32)
+
+        def walk(into: Tensor | None) -> None:
+            wkv6_states_kernel[(walks * segments,)](
                 a,
                 b,
                 w,
-                states,
+                into,
+                ends,
+                totals,
                 self.length,
                 self.sequences,
                 self.heads,
                 self.chunks,
+                segments,
                 *a.stride()[:2],
                 *b.stride()[:2],
                 *w.stride()[:2],
@@ -390,6 +446,14 @@ class _Launcher:
                 PRECISION=self.precision,
                 num_warps=self.warps[0],
             )
+
+        if segments > 1:
+            walk(None)
+            blocks = triton.cdiv(self.size**2, 256)
+            wkv6_segments_kernel[(2 * self.sequences, blocks)](
+                ends, totals, segments, N=self.size, BLOCK=256, num_warps=2
+            )
+        walk(states)
         return states
 
     def outputs(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor) -> Tensor:
