@@ -123,7 +123,7 @@ class Mixer(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make(2, 9, 4).values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), None, None)
     check_machinery(Mixer(), tensors, torch.ops.vla.bi_wkv.default, arguments)
 
 

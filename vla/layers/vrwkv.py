@@ -32,7 +32,7 @@ def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
 @torch.fx.wrap
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
     """dtype of the linear layers that follow x under autocast, None without it."""
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or x.is_meta:
         return None
     else:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
@@ -211,9 +211,12 @@ class SpatialMix(nn.Module):
             k, v, r = self.shift.mix(x, 1 - mixes, grid).unbind(0)
         k, v, r = self.key(k), self.value(v), self.receptance(r)
         length = k.shape[1]
-        y = bi_wkv(self.decay / length, self.bonus / length, k, v, self.official_split)
-        y = self.output(torch.sigmoid(r) * self.wkv_norm(y))
-        return to_map(y, x.shape[2], x.shape[3])
+        w, u = self.decay / length, self.bonus / length
+        if isinstance(self.wkv_norm, nn.Identity):
+            y = bi_wkv(w, u, k, v, r, self.official_split)
+        else:
+            y = torch.sigmoid(r) * self.wkv_norm(bi_wkv(w, u, k, v, official_split=self.official_split))
+        return to_map(self.output(y), x.shape[2], x.shape[3])
 
 
 class SpatialMix6(nn.Module):

@@ -11,36 +11,45 @@ __all__ = ["bi_wkv"]
 _OP = "bi_wkv"
 
 
-def _infer(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None) -> Tensor:
+def _infer(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     check_ndim(_OP, "k", k, (3,), "(B, T, C)")
     batch, length, channels = k.shape
     if length == 0 or channels == 0:
         raise ValueError(f"{_OP}: k has shape {tuple(k.shape)}, expected at least one token and one channel")
     check_shape(_OP, "v", v, (batch, length, channels), "(B, T, C)")
+    if gate is not None:
+        check_shape(_OP, "gate", gate, (batch, length, channels), "(B, T, C)")
     check_shape(_OP, "w", w, (channels,), "(C,)")
     check_shape(_OP, "u", u, (channels,), "(C,)")
-    check_float(_OP, w=w, u=u, k=k, v=v)
+    check_float(_OP, w=w, u=u, k=k, v=v, gate=gate)
     if official_split is not None and official_split < 1:
         raise ValueError(f"{_OP}: official_split is {official_split}, expected None or a positive number of splits")
     return v.new_empty(batch, length, channels)
 
 
-def _flops(w, u, k, v, official_split) -> int:
+def _flops(w, u, k, v, gate, official_split) -> int:
     # Per token, channel and direction: running maximum, two exponentials, two multiply-adds; then the combination.
-    return k[0] * k[1] * k[2] * (2 * 8 + 13)
+    return k[0] * k[1] * k[2] * (2 * 8 + 13 + (0 if gate is None else 4))
 
 
 operator = Operator(
     _OP,
-    "(Tensor w, Tensor u, Tensor k, Tensor v, int? official_split) -> Tensor",
+    "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? gate, int? official_split) -> Tensor",
     package=__name__,
-    backends=("naive", "torch", "numba"),
+    backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
     flops=_flops,
 )
 
 
-def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None = None) -> Tensor:
+def bi_wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None = None,
+    official_split: int | None = None,
+) -> Tensor:
     r"""Bidirectional WKV attention (Vision-RWKV, eq. 3), linear in the number of tokens.
 
     Per batch entry and channel, every token attends to every other with a weight that decays with their distance:
@@ -58,6 +67,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | Non
         u: Bonus of the token itself, (C,).
         k: Keys, (B, T, C).
         v: Values, (B, T, C).
+        gate: Logits of a gate on the output, (B, T, C): `sigmoid(gate) * y` is returned, in the same pass over memory.
         official_split: Reproduce the released CUDA kernel instead, which cuts the sequence into this many splits (32
             in most of the released code, 16 in some): it weights pairs in different splits by one more factor
             `exp(-w)`, adds a residue inside a split and 1e-6 to the denominator, and its gradients of `k` and `v` are
@@ -71,4 +81,4 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | Non
         ValueError: For a shape, device or number of splits that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.bi_wkv(w, u, k, v, official_split)
+    return torch.ops.vla.bi_wkv(w, u, k, v, gate, official_split)

@@ -8,7 +8,6 @@ from torch import Tensor
 from .._checks import state_dtype
 from .._numba import exp, jit, run_tasks
 from . import released
-from ._torch import centred
 
 # Channels a task walks with, so that its states of all tokens stay in the second-level cache.
 _BLOCK = 32
@@ -146,26 +145,34 @@ def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     return x.detach().to(dtype).contiguous().numpy()
 
 
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None) -> Tensor:
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
-        return released.forward(w, u, k, v, official_split)
+        return released.forward(w, u, k, v, gate, official_split)
     dtype = state_dtype(w, u, k, v)
     y = k.new_empty(k.shape, dtype=dtype)
     tasks = k.shape[0] * -(-k.shape[2] // _BLOCK)
     run_tasks(bi_wkv_fwd_kernel, tasks, _BLOCK, *(_array(x, dtype) for x in (w, u, k, v)), y.numpy())
+    if gate is not None:
+        y *= gate.to(dtype).sigmoid()
     return y.to(v.dtype)
 
 
 def backward(
-    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None
-) -> list[Tensor]:
+    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
+) -> list[Tensor | None]:
     if official_split is not None:
-        return released.backward(grads, w, u, k, v, official_split)
+        return released.backward(grads, w, u, k, v, gate, official_split)
     dtype = state_dtype(w, u, k, v)
     gw, gu = (k.new_zeros(k.shape[0], k.shape[2], dtype=dtype) for _ in range(2))
     gk, gv = (k.new_empty(k.shape, dtype=dtype) for _ in range(2))
     tasks = k.shape[0] * -(-k.shape[2] // _BLOCK)
-    v = centred(k.to(dtype), v.to(dtype), dim=1)
-    arrays = (_array(x, dtype) for x in (w, u, k, v, grads[0]))
+    k, v, gy, ggate = k.to(dtype), v.to(dtype), grads[0].to(dtype), None
+    if gate is not None:
+        gate = gate.to(dtype).sigmoid()
+        ggate = gy * forward(w, u, k, v, None, None) * gate * (1 - gate)
+        gy = gy * gate
+    # Gradients see only differences `v_i - y_t`, formed as differences of sums: a common offset would cost digits.
+    v = v - (k.softmax(1) * v).sum(1, keepdim=True)
+    arrays = (_array(x, dtype) for x in (w, u, k, v, gy))
     run_tasks(bi_wkv_bwd_kernel, tasks, _BLOCK, *arrays, *(x.numpy() for x in (gw, gu, gk, gv)))
-    return [gw.sum(0), gu.sum(0), gk, gv]
+    return [gw.sum(0), gu.sum(0), gk, gv, ggate]

@@ -65,32 +65,33 @@ def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return (total[:, 0] + own * v) / denominator, denominator, top, sums
 
 
-def centred(k: Tensor, v: Tensor, dim: int) -> Tensor:
-    """Values less their mean under softmax(k) along the tokens, for the backward.
-
-    Gradients see only differences `v_i - y_t`, formed as differences of sums: a common offset would cost their digits.
-    """
-    return v - (k.softmax(dim) * v).sum(dim, keepdim=True)
-
-
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None) -> Tensor:
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
-        return released.forward(w, u, k, v, official_split)
+        return released.forward(w, u, k, v, gate, official_split)
     dtype = state_dtype(w, u, k, v)
     k, v_ = (x.to(dtype).transpose(0, 1) for x in (k, v))
-    return _attend(w.to(dtype), u.to(dtype), k, v_)[0].transpose(0, 1).to(v.dtype).contiguous()
+    y = _attend(w.to(dtype), u.to(dtype), k, v_)[0].transpose(0, 1)
+    if gate is not None:
+        y = y * gate.to(dtype).sigmoid()
+    return y.to(v.dtype).contiguous()
 
 
 def backward(
-    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, official_split: int | None
-) -> list[Tensor]:
+    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
+) -> list[Tensor | None]:
     if official_split is not None:
-        return released.backward(grads, w, u, k, v, official_split)
+        return released.backward(grads, w, u, k, v, gate, official_split)
     dtype = state_dtype(w, u, k, v)
     w, u = w.to(dtype), u.to(dtype)
     gy, k, v = (x.to(dtype).transpose(0, 1) for x in (grads[0], k, v))
-    v = centred(k, v, dim=0)
+    mean, ggate = (k.softmax(0) * v).sum(0), None
+    # Gradients see only differences `v_i - y_t`, formed as differences of sums: a common offset would cost digits.
+    v = v - mean
     y, denominator, top, sums = _attend(w, u, k, v)
+    if gate is not None:
+        gate = gate.to(dtype).transpose(0, 1).sigmoid()
+        ggate = (gy * (y + mean) * gate * (1 - gate)).transpose(0, 1)
+        gy = gy * gate
     gy = gy / denominator
     # The attention weight of token i at token t is exp(k_i - (|t - i| - 1) w - top_t) / denominator_t: transposed, the
     # same scan.
@@ -106,4 +107,4 @@ def backward(
     between = torch.exp((sums.largest + grads.largest) - (sums.fade + grads.fade + w))
     met = sums.scaled[:, 0] * grads.scaled[:, 0] - sums.scaled[:, 1] * grads.scaled[:, 1]
     gw = -(between * met).sum((0, 1, 2))
-    return [gw, gu, gk.transpose(0, 1), gv.transpose(0, 1)]
+    return [gw, gu, gk.transpose(0, 1), gv.transpose(0, 1), ggate]

@@ -42,27 +42,37 @@ def _blocks(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> list[slice]:
     return [slice(i, i + block) for i in range(0, k.shape[2], block)]
 
 
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
+def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, split: int) -> Tensor:
     dtype = state_dtype(w, u, k, v)
     outputs = [_attend(*(x[..., c].to(dtype) for x in (w, u, k, v)), split, _EPSILON)[0] for c in _blocks(w, u, k, v)]
-    return torch.cat(outputs, dim=-1).to(v.dtype)
+    y = torch.cat(outputs, dim=-1)
+    if gate is not None:
+        y = y * gate.to(dtype).sigmoid()
+    return y.to(v.dtype)
 
 
-def backward(grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, split: int) -> list[Tensor]:
+def backward(
+    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, split: int
+) -> list[Tensor | None]:
     dtype = state_dtype(w, u, k, v)
+    gy, ggate = grads[0], None
+    if gate is not None:
+        y = forward(*(x.to(dtype) for x in (w, u, k, v)), None, split)
+        gate = gate.to(dtype).sigmoid()
+        ggate, gy = gy * y * gate * (1 - gate), gy * gate
     distance = torch.arange(k.shape[1], device=k.device)
     distance = (distance[:, None] - distance).abs()[..., None]
     results = []
     for c in _blocks(w, u, k, v):
-        gy, wc, uc, kc, vc = (x[..., c].to(dtype) for x in (grads[0], w, u, k, v))
+        gyc, wc, uc, kc, vc = (x[..., c].to(dtype) for x in (gy, w, u, k, v))
         with torch.enable_grad():
             decay, bonus = wc.detach().requires_grad_(), uc.detach().requires_grad_()
             y, denominator, top = _attend(decay, bonus, kc, vc, split, 0.0)
-            gw, gu = torch.autograd.grad(y, (decay, bonus), gy)
+            gw, gu = torch.autograd.grad(y, (decay, bonus), gyc)
         # Gradients of keys and values weight the pairs as the equation does, not as the released forward does.
         exponent = kc[:, None] + torch.where(distance == 0, uc, (1 - distance) * wc) - top[:, :, None]
-        weight = torch.exp(exponent) * (gy / denominator)[:, :, None]
+        weight = torch.exp(exponent) * (gyc / denominator)[:, :, None]
         gv = weight.sum(1)
         gk = vc * gv - (weight * y[:, :, None]).sum(1)
         results.append([x.detach() for x in (gw, gu, gk, gv)])
-    return [torch.cat(parts, dim=-1) for parts in zip(*results, strict=True)]
+    return [*(torch.cat(parts, dim=-1) for parts in zip(*results, strict=True)), ggate]
