@@ -69,7 +69,7 @@ operator = Operator(
     "(Tensor x, Tensor gates, Tensor lam, Tensor? u, Tensor? skip, Tensor? proxy, str[] directions, int chunk, "
     "bool normalize, bool aligned) -> Tensor",
     package=__name__,
-    backends=("naive", "torch", "numba"),
+    backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
     flops=_flops,
 )

@@ -1,0 +1,1033 @@
+"""GPU kernels of the line scan: one for coefficients of a proxy, one for stored coefficients."""
+
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LOG2E
+from .frames import from_map_frame, to_map_frame
+
+# Logits are multiplied by -log2(e) and clamped where a sigmoid is 3e-13, so that products of three stay finite.
+_STEEPEST = tl.constexpr(41.5)
+_MIN_TOTAL = tl.constexpr(1e-7)
+
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Triton has it since 3.2.
+_GATHER = hasattr(tl, "gather")
+# Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
+_FTZ = tl.constexpr(torch.version.cuda is not None and not _INTERPRETED.value)
+
+
+@triton.jit
+def _dot(a, b, acc=None):
+    if _INTERPRETED:
+        # Triton's interpreter multiplies the bits of bfloat16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def _exp2(x):
+    if _FTZ:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _inverse(x):
+    if _FTZ:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return 1 / x
+
+
+@triton.jit
+def _open_gates(l, m, r, has_left, has_right):
+    """Gates times a common factor, that factor's inverse, `exp(-logit)` of each and the product of `1 + exp(-logit)`.
+
+    With `b = 1 + exp(-logit)`, the sigmoids' ratio `1/bl : 1/bm : 1/br` is `bm br : bl br : bl bm`: one division.
+    """
+    el, em, er = _exp2(tl.minimum(l, _STEEPEST)), _exp2(tl.minimum(m, _STEEPEST)), _exp2(tl.minimum(r, _STEEPEST))
+    bl, bm, br = 1 + el, 1 + em, 1 + er
+    nl, nm, nr = bm * br, bl * br, bl * bm
+    product = nl * bl
+    nl = tl.where(has_left, nl, 0.0)
+    nr = tl.where(has_right, nr, 0.0)
+    total = nl + nm + nr
+    return nl, nm, nr, total, product, el, em, er
+
+
+@triton.jit
+def _halves(h):
+    """A float32 tile as the sum of two bfloat16 tiles, good to 16 bits."""
+    high = (h.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (h - high).to(tl.bfloat16)
+
+
+@triton.jit
+def _shifts(p, dtype: tl.constexpr):
+    """Matrices (P, P) that hand every row of a tile to the next, and to the one before."""
+    before = (p[:, None] == p[None, :] + 1).to(tl.float32).to(dtype)
+    after = (p[:, None] + 1 == p[None, :]).to(tl.float32).to(dtype)
+    return before, after
+
+
+@triton.jit
+def _neighbours(h, before, after, EXACT: tl.constexpr):
+    """`h[i - 1]` and `h[i + 1]` of a tile (P, C): rows move by a product with a shift matrix (P, P)."""
+    if EXACT:
+        return _dot(before, h), _dot(after, h)
+    else:
+        high, low = _halves(h)
+        return _dot(before, low, _dot(before, high)), _dot(after, low, _dot(after, high))
+
+
+@triton.jit
+def _coefficient(z, w, j, w_j):
+    """Tile (P, C) of coefficient `j`: proxy (P, R) times weights (R, C)."""
+    return _dot(z, tl.load(w + j * w_j))
+
+
+@triton.jit
+def _proxy_step(
+    z, x, mask, h, y, w, w_j, before, after, has_left, has_right, FRESH: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """One line of one sweep: its states from those of the line before, and its outputs added to `y`."""
+    x = tl.load(x, mask, 0.0).to(tl.float32)
+    value = _coefficient(z, w, 3, w_j) * x
+    if not FRESH:
+        l, m, r = _coefficient(z, w, 0, w_j), _coefficient(z, w, 1, w_j), _coefficient(z, w, 2, w_j)
+        nl, nm, nr, total, product, _, _, _ = _open_gates(l, m, r, has_left, has_right)
+        above, below = _neighbours(h, before, after, EXACT)
+        value += (nl * above + nm * h + nr * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
+    y += _coefficient(z, w, 4, w_j) * value
+    y += _coefficient(z, w, 5, w_j) * x
+    return value, y
+
+
+@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo"])
+def line_scan_proxy_fwd_kernel(
+    x, z, w, y, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
+    to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Outputs of K sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
+
+    Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`.
+    """
+    HALF: tl.constexpr = R if EXACT else R // 2
+    low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
+    blocks = tl.cdiv(channels, C)
+    block = tl.program_id(0) % blocks
+    unit = tl.program_id(0) // blocks
+    tile = unit % tiles
+    segment = unit // tiles % segments
+    b = (unit // (tiles * segments)).to(tl.int64)
+
+    p = tl.arange(0, P)
+    before, after = _shifts(p, low)
+    i = tile * (P - 2 * halo) - halo + p
+    inside = (i >= 0) & (i < rows)
+    own = inside & (p >= halo) & (p < P - halo)
+    has_left = ((i > 0) | (rows == 1))[:, None]
+    has_right = (i < rows - 1)[:, None]
+    c = block * C + tl.arange(0, C)
+    s = tl.arange(0, R)
+    mask = inside[:, None] & (c < channels)[None, :]
+    own_mask = own[:, None] & (c < channels)[None, :]
+    z_mask = inside[:, None] & (s % HALF < S)[None, :]
+
+    t = (segment * chunk).to(tl.int64)
+    steps = tl.minimum(chunk, lines - segment * chunk)
+    target = (b * pixels + to + i * ti + t * tt)[:, None]
+    # (P, R): with half precision each number twice, for the two halves of a weight
+    z_ptr = z + target * S + (s % HALF)[None, :]
+    y_ptr = y + target * channels + c[None, :]
+    x += b * pixels * channels + c[None, :]
+    x0 = x + (o0 + i * i0 + t * t0)[:, None] * channels
+    x1 = x + (o1 + i * i1 + t * t1)[:, None] * channels
+    x2 = x + (o2 + i * i2 + t * t2)[:, None] * channels
+    x3 = x + (o3 + i * i3 + t * t3)[:, None] * channels
+    # w (K, 6, R, w_width)
+    w_j = R * w_width
+    w0 = w + s[:, None] * w_width + c[None, :]
+    w1, w2, w3 = w0 + 6 * w_j, w0 + 12 * w_j, w0 + 18 * w_j
+
+    out = tl.zeros([P, C], tl.float32)
+    h0, h1, h2, h3 = out, out, out, out
+    zt = tl.load(z_ptr, z_mask, 0.0)
+    h0, out = _proxy_step(zt, x0, mask, h0, out, w0, w_j, before, after, has_left, has_right, True, EXACT)
+    if K > 1:
+        h1, out = _proxy_step(zt, x1, mask, h1, out, w1, w_j, before, after, has_left, has_right, True, EXACT)
+    if K > 2:
+        h2, out = _proxy_step(zt, x2, mask, h2, out, w2, w_j, before, after, has_left, has_right, True, EXACT)
+    if K > 3:
+        h3, out = _proxy_step(zt, x3, mask, h3, out, w3, w_j, before, after, has_left, has_right, True, EXACT)
+    if ADD:
+        out += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
+    tl.store(y_ptr, out.to(y.dtype.element_ty), own_mask)
+    for _ in range(1, steps):
+        z_ptr += tt * S
+        y_ptr += tt * channels
+        zt = tl.load(z_ptr, z_mask, 0.0)
+        out = tl.zeros([P, C], tl.float32)
+        x0 += t0 * channels
+        h0, out = _proxy_step(zt, x0, mask, h0, out, w0, w_j, before, after, has_left, has_right, False, EXACT)
+        if K > 1:
+            x1 += t1 * channels
+            h1, out = _proxy_step(zt, x1, mask, h1, out, w1, w_j, before, after, has_left, has_right, False, EXACT)
+        if K > 2:
+            x2 += t2 * channels
+            h2, out = _proxy_step(zt, x2, mask, h2, out, w2, w_j, before, after, has_left, has_right, False, EXACT)
+        if K > 3:
+            x3 += t3 * channels
+            h3, out = _proxy_step(zt, x3, mask, h3, out, w3, w_j, before, after, has_left, has_right, False, EXACT)
+        if ADD:
+            out += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
+        tl.store(y_ptr, out.to(y.dtype.element_ty), own_mask)
+
+
+@triton.jit
+def _proxy_line_gradients(
+    z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+    FRESH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one line: of its coefficients, of `x`, and what goes to the states of the line before.
+
+    `h` are the states of the line before. Gradients of logits are those of the logits times -log2(e).
+    """
+    lam = _dot(z, w3)
+    g = gy * _dot(z, w4) + carry
+    g_x = g * lam + gy * _dot(z, w5)
+    value = lam * x
+    g_l, g_m, g_r = g, g, g
+    if not FRESH:
+        nl, nm, nr, total, product, el, em, er = _open_gates(_dot(z, w0), _dot(z, w1), _dot(z, w2), has_left, has_right)
+        total_clamped = tl.maximum(total, _MIN_TOTAL * product)
+        share = _inverse(total_clamped)
+        above, below = _neighbours(h, before, after, EXACT)
+        mixed = (nl * above + nm * h + nr * below) * share
+        value += mixed
+        mean = tl.where(total < total_clamped, 0.0, mixed)
+        # The gates are n * share, and 1 - sigmoid is e / (1 + e), which is e * (n of the gate) / product.
+        share *= g
+        shrink = -0.6931471805599453 * share * _inverse(product)
+        sl, sm, sr = nl * share, nm * share, nr * share
+        g_l = nl * nl * (above - mean) * (el * shrink)
+        g_m = nm * nm * (h - mean) * (em * shrink)
+        g_r = nr * nr * (below - mean) * (er * shrink)
+        carry = sm
+        if EXACT:
+            carry = _dot(before, sr, _dot(after, sl, carry))
+        else:
+            sl_high, sl_low = _halves(sl)
+            sr_high, sr_low = _halves(sr)
+            carry = _dot(after, sl_low, _dot(after, sl_high, carry))
+            carry = _dot(before, sr_low, _dot(before, sr_high, carry))
+    return g_x, carry, g_l, g_m, g_r, g * x, gy * value, gy * x
+
+
+@triton.jit
+def _contract(z, g0, g1, g2, v0, v1, v2, gw0, gw1, gw2, g_z, TWICE: tl.constexpr):
+    """Adds the gradients of three coefficients to those of their weights and of the proxy."""
+    if TWICE:
+        g0, l0 = _halves(g0)
+        g1, l1 = _halves(g1)
+        g2, l2 = _halves(g2)
+        g_z = _dot(l2, v2, _dot(l1, v1, _dot(l0, v0, g_z)))
+        gw0, gw1, gw2 = _dot(z, l0, gw0), _dot(z, l1, gw1), _dot(z, l2, gw2)
+    else:
+        g0, g1, g2 = g0.to(z.dtype), g1.to(z.dtype), g2.to(z.dtype)
+    g_z = _dot(g2, v2, _dot(g1, v1, _dot(g0, v0, g_z)))
+    return _dot(z, g0, gw0), _dot(z, g1, gw1), _dot(z, g2, gw2), g_z
+
+
+@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo", "units", "workers"])
+def line_scan_proxy_bwd_kernel(
+    x, z, w, wt, gy, gx, gz, gw, scratch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
+    units, workers,
+    to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3, gx_k,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients from one block of C channels of some units (P rows of the lines of one chunk), sweep after sweep.
+
+    So that no two programs write to one place, gx has a leading axis of sweeps, gz one of channel blocks and gw one of
+    workers.
+    """
+    HALF: tl.constexpr = R if EXACT else R // 2
+    low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
+    # A float16 gradient has more digits than one bfloat16.
+    TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
+    blocks = tl.cdiv(channels, C)
+    block = tl.program_id(0) % blocks
+    worker = tl.program_id(0) // blocks
+    p = tl.arange(0, P)
+    before, after = _shifts(p, low)
+    c = block * C + tl.arange(0, C)
+    c_mask = (c < channels)[None, :]
+    s = tl.arange(0, R)
+    s_mask = (s % HALF < S)[None, :]
+    sg = tl.arange(0, HALF)
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C)
+    at = p[:, None] * C + tl.arange(0, C)[None, :]
+    for k in range(K):
+        o = tl.where(k == 0, o0, tl.where(k == 1, o1, tl.where(k == 2, o2, o3)))
+        si = tl.where(k == 0, i0, tl.where(k == 1, i1, tl.where(k == 2, i2, i3)))
+        st = tl.where(k == 0, t0, tl.where(k == 1, t1, tl.where(k == 2, t2, t3)))
+        # w, wt (K, 6, R, w_width)
+        w_ptr = w + k * 6 * R * w_width + s[:, None] * w_width + c[None, :]
+        v_ptr = wt + k * 6 * R * w_width + s[None, :] * w_width + c[:, None]
+        w_j = R * w_width
+        w0, w1, w2 = tl.load(w_ptr), tl.load(w_ptr + w_j), tl.load(w_ptr + 2 * w_j)
+        w3, w4, w5 = tl.load(w_ptr + 3 * w_j), tl.load(w_ptr + 4 * w_j), tl.load(w_ptr + 5 * w_j)
+        v0, v1, v2 = tl.load(v_ptr), tl.load(v_ptr + w_j), tl.load(v_ptr + 2 * w_j)
+        v3, v4, v5 = tl.load(v_ptr + 3 * w_j), tl.load(v_ptr + 4 * w_j), tl.load(v_ptr + 5 * w_j)
+        gw0 = tl.zeros([R, C], tl.float32)
+        gw1, gw2, gw3, gw4, gw5 = gw0, gw0, gw0, gw0, gw0
+        for unit in range(worker * units // workers, (worker + 1) * units // workers):
+            tile = unit % tiles
+            segment = unit // tiles % segments
+            b = (unit // (tiles * segments)).to(tl.int64)
+            i = tile * (P - 2 * halo) - halo + p
+            inside = (i >= 0) & (i < rows)
+            own = inside & (p >= halo) & (p < P - halo)
+            has_left = ((i > 0) | (rows == 1))[:, None]
+            has_right = (i < rows - 1)[:, None]
+            mask = inside[:, None] & c_mask
+            own_mask = own[:, None] & c_mask
+            z_mask = inside[:, None] & s_mask
+            steps = tl.minimum(chunk, lines - segment * chunk)
+            source = b * pixels + o + i * si + (segment * chunk) * st
+            target = b * pixels + to + i * ti + (segment * chunk) * tt
+            x_ptr = x + source[:, None] * channels + c[None, :]
+            z_ptr = z + target[:, None] * S + (s % HALF)[None, :]
+            tl.debug_barrier()
+            zt = tl.load(z_ptr, z_mask, 0.0)
+            xt = tl.load(x_ptr, mask, 0.0).to(tl.float32)
+            h = _dot(zt, w3) * xt
+            if not KEEP:
+                tl.store(scratch + at, h)
+                for t in range(1, steps - 1):
+                    zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
+                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
+                    nl, nm, nr, total, product, _, _, _ = _open_gates(
+                        _dot(zt, w0), _dot(zt, w1), _dot(zt, w2), has_left, has_right
+                    )
+                    above, below = _neighbours(h, before, after, EXACT)
+                    mixed = (nl * above + nm * h + nr * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
+                    h = _dot(zt, w3) * xt + mixed
+                    tl.store(scratch + t * (P * C) + at, h)
+                tl.debug_barrier()
+            carry = tl.zeros([P, C], tl.float32)
+            for n in range(steps):
+                t = steps - 1 - n
+                pixel = (target + t * tt)[:, None]
+                zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
+                xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
+                gyt = tl.load(gy + pixel * channels + c[None, :], mask, 0.0).to(tl.float32)
+                g_z = tl.zeros([P, R], tl.float32)
+                if EXACT:
+                    z_own = tl.trans(tl.where(own[:, None], zt, 0.0))
+                else:
+                    z_high, z_low = _halves(tl.where(own[:, None], zt.to(tl.float32), 0.0))
+                    z_own = tl.trans(tl.where((s < HALF)[None, :], z_high, z_low))
+                if t > 0:
+                    if not KEEP:
+                        h = tl.load(scratch + (t - 1) * (P * C) + at)
+                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                        zt, xt, gyt, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, False, EXACT
+                    )
+                    gw0, gw1, gw2, g_z = _contract(z_own, g0, g1, g2, v0, v1, v2, gw0, gw1, gw2, g_z, TWICE)
+                else:
+                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                        zt, xt, gyt, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, True, EXACT
+                    )
+                gw3, gw4, gw5, g_z = _contract(z_own, g3, g4, g5, v3, v4, v5, gw3, gw4, gw5, g_z, TWICE)
+                gx_ptr = gx + k * gx_k + (source + t * st)[:, None] * channels + c[None, :]
+                tl.store(gx_ptr, g_x.to(gx.dtype.element_ty), own_mask)
+                if not EXACT:
+                    g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
+                gz_ptr = gz + ((block * (units // (tiles * segments))).to(tl.int64) * pixels + pixel) * S + sg[None, :]
+                gz_mask = own[:, None] & (sg < S)[None, :]
+                if k > 0:
+                    g_z += tl.load(gz_ptr, gz_mask, 0.0)
+                tl.store(gz_ptr, g_z, gz_mask)
+        gw_ptr = gw + (worker * K + k).to(tl.int64) * 6 * w_j + s[:, None] * w_width + c[None, :]
+        tl.store(gw_ptr, gw0)
+        tl.store(gw_ptr + w_j, gw1)
+        tl.store(gw_ptr + 2 * w_j, gw2)
+        tl.store(gw_ptr + 3 * w_j, gw3)
+        tl.store(gw_ptr + 4 * w_j, gw4)
+        tl.store(gw_ptr + 5 * w_j, gw5)
+
+
+@triton.jit
+def _halve(tile, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """Lines (R, W) -> the earlier and the later half of them."""
+    left, right = tl.split(tl.permute(tl.reshape(tile, [R, 2, W // 2]), [0, 2, 1]))
+    if REVERSE:
+        return right, left
+    else:
+        return left, right
+
+
+@triton.jit
+def _rejoin(earlier, later, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """The inverse of `_halve`."""
+    if REVERSE:
+        return tl.reshape(tl.permute(tl.join(later, earlier), [0, 2, 1]), [R, W])
+    else:
+        return tl.reshape(tl.permute(tl.join(earlier, later), [0, 2, 1]), [R, W])
+
+
+@triton.jit
+def _latest(tile, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """The last line (R, 1) of lines (R, W)."""
+    if W == 1:
+        return tile
+    else:
+        _, later = _halve(tile, R, W, REVERSE)
+        return _latest(later, R, W // 2, REVERSE)
+
+
+@triton.jit
+def _block(pointer, stride, n, W: tl.constexpr):
+    """Pointers to the n-th block of W lines, which are next to each other unless W is 1."""
+    if W == 1:
+        return pointer + stride.to(tl.int64) * n
+    else:
+        return pointer + (n * W + tl.arange(0, W)[None, :])
+
+
+@triton.jit
+def _float(line, R: tl.constexpr):
+    return tl.reshape(line, [R]).to(tl.float32)
+
+
+@triton.jit
+def _exchange(
+    forth, back, place, turn, index, has_left, has_right,
+    R: tl.constexpr, ROW: tl.constexpr, GATHER: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """`forth[i - 1]` and `back[i + 1]` of a line, 0 outside the map; SAME when the two are one."""
+    if GATHER:
+        above = tl.where(has_left, tl.gather(forth, tl.maximum(index - ROW, 0), 0), 0.0)
+        below = tl.where(has_right, tl.gather(back, tl.minimum(index + ROW, R - 1), 0), 0.0)
+    else:
+        # Through memory that no other program uses, in turns so that one barrier a line is enough.
+        place += turn % 2 * (2 * (R + 2 * ROW))
+        other = place if SAME else place + (R + 2 * ROW)
+        tl.store(place, forth)
+        if not SAME:
+            tl.store(other, back)
+        tl.debug_barrier()
+        above = tl.load(place - ROW, has_left, 0.0)
+        below = tl.load(other + ROW, has_right, 0.0)
+    return above, below
+
+
+@triton.jit
+def _stored_lines(
+    x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
+    R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """States of the last of W lines, and outputs (R, W) of all, from lines (R, W) of everything."""
+    if W == 1:
+        x, lam, l, m, r = _float(x, R), _float(lam, R), _float(l, R), _float(m, R), _float(r, R)
+        above, below = _exchange(h, h, place, w, index, has_left, has_right, R, ROW, GATHER, True)
+        if NORMALIZE:
+            l, m, r, total, product, _, _, _ = _open_gates(
+                l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
+            )
+            mixed = (l * above + m * h + r * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
+        else:
+            mixed = l * above + m * h + r * below
+        t = lines - 1 - w if REVERSE else w
+        h = lam * x + tl.where(t % chunk == 0, 0.0, mixed)
+        y = h
+        if HAS_U:
+            y *= _float(u, R)
+        if HAS_SKIP:
+            y += _float(skip, R) * x
+        return h, tl.reshape(y, [R, 1])
+    else:
+        x0, x1 = _halve(x, R, W, REVERSE)
+        a0, a1 = _halve(lam, R, W, REVERSE)
+        l0, l1 = _halve(l, R, W, REVERSE)
+        m0, m1 = _halve(m, R, W, REVERSE)
+        r0, r1 = _halve(r, R, W, REVERSE)
+        u0, u1, s0, s1 = x0, x1, x0, x1
+        if HAS_U:
+            u0, u1 = _halve(u, R, W, REVERSE)
+        if HAS_SKIP:
+            s0, s1 = _halve(skip, R, W, REVERSE)
+        w0 = w + W // 2 if REVERSE else w
+        w1 = w if REVERSE else w + W // 2
+        h, y0 = _stored_lines(
+            x0, a0, l0, m0, r0, u0, s0, h, w0, rows, lines, chunk, place, index, has_left, has_right,
+            R, W // 2, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        h, y1 = _stored_lines(
+            x1, a1, l1, m1, r1, u1, s1, h, w1, rows, lines, chunk, place, index, has_left, has_right,
+            R, W // 2, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        return h, _rejoin(y0, y1, R, W, REVERSE)
+
+
+@triton.jit
+def _stored_line_gradients(
+    x, lam, l, m, r, u, skip, gy, h, above, below, h0, above0, below0, carry, w, rows, lines, chunk, place, index,
+    has_left, has_right,
+    R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the states before W lines, and (R, W) of x, lambda, the gates, u and skip.
+
+    `h`, `above` and `below` are states of these lines, one row up and one row down; `h0` and so on, (R, 1), those of
+    the line before them.
+    """
+    if W == 1:
+        x, lam, gy = _float(x, R), _float(lam, R), _float(gy, R)
+        l, m, r = _float(l, R), _float(m, R), _float(r, R)
+        h, above, below = _float(h0, R), _float(above0, R), _float(below0, R)
+        g = carry
+        if HAS_U:
+            g += gy * _float(u, R)
+        else:
+            g += gy
+        g_x = g * lam
+        if HAS_SKIP:
+            g_x += gy * _float(skip, R)
+        t = lines - 1 - w if REVERSE else w
+        fresh = t % chunk == 0
+        handed = tl.where(fresh, 0.0, g)
+        if NORMALIZE:
+            nl, nm, nr, total, product, el, em, er = _open_gates(
+                l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
+            )
+            clamped = tl.maximum(total, _MIN_TOTAL * product)
+            share = _inverse(clamped)
+            mixed = (nl * above + nm * h + nr * below) * share
+            mean = tl.where(total < clamped, 0.0, mixed)
+            share *= handed
+            shrink = share * _inverse(product)
+            l, m, r = nl * share, nm * share, nr * share
+            g_l = nl * nl * (above - mean) * (el * shrink)
+            g_m = nm * nm * (h - mean) * (em * shrink)
+            g_r = nr * nr * (below - mean) * (er * shrink)
+        else:
+            mixed = l * above + m * h + r * below
+            g_l, g_m, g_r = handed * above, handed * h, handed * below
+            l, m, r = l * handed, m * handed, r * handed
+        value = lam * x + tl.where(fresh, 0.0, mixed)
+        from_above, from_below = _exchange(r, l, place, w, index, has_left, has_right, R, ROW, GATHER, False)
+        carry = m + from_above + from_below
+        return (
+            carry, tl.reshape(g_x, [R, 1]), tl.reshape(g * x, [R, 1]), tl.reshape(g_l, [R, 1]), tl.reshape(g_m, [R, 1]),
+            tl.reshape(g_r, [R, 1]), tl.reshape(gy * value, [R, 1]), tl.reshape(gy * x, [R, 1]),
+        )  # fmt: skip
+    else:
+        H: tl.constexpr = W // 2
+        x_0, x_1 = _halve(x, R, W, REVERSE)
+        a_0, a_1 = _halve(lam, R, W, REVERSE)
+        l_0, l_1 = _halve(l, R, W, REVERSE)
+        m_0, m_1 = _halve(m, R, W, REVERSE)
+        r_0, r_1 = _halve(r, R, W, REVERSE)
+        g_0, g_1 = _halve(gy, R, W, REVERSE)
+        h_0, h_1 = _halve(h, R, W, REVERSE)
+        p_0, p_1 = _halve(above, R, W, REVERSE)
+        q_0, q_1 = _halve(below, R, W, REVERSE)
+        u_0, u_1, s_0, s_1 = x_0, x_1, x_0, x_1
+        if HAS_U:
+            u_0, u_1 = _halve(u, R, W, REVERSE)
+        if HAS_SKIP:
+            s_0, s_1 = _halve(skip, R, W, REVERSE)
+        w_0 = w + H if REVERSE else w
+        w_1 = w if REVERSE else w + H
+        h1, above1, below1 = _latest(h_0, R, H, REVERSE), _latest(p_0, R, H, REVERSE), _latest(q_0, R, H, REVERSE)
+        carry, gx1, ga1, gl1, gm1, gr1, gu1, gs1 = _stored_line_gradients(
+            x_1, a_1, l_1, m_1, r_1, u_1, s_1, g_1, h_1, p_1, q_1, h1, above1, below1, carry, w_1, rows, lines, chunk,
+            place, index, has_left, has_right,
+            R, H, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        carry, gx0, ga0, gl0, gm0, gr0, gu0, gs0 = _stored_line_gradients(
+            x_0, a_0, l_0, m_0, r_0, u_0, s_0, g_0, h_0, p_0, q_0, h0, above0, below0, carry, w_0, rows, lines, chunk,
+            place, index, has_left, has_right,
+            R, H, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        return (
+            carry, _rejoin(gx0, gx1, R, W, REVERSE), _rejoin(ga0, ga1, R, W, REVERSE), _rejoin(gl0, gl1, R, W, REVERSE),
+            _rejoin(gm0, gm1, R, W, REVERSE), _rejoin(gr0, gr1, R, W, REVERSE), _rejoin(gu0, gu1, R, W, REVERSE),
+            _rejoin(gs0, gs1, R, W, REVERSE),
+        )  # fmt: skip
+
+
+@triton.jit
+def _stored_rows(sequences, channels, rows, segments, N: tl.constexpr, P: tl.constexpr, ROWS_INNER: tl.constexpr):
+    """Of a program's N * P rows: index (R,), picture, channel and row (R, 1), which exist and which have neighbours."""
+    first = tl.program_id(0) // segments * N
+    index = tl.arange(0, N * P)
+    if ROWS_INNER:
+        i, q = index % P, first + index // P
+    else:
+        i, q = index // N, first + index % N
+    mask = ((i < rows) & (q < sequences))[:, None]
+    b, d = (q // channels).to(tl.int64)[:, None], (q % channels).to(tl.int64)[:, None]
+    return index, b, d, i.to(tl.int64)[:, None], mask, i > 0, i < rows - 1
+
+
+@triton.jit(do_not_specialize=[
+    "sequences", "channels", "rows", "blocks", "chunk", "segments", "span", "one",
+    "x_b", "x_d", "x_i", "x_w", "g_b", "g_n", "g_d", "g_i", "g_w", "lam_b", "lam_d", "lam_i", "lam_w",
+    "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "y_b", "y_d", "y_i", "y_w",
+])  # fmt: skip
+def line_scan_fwd_kernel(
+    x, gates, lam, u, skip, y, exchange, sequences, channels, rows, blocks, chunk, segments, span, one,
+    x_b, x_d, x_i, x_w, g_b, g_n, g_d, g_i, g_w, lam_b, lam_d, lam_i, lam_w, u_b, u_d, u_i, u_w,
+    skip_b, skip_d, skip_i, skip_w, y_b, y_d, y_i, y_w,
+    N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, ROWS_INNER: tl.constexpr, REVERSE: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, ADD: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one sweep over the lines of one segment of N maps (a picture's channel each).
+
+    Strides are in units of W, so that the compiler sees that W numbers can be read at once; those across lines (`_w`)
+    are in numbers and only used if W is 1. `one` is 1, and hides from the compiler that `exchange` could be read in
+    wider pieces, for which it would spread rows differently over the threads than everywhere else.
+    """
+    R: tl.constexpr = N * P
+    ROW: tl.constexpr = 1 if ROWS_INNER else N
+    segment = tl.program_id(0) % segments
+    index, b, d, i, mask, has_left, has_right = _stored_rows(sequences, channels, rows, segments, N, P, ROWS_INNER)
+    place = exchange + tl.program_id(0).to(tl.int64) * (4 * (R + 2 * ROW)) + (ROW + index * one)
+    x += (b * x_b + d * x_d + i * x_i) * W
+    gates += (b * g_b + d * g_d + i * g_i) * W
+    lam += (b * lam_b + d * lam_d + i * lam_i) * W
+    u += (b * u_b + d * u_d + i * u_i) * W
+    skip += (b * skip_b + d * skip_d + i * skip_i) * W
+    y += (b * y_b + d * y_d + i * y_i) * W
+    h = tl.zeros([R], tl.float32)
+    for n in range(segment * span, tl.minimum((segment + 1) * span, blocks)):
+        w0 = blocks - 1 - n if REVERSE else n
+        gp, yp = _block(gates, g_w, w0, W), _block(y, y_w, w0, W)
+        # (R, W)
+        xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
+        l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+        ut, st = xt, xt
+        if HAS_U:
+            ut = tl.load(_block(u, u_w, w0, W), mask, 0.0)
+        if HAS_SKIP:
+            st = tl.load(_block(skip, skip_w, w0, W), mask, 0.0)
+        h, out = _stored_lines(
+            xt, at, l, m, r, ut, st, h, w0 * W, rows, blocks * W, chunk, place, index, has_left, has_right,
+            R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        if ADD:
+            out += tl.load(yp, mask, 0.0).to(tl.float32)
+        tl.store(yp, out.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=[
+    "sequences", "channels", "rows", "blocks", "chunk", "segments", "span", "one",
+    "x_b", "x_d", "x_i", "x_w", "g_b", "g_n", "g_d", "g_i", "g_w", "lam_b", "lam_d", "lam_i", "lam_w",
+    "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "gy_b", "gy_d", "gy_i", "gy_w",
+    "h_b", "h_d", "h_i", "h_w", "gx_b", "gx_d", "gx_i", "gx_w", "gg_b", "gg_n", "gg_d", "gg_i", "gg_w",
+    "gc_b", "gc_d", "gc_i", "gc_w",
+])  # fmt: skip
+def line_scan_bwd_kernel(
+    x, gates, lam, u, skip, gy, hs, gx, g_gates, g_lam, g_u, g_skip,
+    exchange, sequences, channels, rows, blocks, chunk, segments, span, one,
+    x_b, x_d, x_i, x_w, g_b, g_n, g_d, g_i, g_w, lam_b, lam_d, lam_i, lam_w, u_b, u_d, u_i, u_w,
+    skip_b, skip_d, skip_i, skip_w, gy_b, gy_d, gy_i, gy_w, h_b, h_d, h_i, h_w, gx_b, gx_d, gx_i, gx_w,
+    gg_b, gg_n, gg_d, gg_i, gg_w, gc_b, gc_d, gc_i, gc_w,
+    N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, ROWS_INNER: tl.constexpr, REVERSE: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, ADD: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one sweep over the lines of one segment of N maps; arguments as in the forward.
+
+    States are recomputed and written to `hs`, from where every thread reads also those of the rows next to its own.
+    """
+    R: tl.constexpr = N * P
+    ROW: tl.constexpr = 1 if ROWS_INNER else N
+    segment = tl.program_id(0) % segments
+    index, b, d, i, mask, has_left, has_right = _stored_rows(sequences, channels, rows, segments, N, P, ROWS_INNER)
+    place = exchange + tl.program_id(0).to(tl.int64) * (4 * (R + 2 * ROW)) + (ROW + index * one)
+    above_mask, below_mask = mask & has_left[:, None], mask & has_right[:, None]
+    x += (b * x_b + d * x_d + i * x_i) * W
+    gates += (b * g_b + d * g_d + i * g_i) * W
+    lam += (b * lam_b + d * lam_d + i * lam_i) * W
+    u += (b * u_b + d * u_d + i * u_i) * W
+    skip += (b * skip_b + d * skip_d + i * skip_i) * W
+    gy += (b * gy_b + d * gy_d + i * gy_i) * W
+    hs += (b * h_b + d * h_d + i * h_i) * W
+    gx += (b * gx_b + d * gx_d + i * gx_i) * W
+    g_gates += (b * gg_b + d * gg_d + i * gg_i) * W
+    part = (b * gc_b + d * gc_d + i * gc_i) * W
+    start, stop = segment * span, tl.minimum((segment + 1) * span, blocks)
+    h = tl.zeros([R], tl.float32)
+    for n in range(start, stop):
+        w0 = blocks - 1 - n if REVERSE else n
+        gp = _block(gates, g_w, w0, W)
+        xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
+        l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+        h, states = _stored_lines(
+            xt, at, l, m, r, xt, xt, h, w0 * W, rows, blocks * W, chunk, place, index, has_left, has_right,
+            R, W, ROW, REVERSE, NORMALIZE, False, False, GATHER)  # fmt: skip
+        tl.store(_block(hs, h_w, w0, W), states.to(hs.dtype.element_ty), mask)
+    tl.debug_barrier()
+    carry = tl.zeros([R], tl.float32)
+    for back in range(stop - start):
+        n = stop - 1 - back
+        w0 = blocks - 1 - n if REVERSE else n
+        gp, hp, gxp = _block(gates, g_w, w0, W), _block(hs, h_w, w0, W), _block(gx, gx_w, w0, W)
+        ggp, gcp = _block(g_gates, gg_w, w0, W), _block(part, gc_w, w0, W)
+        # (R, W)
+        xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
+        l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+        yt, ht = tl.load(_block(gy, gy_w, w0, W), mask, 0.0), tl.load(hp, mask, 0.0)
+        above, below = tl.load(hp - h_i * W, above_mask, 0.0), tl.load(hp + h_i * W, below_mask, 0.0)
+        # (R, 1), of the line before these, which a segment's first line does not have
+        hp = hs + h_w.to(tl.int64) * (w0 * W + (W if REVERSE else -1))
+        exists = n + tl.arange(0, 1)[None, :] > start
+        h0 = tl.load(hp, mask & exists, 0.0)
+        above0 = tl.load(hp - h_i * W, above_mask & exists, 0.0)
+        below0 = tl.load(hp + h_i * W, below_mask & exists, 0.0)
+        ut, st = xt, xt
+        if HAS_U:
+            ut = tl.load(_block(u, u_w, w0, W), mask, 0.0)
+        if HAS_SKIP:
+            st = tl.load(_block(skip, skip_w, w0, W), mask, 0.0)
+        carry, gxt, ga, gl, gm, gr, gu, gs = _stored_line_gradients(
+            xt, at, l, m, r, ut, st, yt, ht, above, below, h0, above0, below0, carry, w0 * W, rows, blocks * W, chunk,
+            place, index, has_left, has_right,
+            R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        if ADD:
+            gxt += tl.load(gxp, mask, 0.0).to(tl.float32)
+        tl.store(gxp, gxt.to(gx.dtype.element_ty), mask)
+        tl.store(g_lam + gcp, ga.to(g_lam.dtype.element_ty), mask)
+        dtype: tl.constexpr = g_gates.dtype.element_ty
+        tl.store(ggp, gl.to(dtype), mask)
+        tl.store(ggp + gg_n * W, gm.to(dtype), mask)
+        tl.store(ggp + 2 * gg_n * W, gr.to(dtype), mask)
+        if HAS_U:
+            tl.store(g_u + gcp, gu.to(g_u.dtype.element_ty), mask)
+        if HAS_SKIP:
+            tl.store(g_skip + gcp, gs.to(g_skip.dtype.element_ty), mask)
+
+
+@triton.jit
+def line_scan_pack_kernel(
+    gates, lam, u, skip, w, wt, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    EXACT: tl.constexpr, TWICE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Weights of one coefficient as `w` (K, 6, R, width): gates times -log2(e), in two halves unless EXACT."""
+    HALF: tl.constexpr = R if EXACT else R // 2
+    k, j = tl.program_id(0) // 6, tl.program_id(0) % 6
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    s = tl.arange(0, R)[:, None]
+    # gates (3, K, channels, S); lam, u, skip (K, channels, S)
+    at = (k * channels + c)[None, :] * S + s % HALF
+    mask = (c < channels)[None, :] & (s % HALF < S)
+    if j < 3:
+        value = tl.load(gates + j * K * channels * S + at, mask, 0.0).to(tl.float32) * -LOG2E
+    elif j == 3:
+        value = tl.load(lam + at, mask, 0.0).to(tl.float32)
+    elif j == 4:
+        value = tl.load(u + at, mask, 0.0).to(tl.float32)
+    else:
+        value = tl.load(skip + at, mask, 0.0).to(tl.float32)
+    out = (tl.program_id(0) * R + s) * width + c[None, :]
+    _store_halves(w + out, value, s < HALF, (c < width)[None, :])
+    if TWICE:
+        _store_halves(wt + out, value, s < HALF, (c < width)[None, :])
+
+
+@triton.jit
+def _store_halves(pointer, value, first, mask):
+    """Stores `value` in the pointer's dtype where `first`, elsewhere what that leaves."""
+    rounded = value.to(pointer.dtype.element_ty)
+    rest = (value - rounded.to(tl.float32)).to(pointer.dtype.element_ty)
+    tl.store(pointer, tl.where(first, rounded, rest), mask)
+
+
+def _frame(direction: str, height: int, width: int, stride_h: int, stride_w: int) -> tuple[int, int, int]:
+    """Offset of the first pixel, and strides along and across the line, of a sweep over a map with these strides."""
+    return {
+        "right": (0, stride_h, stride_w),
+        "left": ((width - 1) * stride_w, stride_h, -stride_w),
+        "down": (0, stride_w, stride_h),
+        "up": ((height - 1) * stride_h, stride_w, -stride_h),
+    }[direction]
+
+
+class _ProxyLaunch:
+    """Sizes, packed weights and launches of the kernels for coefficients of a proxy."""
+
+    # Channels of a block.
+    C = 16
+
+    def __init__(self, args: tuple, with_gradients: bool):
+        self.x, gates, lam, u, skip, proxy, self.directions, chunk, _, self.aligned = args
+        self.batch, self.channels, self.height, self.width = self.x.shape
+        self.k, self.rank = len(self.directions), proxy.shape[1]
+        self.chunk = chunk
+        self.exact = self.x.dtype != proxy.dtype or self.x.dtype == torch.float32
+        self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
+        half = max(8, triton.next_power_of_2(self.rank))
+        self.R = max(16, half) if self.exact else 2 * half
+        self.blocks = triton.cdiv(self.channels, self.C)
+        self.w_width = self.blocks * self.C
+        self.w = self.x.new_empty(self.k, 6, self.R, self.w_width, dtype=self.proxy.dtype)
+        # The gradients' products are in bfloat16, whose range they need.
+        twice = with_gradients and self.w.dtype == torch.float16
+        self.wt = torch.empty_like(self.w, dtype=torch.bfloat16) if twice else self.w
+        line_scan_pack_kernel[(6 * self.k, triton.cdiv(self.w_width, 128))](
+            gates.contiguous(), lam.contiguous(), u.contiguous(), skip.contiguous(), self.w, self.wt, self.channels,
+            self.w_width, K=self.k, S=self.rank, R=self.R, EXACT=self.exact, TWICE=twice, C=128,
+        )  # fmt: skip
+
+    def groups(self) -> Iterator[tuple[int, list[str], Tensor, tuple[int, int, int]]]:
+        """Sweeps that share pixels they write to: the first one's number, names, maps to read and target frame."""
+        size = (self.height, self.width)
+        if self.aligned:
+            for k, direction in enumerate(self.directions):
+                yield k, [direction], self.x, _frame(direction, *size, self.width, 1)
+        elif self.height == self.width:
+            for k in range(0, self.k, 4):
+                yield k, self.directions[k : k + 4], self.x, (0, self.width, 1)
+        else:
+            for k, direction in enumerate(self.directions):
+                turned = to_map_frame(self.x.unflatten(1, size).permute(0, 3, 1, 2), direction)
+                yield k, ["right"], _pixels(turned), (0, self.width, 1)
+
+    def tiling(self, direction: str) -> tuple[int, int, int, int, int, int, int]:
+        """Rows of a tile, and of the line, lines, lines of a chunk, tiles, chunks, rows that tiles share at an end."""
+        turned = self.aligned and direction in ("down", "up")
+        rows, lines = (self.width, self.height) if turned else (self.height, self.width)
+        chunk = min(self.chunk or lines, lines)
+        P, halo = _tile(rows, chunk)
+        return P, rows, lines, chunk, triton.cdiv(rows, P - 2 * halo), triton.cdiv(lines, chunk), halo
+
+    def _sources(self, directions: list[str]) -> list[int]:
+        frames = [v for d in directions for v in _frame(d, self.height, self.width, self.width, 1)]
+        return frames + [0] * (12 - len(frames))
+
+    def forward(self) -> Tensor:
+        groups = list(self.groups())
+        y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
+        for k, directions, x, target in groups:
+            P, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
+            line_scan_proxy_fwd_kernel[(self.blocks * self.batch * tiles * segments,)](
+                x, self.proxy, self.w[k:], y, self.channels, self.height * self.width, rows, lines, chunk, tiles,
+                segments, halo, self.w_width, *target, *self._sources(directions),
+                K=len(directions), S=self.rank, R=self.R, P=P, C=self.C, EXACT=self.exact, ADD=k > 0,
+                num_warps=P // 16,
+            )  # fmt: skip
+        return _map(y, self.height).to(self.x.dtype)
+
+    def backward(self, gy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, of the proxy, and of the weights (6, K, D, S)."""
+        gy = _pixels(gy)
+        pixels = self.height * self.width
+        groups = list(self.groups())
+        # So that nothing has to be added in memory by two programs: one gradient of x a sweep, and one of the proxy a
+        # block of channels. The sums are taken in float32.
+        gx = self.x.new_empty(self.k, *self.x.shape)
+        gz = self.x.new_empty(len(groups), self.blocks, self.batch, pixels, self.rank, dtype=torch.float32)
+        gw = []
+        for n, (k, directions, x, target) in enumerate(groups):
+            P, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
+            units = self.batch * tiles * segments
+            workers = max(1, min(units, _PROGRAMS // self.blocks))
+            part = x.new_empty(workers, len(directions), 6, self.R, self.w_width, dtype=torch.float32)
+            keep = chunk <= 2
+            scratch = part if keep else part.new_empty(self.blocks * workers, chunk, P, self.C)
+            in_place = x is self.x
+            gx_k = gx[k:] if in_place else torch.empty_like(gx[:1])
+            line_scan_proxy_bwd_kernel[(self.blocks * workers,)](
+                x, self.proxy, self.w[k:], self.wt[k:], gy, gx_k, gz[n], part, scratch, self.channels, pixels, rows,
+                lines, chunk, tiles, segments, halo, self.w_width, units, workers, *target,
+                *self._sources(directions), x.numel(),
+                K=len(directions), S=self.rank, R=self.R, P=P, C=self.C, EXACT=self.exact, KEEP=keep,
+                num_warps=P // 16,
+            )  # fmt: skip
+            if not in_place:
+                gx[k] = _pixels(from_map_frame(_map(gx_k[0], self.height).float(), self.directions[k]))
+            gw.append(part.sum(0))
+        gw = torch.cat(gw) if len(gw) > 1 else gw[0]
+        gw = gw if self.exact else gw.unflatten(2, (2, -1)).sum(2)
+        gw = gw[:, :, : self.rank, : self.channels].permute(1, 0, 3, 2)
+        return _map(gx.sum(0), self.height), _map(gz.sum((0, 1)), self.height), gw
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> contiguous (B, H * W, C), a view of a channels-last map."""
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def _map(x: Tensor, height: int) -> Tensor:
+    """The inverse of `_pixels`."""
+    return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+def _tile(rows: int, chunk: int) -> tuple[int, int] | None:
+    """Rows of a tile and how many of them it shares with the next, or None where lines are too long for tiles.
+
+    Every line after the first of a chunk spoils one row more at a tile's ends.
+    """
+    options = [(P, 0) for P in (16, 32, 64) if rows <= P]
+    options += [(P, chunk - 1) for P in (16, 32, 64) if rows > P and P - 2 * (chunk - 1) >= P // 2]
+    # Shifting rows is a product with a P x P matrix.
+    return min(options, key=lambda o: triton.cdiv(rows, o[0] - 2 * o[1]) * o[0] * (128 + o[0]), default=None)
+
+
+# Programs of the backward, each with its own sum of the weights' gradients.
+_PROGRAMS = 1320
+
+
+def _suits_proxy_kernel(args: tuple) -> bool:
+    x, gates, lam, u, skip, proxy, _, chunk, normalize, aligned = args
+    if proxy is None or u is None or skip is None or not normalize or not 1 <= proxy.shape[1] <= 32:
+        return False
+    if any(t.dtype == torch.float64 for t in (x, gates, lam, u, skip, proxy)):
+        return False
+    sizes = {x.shape[2:], x.shape[:1:-1] if aligned else x.shape[2:]}
+    return all(_tile(rows, min(chunk or lines, lines)) is not None for rows, lines in sizes)
+
+
+class _Sweep:
+    """One sweep with stored coefficients: its maps, and launches of the kernels for them.
+
+    Coefficients that the proxy's kernels can't expand are expanded here, for one sweep at a time.
+    """
+
+    def __init__(self, args: tuple, k: int):
+        x, gates, lam, u, skip, proxy, directions, chunk, self.normalize, aligned = args
+        self.direction, self.frame = directions[k], directions[k] if aligned else "right"
+        self.in_place = self.direction == self.frame
+        if proxy is None:
+            self.gates, self.lam = gates[:, :, k], lam[:, k]
+            self.u, self.skip = (None if t is None else t[:, k] for t in (u, skip))
+        else:
+            z = proxy.to(torch.float32).flatten(2)
+            weights = [gates[:, k].flatten(0, 1), *(t[k] for t in (lam, u, skip) if t is not None)]
+            maps = (torch.cat(weights).to(torch.float32) @ z).unflatten(-1, x.shape[2:]).unflatten(1, (-1, x.shape[1]))
+            self.gates, self.lam = maps[:, :3], maps[:, 3]
+            self.u = None if u is None else maps[:, 4]
+            self.skip = None if skip is None else maps[:, -1]
+            x = x.contiguous()
+        self.x = x if self.in_place else to_map_frame(x, self.direction)
+        self.chunk = chunk
+
+    def strides(self, t: Tensor | None) -> list[int]:
+        """Of a (B, ..., D, H, W): batch, channel, along the line, across."""
+        if t is None:
+            return [0, 0, 0, 0]
+        *_, d, h, w = t.stride()
+        return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
+
+    def configure(self, maps: list[Tensor | None]) -> None:
+        """Chooses blocks for kernels on these maps, (B, 3, D, H, W) where the five dimensions are."""
+        batch, self.channels, height, width = self.x.shape
+        self.rows, self.lines = (width, height) if self.frame in ("down", "up") else (height, width)
+        self.chunk = min(self.chunk or self.lines, self.lines)
+        self.sequences = batch * self.channels
+        strides = [self.strides(t) for t in maps]
+        threes = [t.stride(1) for t in maps if t is not None and t.dim() == 5]
+        # Lines that a thread can read at once.
+        across = {s[3] for t, s in zip(maps, strides, strict=True) if t is not None}
+        common = math.gcd(self.lines, *threes, *(v for s in strides for v in s[:3]))
+        self.W = math.gcd(common, 8) if across == {1} else 1
+        self.P = triton.next_power_of_2(self.rows)
+        while self.W > 1 and self.W * self.P > 8192:
+            self.W //= 2
+        self.N = max(1, min(128 // self.P, triton.next_power_of_2(self.sequences)))
+        self.warps = max(1, min(32 if self.P > 1024 else 16, self.N * self.P // 32))
+        self.rows_inner = self.x.stride(1) != 1 or self.channels == 1
+        self.blocks = self.lines // self.W
+        # Segments of whole chunks, so that they can be scanned at the same time.
+        self.span = min(self.blocks, self.chunk // math.gcd(self.chunk, self.W))
+        self.segments = triton.cdiv(self.blocks, self.span)
+        self.programs = triton.cdiv(self.sequences, self.N) * self.segments
+        row = 1 if self.rows_inner else self.N
+        self.exchange = self.x.new_empty(self.programs * 4 * (self.N * self.P + 2 * row), dtype=torch.float32)
+        sizes = [self.sequences, self.channels, self.rows, self.blocks, self.chunk, self.segments, self.span, 1]
+        flat = []
+        for t, s in zip(maps, strides, strict=True):
+            s = [v // self.W for v in s[:3]] + s[3:]
+            flat += s if t is None or t.dim() == 4 else [s[0], t.stride(1) // self.W, *s[1:]]
+        self.arguments = [self.exchange, *sizes, *flat]
+        self.constants = dict(
+            N=self.N, P=self.P, W=self.W, ROWS_INNER=self.rows_inner, REVERSE=self.frame in ("left", "up"),
+            NORMALIZE=self.normalize, HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, GATHER=_GATHER,
+            num_warps=self.warps,
+        )  # fmt: skip
+
+    def forward(self, y: Tensor, add: bool) -> None:
+        """Writes or adds the outputs to `y` (B, D, H, W)."""
+        self.configure([self.x, self.gates, self.lam, self.u, self.skip, y])
+        u, skip = (self.x if t is None else t for t in (self.u, self.skip))
+        line_scan_fwd_kernel[(self.programs,)](
+            self.x, self.gates, self.lam, u, skip, y, *self.arguments, ADD=add, **self.constants
+        )
+
+    def backward(self, gy: Tensor, gx: Tensor, add: bool, outputs: list[Tensor | None]) -> None:
+        """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
+        g_gates, g_lam, g_u, g_skip = outputs
+        gx_k = gx if self.in_place else torch.empty_like(self.x, dtype=torch.float32)
+        hs = torch.empty_like(gx_k, dtype=self.x.dtype)
+        self.configure([self.x, self.gates, self.lam, self.u, self.skip, gy, hs, gx_k, g_gates, g_lam])
+        nothing = self.x
+        u, skip, g_u, g_skip = (nothing if t is None else t for t in (self.u, self.skip, g_u, g_skip))
+        line_scan_bwd_kernel[(self.programs,)](
+            self.x, self.gates, self.lam, u, skip, gy, hs, gx_k, g_gates, g_lam, g_u, g_skip, *self.arguments,
+            ADD=add and self.in_place, **self.constants,
+        )  # fmt: skip
+        if not self.in_place:
+            turned = from_map_frame(gx_k, self.direction)
+            gx.copy_(turned + gx if add else turned)
+
+
+def forward(*args) -> Tensor:
+    if _suits_proxy_kernel(args):
+        return _ProxyLaunch(args, with_gradients=False).forward()
+    x, directions = args[0], args[6]
+    y = torch.empty_like(x, dtype=x.dtype if len(directions) == 1 else torch.float32)
+    for k in range(len(directions)):
+        _Sweep(args, k).forward(y, add=k > 0)
+    return y.to(x.dtype)
+
+
+def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
+    x, gates, lam, u, skip, proxy, directions = args[:7]
+    if _suits_proxy_kernel(args):
+        g_x, g_proxy, g_w = _ProxyLaunch(args, with_gradients=True).backward(grads[0])
+        return [g_x, g_w[:3] * -LOG2E.value, g_w[3], g_w[4], g_w[5], g_proxy]
+    g_x = torch.empty_like(x, dtype=x.dtype if len(directions) == 1 else torch.float32)
+    if proxy is None:
+        results = [None if t is None else torch.empty_like(t) for t in (gates, lam, u, skip)]
+    else:
+        results = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in (gates, lam, u, skip)]
+        g_proxy = 0
+    for k in range(len(directions)):
+        sweep = _Sweep(args, k)
+        if proxy is None:
+            g_gates, *others = results
+            sweep.backward(grads[0], g_x, k > 0, [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)])
+            continue
+        # (B, coefficients, D, H, W)
+        maps = torch.empty_like(sweep.lam.unsqueeze(1).expand(-1, 4 + (u is not None) + (skip is not None), -1, -1, -1))
+        g_u, g_skip = None if u is None else maps[:, 4], None if skip is None else maps[:, -1]
+        sweep.backward(grads[0], g_x, k > 0, [maps[:, :3], maps[:, 3], g_u, g_skip])
+        weights = torch.cat([gates[:, k], *(t[k, None] for t in (lam, u, skip) if t is not None)]).float()
+        g_proxy = g_proxy + torch.einsum("bcdhw,cds->bshw", maps, weights)
+        g_weights = torch.einsum("bcdhw,bshw->cds", maps, proxy.float())
+        results[0][:, k] = g_weights[:3]
+        for result, gradient in zip((r for r in results[1:] if r is not None), g_weights[3:], strict=True):
+            result[k] = gradient
+    return [g_x, *results, None if proxy is None else g_proxy]
