@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..q_shift._triton import groups, load_shifted, place, shifted
-from ..wkv6._triton import product
+from ..wkv6._triton import product, product_precision
 
 
 @triton.jit
@@ -187,9 +187,6 @@ def _sizes(
     """Tiles of pixels, all tiles, and the kernels' constants."""
     batch, channels, height, width = x.shape
     rank = 0 if up is None else up.shape[1]
-    precision = "ieee"
-    if low is not None and low.device.type != "cpu":  # Triton's interpreter cannot multiply bfloat16.
-        precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(low.dtype, "tf32x3")
     block_c = min(64, triton.next_power_of_2(channels))
     if rank > 0:
         block_c = max(block_c, 16)
@@ -198,7 +195,7 @@ def _sizes(
     constants = groups(channels, gamma, head_dim) | dict(
         RANK=rank,
         BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        PRECISION=precision,
+        PRECISION="tf32" if low is None else product_precision(low),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,

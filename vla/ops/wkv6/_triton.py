@@ -16,12 +16,37 @@ from .._triton import LOG2E
 
 
 @triton.jit
+def leading(x):
+    """The leading 11 bits of a float32 number, as many as TF32 has."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32, the operands rounded to bfloat16 or as `tl.dot`'s `input_precision` says."""
+    """a @ b in float32 from operands in bfloat16 ("bf16"), TF32 ("tf32"), or TF32 numbers and their rests ("tf32x3").
+
+    The last is `tl.dot`'s own `input_precision`, which Triton 3.1 and 3.2 fail to compile here.
+    """
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "tf32":
+        return tl.dot(a, b, input_precision="tf32")
+    a_lead, b_lead = leading(a), leading(b)
+    out = tl.dot(a - a_lead, b_lead, input_precision="tf32")
+    out = tl.dot(a_lead, b - b_lead, out, input_precision="tf32")
+    return tl.dot(a_lead, b_lead, out, input_precision="tf32")
+
+
+@triton.jit
+def sums(mask, x, PRECISION: tl.constexpr):
+    """mask @ x."""
+    mask = tl.where(mask, 1.0, 0.0)
+    if PRECISION == "tf32x3":
+        lead = leading(x)
+        rest = tl.dot(mask, x - lead, input_precision="tf32")
+        return tl.dot(mask, lead, rest, input_precision="tf32")
+    return product(mask, x, PRECISION)
 
 
 @triton.jit
@@ -33,7 +58,7 @@ def decay_rate(w):
 @triton.jit
 def between(mask, log_decay, PRECISION: tl.constexpr):
     """Products over the tokens j of a chunk with mask[t, j] of their decays, from the logarithms to base 2."""
-    return tl.exp2(product(tl.where(mask, 1.0, 0.0), log_decay, PRECISION))
+    return tl.exp2(sums(mask, log_decay, PRECISION))
 
 
 @triton.jit
@@ -80,7 +105,7 @@ def wkv6_states_kernel(
     """Sums of decayed a_i b_i^T over all chunks before (direction 0) or after (direction 1) each chunk.
 
     One program walks one segment of one sequence in one direction, with one tile of the (N, N) state. Without `states`
-    it leaves the segment's own sum in `ends` and the logarithm of its decay in `totals`; with both it starts from `ends`.
+    it leaves the segment's own sum in `ends` and the logarithm of its decay in `totals`; else it starts from `ends`.
     """
     tiles_v = tl.cdiv(N, BLOCK_V)
     tiles = tl.cdiv(N, BLOCK_K) * tiles_v
@@ -333,7 +358,7 @@ def wkv6_bwd_kernel(
             gr_chunk += r_outer
             gk_chunk += k_outer
             q = r_chunk * r_outer + k_chunk * k_outer
-            g_log += product(tl.where(tl.trans(towards), 1.0, 0.0), q, PRECISION)
+            g_log += sums(tl.trans(towards), q, PRECISION)
         g_log += (tl.exp2(tl.sum(log_decay, 0)) * across)[None, :]
 
     # Pairs inside the chunk.
@@ -347,7 +372,7 @@ def wkv6_bwd_kernel(
         g = decay * product(tl.trans(pairs), r_chunk * decay, PRECISION)
         gk_chunk += g
         q += g * k_chunk
-        g_log += product(tl.where(tl.trans(towards), 1.0, 0.0), q, PRECISION)
+        g_log += sums(tl.trans(towards), q, PRECISION)
 
     out = (batch * length + token[:, None]) * heads * N + channel
     tl.store(gr + out, gr_chunk.to(gr.dtype.element_ty), inside_k)
@@ -357,6 +382,18 @@ def wkv6_bwd_kernel(
     tl.store(gw + out, (-decay_rate(w_chunk) * g_log).to(gw.dtype.element_ty), inside_k)
     # (sequences, chunks, N)
     tl.store(gu + (sequence.to(tl.int64) * chunks + chunk) * N + row, gu_chunk, row < N)
+
+
+def product_precision(*operands: Tensor) -> str:
+    """`PRECISION` for operands that come as they are and as products with numbers up to 1.
+
+    bfloat16 if they all are, TF32 if they are of 16 bits (float16's range is too small for sums over a sequence), else
+    three TF32 products for one in float32.
+    """
+    if all(x.dtype == torch.bfloat16 for x in operands):
+        # Triton's interpreter cannot multiply bfloat16.
+        return "bf16" if operands[0].device.type != "cpu" else "tf32"
+    return "tf32" if all(x.dtype.itemsize == 2 for x in operands) else "tf32x3"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -385,24 +422,13 @@ def _segments(chunks: int, walks: int) -> int:
 
 
 class _Launcher:
-    """Sizes and precision of one call.
-
-    Products take bfloat16 operands when r, k and v are bfloat16, TF32 when they are of 16 bits (float16's range is too
-    small for sums over a sequence), and three TF32 products for one in float32.
-    """
+    """Sizes and precision of one call."""
 
     def __init__(self, r: Tensor, k: Tensor, v: Tensor, u: Tensor):
         self.batch, self.length, self.channels = r.shape
         self.heads, self.size = u.shape
         self.sequences = self.batch * self.heads
-        dtypes = {r.dtype, k.dtype, v.dtype}
-        if r.device.type == "cpu":
-            # Triton's interpreter cannot multiply bfloat16.
-            self.precision = "ieee"
-        elif dtypes == {torch.bfloat16}:
-            self.precision = "bf16"
-        else:
-            self.precision = "tf32" if torch.float32 not in dtypes else "tf32x3"
+        self.precision = product_precision(r, k, v)
         self.levels, blocks, self.warps = _tiling(self.length, self.precision)
         self.chunk = 1 << self.levels
         self.chunks = triton.cdiv(self.length, self.chunk)
