@@ -146,6 +146,8 @@ class Compiler:
                 try:
                     binary = original(kernel, *args, grid=grid, warmup=True, **kwargs)
                 except Exception as error:
+                    while error.__cause__ is not None:  # in the innermost of the functions that the kernel calls
+                        error = error.__cause__
                     self.fail(f"{kernel.__name__} for sm_{target}: {type(error).__name__}: {error}")
                 else:
                     self._report(kernel, target, binary, time.perf_counter() - start, arguments)
