@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .._triton import LN2, LOG2E, compose, softplus2
 
-# Triton 3.1 has no gather.
-_HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
 # Programs that keep a GPU busy. Fewer rows than that, and chunks run in parallel.
 _MIN_PROGRAMS = 1024
 
@@ -31,13 +29,20 @@ def _add_left(first_later, rest_later, first, rest):
     return first, rest + (first_later + rest_later)
 
 
-@triton.jit
-def _take(x, index):
-    """`x[index[i, j], j]`; within a warp a shuffle."""
-    if _HAS_GATHER:
+if hasattr(tl, "gather"):
+
+    @triton.jit
+    def _take(x, index):
+        """`x[index[i, j], j]`; within a warp a shuffle."""
         return tl.gather(x, index, 0)
-    source = tl.arange(0, x.shape[0])[None, :, None]
-    return tl.sum(tl.where(source == index[:, None, :], x[None, :, :], 0.0), 1)
+
+else:  # Triton before 3.3
+
+    @triton.jit
+    def _take(x, index):
+        """`x[index[i, j], j]`."""
+        source = tl.arange(0, x.shape[0])[None, :, None]
+        return tl.sum(tl.where(source == index[:, None, :], x[None, :, :], 0.0), 1)
 
 
 @triton.jit
@@ -95,12 +100,15 @@ def _sum_until(x, position, steps):
 
 
 @triton.jit
-def _log2_decay(delta, SOFTPLUS: tl.constexpr):
-    """`log2(e)` times the time step, from the biased `delta`: times `A` it is the exponent of `exp2`."""
-    s = delta * LOG2E
+def _exponent(s, inside, SOFTPLUS: tl.constexpr):
+    """`log2(e)` times the time step, from `log2(e)` times the biased `delta`: times `A` it is the exponent of `exp2`.
+
+    Padding neither decays nor adds, so that the states behind it are those in front of it. Under softplus it was loaded
+    as minus infinity.
+    """
     if SOFTPLUS:
-        s = softplus2(s)
-    return s
+        return softplus2(s)
+    return tl.where(inside, s, 0.0)
 
 
 @triton.jit
@@ -193,6 +201,7 @@ def selective_scan_fwd_kernel(
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
     step = tl.arange(0, STEPS)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
     delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
     out_row = out_ptr + batch * _aligned(out_b, ALIGN) + (channel * _aligned(out_d, ALIGN))[:, None]
@@ -210,7 +219,7 @@ def selective_scan_fwd_kernel(
     sequence = batch * channels + channel
     carry = tl.zeros([ROWS], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
     if D_ptr is not None:
         skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
 
@@ -220,14 +229,13 @@ def selective_scan_fwd_kernel(
         mask = valid[:, None] & inside
         time = time.to(tl.int64)[None, :]
         u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (R, L)
-        delta = tl.load(delta_row + time * delta_l, mask, 0.0).to(tl.float32)  # (R, L)
+        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (R, L)
         if z_ptr is not None:
             z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, L)
         if bias_ptr is not None:
-            delta += bias
-        # Padding neither decays nor adds, so that the states behind it are those at its start.
-        dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
-        x = dt2 * LN2 * u
+            s += bias
+        dt2 = _exponent(s, inside, SOFTPLUS)
+        x = dt2 * u
         if D_ptr is not None:
             y = skip * u
         else:
@@ -250,7 +258,7 @@ def selective_scan_fwd_kernel(
             elif not ONE_STATE:
                 carry = tl.load(carry_ptr + sequence * states + n, valid & (chunk > 0), 0.0)  # (R,)
             decay = tl.exp2(A * dt2)
-            inject = B * x
+            inject = B * LN2 * x
             inject += tl.where((step == 0)[None, :], decay * carry[:, None], 0.0)
             _, h = tl.associative_scan((decay, inject), 1, compose)
             y += C * h
@@ -312,17 +320,20 @@ def selective_scan_chunk_kernel(
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     time = chunk * (LANES * PER_LANE) + tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
+    flat_time = chunk * (LANES * PER_LANE) + tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+    flat_time = flat_time.to(tl.int64)
     inside = time < length
     mask = inside & valid[None, :, None]
     time = time.to(tl.int64)
     row = channel[None, :, None]
     delta_at = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN) + time * delta_l
-    delta = tl.load(delta_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    s = tl.load(delta_at, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
     v_at = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN) + time * v_l
     v = tl.load(v_at, mask, 0.0).to(tl.float32)  # (S, R, E)
     if bias_ptr is not None:
-        delta += tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-    dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
+        s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
+    dt2 = _exponent(s, inside, SOFTPLUS)
     if ADJOINT:
         if z_ptr is not None:
             z_at = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN) + time * z_l
@@ -338,13 +349,13 @@ def selective_scan_chunk_kernel(
         P_at = P_ptr + channel * P_g
     else:
         P_at = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
-        P_at += time * P_l
+        P_at += flat_time * P_l
     for n in range(states):
         A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
         if CONSTANT:
             P = tl.load(P_at + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
         else:
-            P = tl.load(P_at + n * _aligned(P_n, ALIGN), inside, 0.0).to(tl.float32)  # (S, 1, E)
+            P = tl.load(P_at + n * _aligned(P_n, ALIGN), flat_time < length, 0.0).to(tl.float32)[:, None, :]  # (S, E)
         local = tl.sum(tl.sum(tl.exp2(A * between) * (P * v), 2), 0)
         tl.store(local_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
 
@@ -482,6 +493,8 @@ def selective_scan_bwd_kernel(
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    flat_step = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # (S, E)
     row = channel[None, :, None]
     g_row = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN)
     u_row = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN)
@@ -503,7 +516,7 @@ def selective_scan_bwd_kernel(
         C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
     sequence = batch * channels + channel
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+        bias = (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
     if D_ptr is not None:
         skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
     if ONE_STATE and not PARALLEL:
@@ -517,12 +530,15 @@ def selective_scan_bwd_kernel(
         inside = time < length
         mask = inside & valid[None, :, None]
         time = time.to(tl.int64)
+        # (S, E) for itself: in the layout of (S, 1, E), spread over all warps, it would spoil that of (S, R, E).
+        flat_time = (chunk * (LANES * PER_LANE) + flat_step).to(tl.int64)
+        flat_inside = flat_time < length
         u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (S, R, E)
-        delta = tl.load(delta_row + time * delta_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
         gy = tl.load(g_row + time * g_l, mask, 0.0).to(tl.float32)  # (S, R, E)
         if bias_ptr is not None:
-            delta += bias
-        dt2 = tl.where(inside, _log2_decay(delta, SOFTPLUS), 0.0)
+            s += bias
+        dt2 = _exponent(s, inside, SOFTPLUS)
         x = dt2 * LN2 * u
         if z_ptr is not None:
             z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (S, R, E)
@@ -545,11 +561,13 @@ def selective_scan_bwd_kernel(
             if B_CONSTANT:
                 B = tl.load(B_row + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
             else:
-                B = tl.load(B_row + n * _aligned(B_n, ALIGN) + time * B_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
+                B_at = B_row + n * _aligned(B_n, ALIGN) + flat_time * B_l
+                B = tl.load(B_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
             if C_CONSTANT:
                 C = tl.load(C_row + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
             else:
-                C = tl.load(C_row + n * _aligned(C_n, ALIGN) + time * C_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
+                C_at = C_row + n * _aligned(C_n, ALIGN) + flat_time * C_l
+                C = tl.load(C_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
             entering = tl.load(entering_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
             if PARALLEL:
                 carry = tl.load(carry_ptr + (sequence * states + n) * chunks + chunk, valid, 0.0)  # (R,)
@@ -557,8 +575,8 @@ def selective_scan_bwd_kernel(
                 carry = tl.load(carry_ptr + sequence * states + n, valid, 0.0)  # (R,)
             decay = tl.exp2(A * dt2)
             inject = B * x
-            h = _states_in_time(decay, inject, entering, position, steps)
             g, carry = _adjoints_against_time(decay, C * gy, carry, position, steps)
+            h = _states_in_time(decay, inject, entering, position, steps)
             if not PARALLEL and not ONE_STATE:
                 tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
             if z_ptr is not None:
@@ -571,11 +589,11 @@ def selective_scan_bwd_kernel(
             if B_CONSTANT:
                 tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
             else:
-                tl.store(gB_ptr + part + n * length + time, tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
+                tl.store(gB_ptr + part + n * length + flat_time, tl.sum(g * x, 1), flat_inside)  # (S, E)
             if C_CONSTANT:
                 tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
             else:
-                tl.store(gC_ptr + part + n * length + time, tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
+                tl.store(gC_ptr + part + n * length + flat_time, tl.sum(gy * h, 1), flat_inside)  # (S, E)
         gu = gx * (dt2 * LN2)
         if D_ptr is not None:
             gu += skip * gy
@@ -584,8 +602,9 @@ def selective_scan_bwd_kernel(
         gdelta = gdt + gx * u
         if SOFTPLUS:
             # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
-            gdelta *= tl.exp2(delta * LOG2E - dt2)
-        gdelta = tl.where(inside, gdelta, 0.0)
+            gdelta *= tl.exp2(s - dt2)
+        else:
+            gdelta = tl.where(inside, gdelta, 0.0)
         if bias_ptr is not None:
             g_sum = tl.sum(tl.sum(gdelta, 2), 0)
             tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
@@ -648,9 +667,10 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()
 
 
-def _entering(scan: _Scan, chunk: tuple[int, int], rows: int, g: Tensor | None = None, g_state: Tensor | None = None):
+def _entering(scan: _Scan, chunk: tuple[int, int], g: Tensor | None = None, g_state: Tensor | None = None):
     """States (B, D, N, chunks + 1) that enter each chunk; adjoints (B, D, N, chunks) if `g`, of the output, is given."""
     lanes, per_lane = chunk
+    rows, options = _chunk_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     adjoint = g is not None
     shape = (scan.batch, scan.channels, scan.states)
@@ -686,7 +706,7 @@ def _entering(scan: _Scan, chunk: tuple[int, int], rows: int, g: Tensor | None =
         ROWS=rows,
         LANES=lanes,
         PER_LANE=per_lane,
-        num_warps=max(1, rows // 2),
+        **options,
     )
     entering = scan.new(*shape, chunks if adjoint else chunks + 1)
     count = math.prod(shape)
@@ -716,6 +736,23 @@ def _vector(scan: _Scan, align: int) -> int:
     return max(1, min(align, 16 // scan.u.element_size()))
 
 
+def _forward_blocks(scan: _Scan) -> tuple[int, int, dict]:
+    return 2, 256, {"num_warps": 1}
+
+
+def _backward_blocks(scan: _Scan) -> tuple[int, dict]:
+    return 8, {"num_warps": 4}
+
+
+def _chunk_blocks(scan: _Scan) -> tuple[int, dict]:
+    return 8, {"num_warps": 4}
+
+
+def _parallel(scan: _Scan, programs: int, chunks: int) -> bool:
+    """Whether chunks run in parallel, at the cost of reading the inputs twice: only where programs are few."""
+    return chunks > 1 and programs < _MIN_PROGRAMS
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -733,12 +770,12 @@ def forward(
     if out.numel() == 0 or scan.states == 0:
         raise NotImplementedError
     align = scan.alignment()
-    steps, rows, warps = 256, 2, 1
-    parallel = scan.programs(rows) < _MIN_PROGRAMS and scan.length > steps
+    rows, steps, options = _forward_blocks(scan)
     programs = scan.programs(rows)
+    parallel = _parallel(scan, programs, triton.cdiv(scan.length, steps))
     carry = state
     if parallel:
-        carry = _entering(scan, (32, steps // 32), rows)
+        carry = _entering(scan, (32, steps // 32))
         programs *= triton.cdiv(scan.length, steps)
     selective_scan_fwd_kernel[(programs,)](
         u,
@@ -772,7 +809,7 @@ def forward(
         ALIGN=align,
         ROWS=rows,
         STEPS=steps,
-        num_warps=warps,
+        **options,
     )
     if parallel:
         state.copy_(carry[..., -1])
@@ -797,10 +834,10 @@ def backward(
     gz = None if z is None else torch.empty_like(z)
     align = scan.alignment(g, gu, gdelta, gz)
     lanes, per_lane = 32, _vector(scan, align)
-    rows, warps = 8, 4
+    rows, options = _backward_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows)
-    parallel = programs < _MIN_PROGRAMS and chunks > 1
+    parallel = _parallel(scan, programs, chunks)
     per_sequence = programs // scan.batch
     by_channel = (scan.batch, chunks, scan.channels)
     by_state = (*by_channel, scan.states)
@@ -813,9 +850,9 @@ def backward(
     if chunks == 1:
         entering = g_state.new_zeros(*g_state.shape, 2)
     else:
-        entering = _entering(scan, (lanes, per_lane), rows)
+        entering = _entering(scan, (lanes, per_lane))
     if parallel:
-        carry = _entering(scan, (lanes, per_lane), rows, g, g_state)
+        carry = _entering(scan, (lanes, per_lane), g, g_state)
     else:
         carry = g_state.clone()
     selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
@@ -863,7 +900,7 @@ def backward(
         ROWS=rows,
         LANES=lanes,
         PER_LANE=per_lane,
-        num_warps=warps,
+        **options,
     )
 
     def projection(part: Tensor, like: Tensor) -> Tensor:
