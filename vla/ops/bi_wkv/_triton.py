@@ -125,29 +125,10 @@ def _store_state(pointer, m, n, d, n1, d1, stride, mask, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def _outside(
-    pointer, segment, segments, tokens, stride, channels, w, mask, FUTURE: tl.constexpr, SLOPE: tl.constexpr,
-    L: tl.constexpr,
-):  # fmt: skip
-    """State of all segments before (after) one of `tokens` tokens, from theirs: (segments, fields, C)."""
-    zero = w * 0
-    m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
-    for first in range(0, segments, L):
-        s = first + tl.arange(0, L)[:, None]
-        between = (s - segment - 1 if FUTURE else segment - s - 1) * tokens
-        valid = (between >= 0) & (s < segments) & mask[None, :]
-        sm, sn, sd, sn1, sd1 = _load_state(pointer[None, :] + s.to(tl.int64) * stride, channels, valid, SLOPE)
-        between = between.to(w.dtype)
-        sm = tl.where(valid, sm - between * w[None, :], NOTHING)
-        top = tl.max(sm, 0)
-        weight = tl.exp(sm - top[None, :])
-        xn1, xd1 = zero, zero
-        if SLOPE:
-            xn1 = tl.sum(weight * (sn1 + between * sn), 0)
-            xd1 = tl.sum(weight * (sd1 + between * sd), 0)
-        xn, xd = tl.sum(weight * sn, 0), tl.sum(weight * sd, 0)
-        m, a, n, d, n1, d1 = _join(m, a, n, d, n1, d1, top, zero, xn, xd, xn1, xd1, w)
-    return m, a, n, d, n1, d1
+def _fade(w, between):
+    """What is left of a weight after some tokens between, inside a near tile."""
+    # The limit holds there; elsewhere it is not used, and must not overflow.
+    return tl.exp(tl.minimum(-between * w, NEAR_LIMIT))
 
 
 @triton.jit
@@ -259,6 +240,40 @@ def _sigmoid(x):
 
 
 @triton.jit(noinline=True)
+def _outside(
+    w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count,
+    SLOPE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Writes the states of all segments before this one, and of all after it, from what each has."""
+    b, segment, channel, mask = _place(segments, channels, BLOCK)
+    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    zero = w * 0
+    fields: tl.constexpr = 5 if SLOPE else 3
+    stride = channels.to(tl.int64) * fields
+    totals_ptr += b * segments * 2 * stride + channel
+    outside_ptr += (b * segments + segment) * 2 * stride + channel
+    for side in range(2):
+        m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
+        for first in range(0, segments, L):
+            s = first + tl.arange(0, L)[:, None]
+            between = tl.where(side == 0, segment - s - 1, s - segment - 1)
+            valid = (between >= 0) & (s < segments) & mask[None, :]
+            p = totals_ptr[None, :] + (2 * s + side).to(tl.int64) * stride
+            sm, sn, sd, sn1, sd1 = _load_state(p, channels, valid, SLOPE)
+            between = (between * (count * L)).to(DTYPE)
+            sm = tl.where(valid, sm - between * w[None, :], NOTHING)
+            top = tl.max(sm, 0)
+            weight = tl.exp(sm - top[None, :])
+            xn1, xd1 = zero, zero
+            if SLOPE:
+                xn1 = tl.sum(weight * (sn1 + between * sn), 0)
+                xd1 = tl.sum(weight * (sd1 + between * sd), 0)
+            xn, xd = tl.sum(weight * sn, 0), tl.sum(weight * sd, 0)
+            m, a, n, d, n1, d1 = _join(m, a, n, d, n1, d1, top, zero, xn, xd, xn1, xd1, w)
+        _store_state(outside_ptr + side * stride, m, n, d, n1, d1, channels, mask, SLOPE)
+
+
+@triton.jit(noinline=True)
 def _walk_back(
     w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, NEAR: tl.constexpr,
@@ -280,7 +295,7 @@ def _walk_back(
     first = segment * count
     count = tl.minimum(count, tiles - first)
     zero = w * 0
-    fade, past_fade = tl.exp(-rows * w[None, :]), tl.exp((rows - L + 1) * w[None, :])
+    fade, past_fade = _fade(w[None, :], rows), _fade(w[None, :], L - 1 - rows)
     m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
     pm, pa, pn, pd, pn1, pd1 = m, zero, zero, zero, zero, zero
     for i in range(count):
@@ -317,7 +332,7 @@ def _walk_back(
 
 @triton.jit(noinline=True)
 def _walk_outputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count,
+    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments, count,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
     ONE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
@@ -334,28 +349,25 @@ def _walk_outputs(
         gate_ptr += b * stride_gb + channel * stride_gc
     stride_s = channels.to(tl.int64) * 3
     states_ptr += b * tiles * stride_s + channel
-    totals_ptr += b * segments * 2 * stride_s + channel
-    tokens = count * L
+    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
     first = segment * count
     count = tl.minimum(count, tiles - first)
     zero = w * 0
     m, a, n, d = zero + NOTHING, zero, zero, zero
-    fm, fa, fn, fd = m, a, n, d
+    fm, fn, fd = m, n, d
     if not ONE:
-        m, a, n, d, _, _ = _outside(
-            totals_ptr, segment, segments, tokens, 2 * stride_s, channels, w, mask, False, False, L
-        )
-        fm, fa, fn, fd, _, _ = _outside(
-            totals_ptr + stride_s, segment, segments, tokens, 2 * stride_s, channels, w, mask, True, False, L
-        )
-    decay, fade = tl.exp(-w), tl.exp((rows - L + 1) * w[None, :])
+        m, n, d, _, _ = _load_state(outside_ptr, channels, mask, False)
+        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
+    decay, fade = _fade(w, 1), _fade(w[None, :], L - 1 - rows)
     for i in range(count):
         j = first + i
         k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
         v = _load(v_ptr, j, length, stride_vt, rows, mask, 0.0, L, DTYPE)
         jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, mask, False)
         if not ONE:
-            jm, ja, jn, jd, jn1, jd1 = _join(jm, w * 0, jn, jd, jn, jd, fm, fa + (count - 1 - i) * L, fn, fd, fn, fd, w)
+            jm, ja, jn, jd, jn1, jd1 = _join(
+                jm, zero, jn, jd, jn, jd, fm, zero + (count - 1 - i) * L, fn, fd, fn, fd, w
+            )
             jm -= ja * w
         top = tl.max(k, 0)
         e = tl.exp(k - top[None, :])
@@ -370,7 +382,7 @@ def _walk_outputs(
 
 @triton.jit(noinline=True)
 def _walk_gradients(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr, totals_ptr,
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr, outside_ptr,
     grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, NEAR: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
@@ -394,23 +406,18 @@ def _walk_gradients(
     states_ptr += b * tiles * stride_s + channel
     past_ptr += b * tiles * stride_p + channel
     grads_ptr += b * tiles * stride_p + channel
-    totals_ptr += b * segments * 2 * stride_s + channel
+    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
     grad_totals_ptr += b * segments * 2 * stride_p + channel
-    tokens = count * L
     first = segment * count
     count = tl.minimum(count, tiles - first)
     zero = w * 0
     m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
-    fm, fa, fn, fd, fn1, fd1 = m, a, n, d, n1, d1
+    fm, fn, fd, fn1, fd1 = m, n, d, n1, d1
     if not ONE:
-        m, a, n, d, n1, d1 = _outside(
-            totals_ptr, segment, segments, tokens, 2 * stride_s, channels, w, mask, False, True, L
-        )
-        fm, fa, fn, fd, fn1, fd1 = _outside(
-            totals_ptr + stride_s, segment, segments, tokens, 2 * stride_s, channels, w, mask, True, True, L
-        )
-    decay, fade = tl.exp(-w), tl.exp((rows - L + 1) * w[None, :])
-    before_fade = tl.exp(-rows * w[None, :])
+        m, n, d, n1, d1 = _load_state(outside_ptr, channels, mask, True)
+        fm, fn, fd, fn1, fd1 = _load_state(outside_ptr + stride_s, channels, mask, True)
+    decay, fade = _fade(w, 1), _fade(w[None, :], L - 1 - rows)
+    before_fade = _fade(w[None, :], rows)
     gw, gu = zero, zero
     gm, ga, gn, gd = zero + NOTHING, zero, zero, zero
     tm, ta, tn, td = gm, zero, zero, zero
@@ -429,7 +436,7 @@ def _walk_gradients(
         if not ONE:
             after = zero + (count - 1 - i) * L
             jm, ja, jn, jd, jn1, jd1 = _join(
-                jm, zero, jn, jd, jn1, jd1, fm, fa + after, fn, fd, fn1 + after * fn, fd1 + after * fd, w,
+                jm, zero, jn, jd, jn1, jd1, fm, after, fn, fd, fn1 + after * fn, fd1 + after * fd, w,
             )  # fmt: skip
             jm -= ja * w
         top = tl.max(k, 0)
@@ -470,7 +477,7 @@ def _walk_gradients(
 @triton.jit(noinline=True)
 def _walk_inputs(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr, grads_ptr,
-    totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr,
+    outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc,
     stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb,
     stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
@@ -495,27 +502,20 @@ def _walk_inputs(
     states_ptr += b * tiles * stride_s + channel
     past_ptr += b * tiles * stride_p + channel
     grads_ptr += b * tiles * stride_p + channel
-    totals_ptr += b * segments * 2 * stride_s + channel
-    grad_totals_ptr += b * segments * 2 * stride_p + channel
-    tokens = count * L
+    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
+    grad_outside_ptr += (b * segments + segment) * 2 * stride_p + channel
     first = segment * count
     count = tl.minimum(count, tiles - first)
     zero = w * 0
     # The future outside of the segment, and the gradients' states there: p before it, m after it.
     m, a, n, d = zero + NOTHING, zero, zero, zero
-    fm, fa, fn, fd = m, a, n, d
-    pm, pa, pn, pd = m, a, n, d
+    fm, fn, fd = m, n, d
+    pm, pn, pd = m, n, d
     if not ONE:
-        fm, fa, fn, fd, _, _ = _outside(
-            totals_ptr + stride_s, segment, segments, tokens, 2 * stride_s, channels, w, mask, True, False, L
-        )
-        pm, pa, pn, pd, _, _ = _outside(
-            grad_totals_ptr, segment, segments, tokens, 2 * stride_p, channels, w, mask, False, False, L
-        )
-        m, a, n, d, _, _ = _outside(
-            grad_totals_ptr + stride_p, segment, segments, tokens, 2 * stride_p, channels, w, mask, True, False, L
-        )
-    decay, fade = tl.exp(-w), tl.exp(-rows * w[None, :])
+        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
+        pm, pn, pd, _, _ = _load_state(grad_outside_ptr, channels, mask, False)
+        m, n, d, _, _ = _load_state(grad_outside_ptr + stride_p, channels, mask, False)
+    decay, fade = _fade(w, 1), _fade(w[None, :], rows)
     for i in range(count):
         j = first + count - 1 - i
         k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
@@ -528,10 +528,10 @@ def _walk_inputs(
         pointer = states_ptr + j.to(tl.int64) * stride_s
         jm, jn, jd, _, _ = _load_state(pointer, channels, mask, False)
         if not ONE:
-            jm, ja, jn, jd, _, _ = _join(jm, zero, jn, jd, jn, jd, fm, fa + i * L, fn, fd, fn, fd, w)
+            jm, ja, jn, jd, _, _ = _join(jm, zero, jn, jd, jn, jd, fm, zero + i * L, fn, fd, fn, fd, w)
             jm -= ja * w
             before = (count - 1 - i) * L
-            gm, ga, gn, gd, _, _ = _join(gm, zero, gn, gd, gn, gd, pm, pa + before, pn, pd, pn, pd, w)
+            gm, ga, gn, gd, _, _ = _join(gm, zero, gn, gd, gn, gd, pm, zero + before, pn, pd, pn, pd, w)
             gm -= ga * w
         top = tl.max(k, 0)
         e = tl.exp(k - top[None, :])
@@ -611,14 +611,15 @@ def bi_wkv_states_kernel(
 
 @triton.jit(do_not_specialize=_GENERAL)
 def bi_wkv_fwd_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count,
-    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
+    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, outside_ptr, length, channels, tiles, segments,
+    count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a segment.
 
-    k, v, gate, y (B, T, C); states (B, T / L, 3, C); totals (B, segments, 2, 3, C); w, u (C,).
+    k, v, gate, y (B, T, C); states (B, T / L, 3, C); totals, outside (B, segments, 2, 3, C);
+    w, u (C,).
     """
     near = _is_near(w_ptr, u_ptr, segments, channels, L, BLOCK)
     if ONE:
@@ -632,16 +633,18 @@ def bi_wkv_fwd_kernel(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
                 stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, False, False, L, BLOCK, DTYPE,
             )  # fmt: skip
-        tl.debug_barrier()
+    else:
+        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, False, L, BLOCK, DTYPE)
+    tl.debug_barrier()
     if near:
         _walk_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, length, channels, tiles, segments,
+            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
             count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
             stride_yb, stride_yt, True, GATED, ONE, L, BLOCK, DTYPE,
         )  # fmt: skip
     else:
         _walk_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, length, channels, tiles, segments,
+            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
             count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
             stride_yb, stride_yt, False, GATED, ONE, L, BLOCK, DTYPE,
         )  # fmt: skip
@@ -650,8 +653,8 @@ def bi_wkv_fwd_kernel(
 @triton.jit(do_not_specialize=_GENERAL)
 def bi_wkv_bwd_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr,
-    grads_ptr, totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    grads_ptr, totals_ptr, grad_totals_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count,
+    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb,
     stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr,
     GATED: tl.constexpr, ONE: tl.constexpr, LAST: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
@@ -660,7 +663,8 @@ def bi_wkv_bwd_kernel(
     """Gradients of a segment: of w and u first, and what other segments must know; with LAST of k, v and gate.
 
     k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (B, segments, C); states (B, T / L, 5, C); past, grads
-    (B, T / L, 3, C); totals (B, segments, 2, 5, C); grad_totals (B, segments, 2, 3, C); w, u (C,).
+    (B, T / L, 3, C); totals, outside (B, segments, 2, 5, C); grad_totals, grad_outside (B, segments, 2, 3, C);
+    w, u (C,).
     """
     near = _is_near(w_ptr, u_ptr, segments, channels, L, BLOCK)
     if ONE:
@@ -674,19 +678,23 @@ def bi_wkv_bwd_kernel(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
                 stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, True, False, L, BLOCK, DTYPE,
             )  # fmt: skip
-        tl.debug_barrier()
+    elif LAST:
+        _outside(w_ptr, grad_totals_ptr, grad_outside_ptr, channels, tiles, segments, count, False, L, BLOCK, DTYPE)
+    else:
+        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, True, L, BLOCK, DTYPE)
+    tl.debug_barrier()
     if ONE or not LAST:
         if near:
             _walk_gradients(
                 w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
+                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
                 stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
                 True, GATED, ONE, L, BLOCK, DTYPE,
             )  # fmt: skip
         else:
             _walk_gradients(
                 w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
+                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
                 stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
                 False, GATED, ONE, L, BLOCK, DTYPE,
             )  # fmt: skip
@@ -696,18 +704,18 @@ def bi_wkv_bwd_kernel(
         if near:
             _walk_inputs(
                 w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr,
-                grads_ptr, totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-                stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt,
-                stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, True, GATED, ONE, L,
-                BLOCK, DTYPE,
+                grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
+                stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
+                True, GATED, ONE, L, BLOCK, DTYPE,
             )  # fmt: skip
         else:
             _walk_inputs(
                 w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr,
-                grads_ptr, totals_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-                stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt,
-                stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, False, GATED, ONE, L,
-                BLOCK, DTYPE,
+                grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
+                stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
+                False, GATED, ONE, L, BLOCK, DTYPE,
             )  # fmt: skip
 
 
@@ -731,7 +739,7 @@ def _plan(k: Tensor, dtype: torch.dtype):
     tiles = triton.cdiv(length, _TILE)
     segments, count = _segments(batch, tiles, channels)
     grid = (batch * segments * triton.cdiv(channels, _BLOCK),)
-    options = dict(L=_TILE, BLOCK=_BLOCK, DTYPE=_TYPES[dtype], num_warps=_BLOCK // 32)
+    options = dict(L=_TILE, BLOCK=_BLOCK, DTYPE=_TYPES[dtype], num_warps=max(1, _BLOCK // 32))
     return (length, channels, tiles, segments, count), grid, options
 
 
@@ -747,15 +755,14 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, off
     batch, channels, tiles, segments = len(k), *sizes[1:4]
     one = segments == 1
     states = k.new_empty(batch, tiles, 3, channels, dtype=dtype)
-    totals = states if one else k.new_empty(batch, segments, 2, 3, channels, dtype=dtype)
+    totals, outside = states, states
     if not one:
-        bi_wkv_states_kernel[grid](
-            w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=False, **options
-        )  # fmt: skip
+        totals, outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
+        bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=False, **options)
     gated = y if gate is None else gate
     bi_wkv_fwd_kernel[grid](
-        w, u, k, v, gated, y, states, totals, *sizes, *k.stride(), *v.stride(), *gated.stride(), *y.stride()[:2],
-        GATED=gate is not None, ONE=one, **options,
+        w, u, k, v, gated, y, states, totals, outside, *sizes, *k.stride(), *v.stride(), *gated.stride(),
+        *y.stride()[:2], GATED=gate is not None, ONE=one, **options,
     )  # fmt: skip
     return y
 
@@ -775,18 +782,17 @@ def backward(
     batch, channels, tiles, segments = len(k), *sizes[1:4]
     one = segments == 1
     states, past, gradients = (k.new_empty(batch, tiles, n, channels, dtype=dtype) for n in (5, 3, 3))
-    totals, grad_totals = states, states
-    gw, gu = (k.new_empty(batch, segments, channels, dtype=dtype) for _ in range(2))
+    totals = grad_totals = outside = grad_outside = states
+    gw, gu = (k.new_empty(batch * segments, channels, dtype=dtype) for _ in range(2))
     if not one:
-        totals, grad_totals = (k.new_empty(batch, segments, 2, n, channels, dtype=dtype) for n in (5, 3))
-        bi_wkv_states_kernel[grid](
-            w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=True, **options
-        )  # fmt: skip
+        totals, outside = (k.new_empty(batch, segments, 2, 5, channels, dtype=dtype) for _ in range(2))
+        grad_totals, grad_outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
+        bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=True, **options)
     gated, ggated = (gk, gk) if gate is None else (gate, ggate)
     for last in (True,) if one else (False, True):
         bi_wkv_bwd_kernel[grid](
-            w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, states, past, gradients, totals, grad_totals, *sizes,
-            *k.stride(), *v.stride(), *gy.stride(), *gated.stride(), *gk.stride()[:2], *gv.stride()[:2],
-            *ggated.stride()[:2], GATED=gate is not None, ONE=one, LAST=last, **options,
+            w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, states, past, gradients, totals, grad_totals, outside,
+            grad_outside, *sizes, *k.stride(), *v.stride(), *gy.stride(), *gated.stride(), *gk.stride()[:2],
+            *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, LAST=last, **options,
         )  # fmt: skip
-    return [gw.sum((0, 1)), gu.sum((0, 1)), gk, gv, ggate]
+    return [gw.sum(0), gu.sum(0), gk, gv, ggate]
