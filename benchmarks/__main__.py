@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import cases as _  # noqa: F401  registers the cases
 from .registry import CASES, Options
-from .runner import OutOfTime, Report, measure_bandwidth, run_case, time_limit
+from .runner import DeviceLost, OutOfTime, Report, measure_bandwidth, run_case, time_limit
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("eager", "compiled")
@@ -77,6 +77,10 @@ def run(
                     console.print(_comparison(_read(earlier), report.content))
     except OutOfTime:
         console.print(f"stopped after {limit:.0f} seconds; what was measured is in {output}")
+    except DeviceLost as error:
+        console.print(
+            f"stopped: the device can be used no more in this process ({error}); run the other cases in a new one"
+        )
     if failures:
         console.print(f"{failures} measurements failed")
         raise typer.Exit(1)

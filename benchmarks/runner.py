@@ -23,6 +23,10 @@ class OutOfTime(BaseException):
     """The time limit is over. Not an `Exception`, so that no measurement takes it for its own failure."""
 
 
+class DeviceLost(BaseException):
+    """After an error in a kernel, this process can use the GPU no more."""
+
+
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raises `OutOfTime` in the main thread when the time is over."""
@@ -98,7 +102,7 @@ def run_case(
             add(result)
         return report
     for measurement in case.measurements(options):
-        with _failures_told(measurement, add):
+        with _failures_told(measurement, options.device, add):
             run = measurement.setup()
             if isinstance(run, Timing):
                 timing = run
@@ -114,14 +118,18 @@ def run_case(
 
 
 @contextmanager
-def _failures_told(measurement: Measurement, add: Callable[[dict], None]) -> Iterator[None]:
-    """A failure becomes the measurement's result."""
+def _failures_told(measurement: Measurement, device: torch.device, add: Callable[[dict], None]) -> Iterator[None]:
+    """A failure becomes the measurement's result; raises `DeviceLost` where no other could follow."""
     try:
         yield
     except Exception as error:
         traceback.print_exc(limit=-3)
         lines = str(error).strip().splitlines() or [""]
         add({"name": measurement.name, "error": f"{type(error).__name__}: {lines[0]}"[:300]} | measurement.details)
+        try:
+            synchronize(device)
+        except RuntimeError as lost:
+            raise DeviceLost(str(lost).partition("\n")[0]) from lost
 
 
 def _run_in_turns(
@@ -130,7 +138,7 @@ def _run_in_turns(
     failed: list[dict] = []
     ready: list[tuple[Measurement, Callable[[], object], list[float]]] = []
     for measurement in measurements:
-        with _failures_told(measurement, failed.append):
+        with _failures_told(measurement, device, failed.append):
             ready.append((measurement, measurement.setup(), []))
     for turn in range(-2, rounds):
         for measurement, run, times in ready:
@@ -174,4 +182,4 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-__all__ = ["OutOfTime", "Report", "measure_bandwidth", "run_case", "time_limit"]
+__all__ = ["DeviceLost", "OutOfTime", "Report", "measure_bandwidth", "run_case", "time_limit"]

@@ -62,6 +62,17 @@ def test_figures_up_to_the_time_limit_are_kept(case, tmp_path):
     assert [r["name"] for r in json.loads((tmp_path / "own.json").read_text())["results"]] == ["quick"]
 
 
+def test_a_lost_device_ends_the_run(case, tmp_path, monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(runner, "synchronize", synchronize)
+    case(Measurement("bad", fails), Measurement("never", lambda: pytest.fail("ran on a lost device")))
+    output = command("run", "own", "--device", "cpu", "--output", tmp_path, code=1)
+    assert "an illegal memory access was encountered)" in output
+    assert [r["name"] for r in json.loads((tmp_path / "own.json").read_text())["results"]] == ["bad"]
+
+
 def test_results_compare_and_merge(case, tmp_path):
     first, second = Measurement("first", lambda: lambda: None), Measurement("second", lambda: Timing(0.5, 0.25, 1))
     case(first)
