@@ -1,18 +1,161 @@
-"""Line scan's Triton kernels against the definition in float64: interpreted on CPUs, so on small maps."""
+"""Line scan's Triton kernels against the definition in float64: interpreted on CPUs, where it takes small maps."""
+
+import importlib
 
 import pytest
 import torch
 
 from tests.ops.harness import compare, run
 from tests.ops.test_line_scan import ALL, make
-from vla.ops import line_scan
+from tests.tolerance import assert_close
+from vla.ops import line_scan, use_backend
 
 pytest.importorskip("triton")
-HALVES = [torch.bfloat16, torch.float16]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+kernels = importlib.import_module("vla.ops.line_scan._triton")
+
+
+def check(shape, rank, chunk=0, dtype=FP32, normalize=True, output=True, directions=ALL, aligned=True, **options):
+    """All outputs and gradients of a random case against the definition."""
+    tensors = make(shape, rank, directions, output, dtype, **options)
+    options = dict(directions=directions, chunk=chunk, normalize=normalize, aligned=aligned)
+    compare("triton", line_scan, tensors, **options)
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "released"])
-@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (1, 3, 1, 5), (2, 3, 6, 1), (1, 17, 5, 7), (1, 2, 18, 18)], ids=str)
-def test_proxy(shape, aligned):
-    for chunk in (0, 1, 2, 3):
-        compare("triton", line_scan, make(shape, 4, dtype=torch.float32), directions=ALL, aligned=aligned, chunk=chunk)
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((1, 2, 1, 1), 0), ((1, 3, 1, 4), 2), ((2, 3, 4, 1), 0), ((1, 17, 3, 5), 3), ((2, 2, 4, 4), 1)],
+    ids=str,
+)
+def test_proxy(shape, chunk, aligned):
+    check(shape, 4, chunk, aligned=aligned)
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(17, 0), (18, 2), (20, 3)], ids=str)
+def test_proxy_with_several_tiles_or_large_ones(rows, chunk):
+    check((1, 2, rows, 3), 2, chunk, directions=["left"])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("rank", [8, 11])
+def test_proxy_in_half_precision(rank, dtype):
+    check((1, 16, 5, 5), rank, 4, dtype, scale=0.5, aligned=False)
+
+
+def test_float32_weights_with_half_precision_maps():
+    arguments = make((1, 16, 4, 4), 8, dtype=FP32, scale=0.5)
+    arguments |= {name: arguments[name].bfloat16() for name in ("x", "proxy")}
+    compare("triton", line_scan, arguments, relative=2e-2, directions=ALL)
+
+
+@pytest.mark.parametrize(
+    "directions", [["up"], ["left", "left"], ["down", "right", "up"], ALL + ["left"]], ids="-".join
+)
+def test_directions(directions):
+    check((1, 2, 3, 3), 2, 2, directions=directions, aligned=False)
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_proxy_expanded_before(output):
+    """Forms that the kernels with a proxy don't have: other gates, other outputs, many proxy channels, long lines."""
+    check((1, 2, 3, 4), 2, 2, normalize=False, output=output)
+    check((1, 2, 2, 3), 33, aligned=False, output=output)
+
+
+def test_proxy_of_long_lines():
+    check((1, 1, 65, 2), 1, directions=["right"])
+
+
+@pytest.mark.parametrize("direction", ["right", "left", "down"])
+@pytest.mark.parametrize("lines", [2, 4, 8, 7], ids=lambda n: f"{n} lines")
+def test_stored(lines, direction):
+    """Lines next to each other in memory are read two, four or eight at once."""
+    for chunk, normalize, output in [(0, True, True), (3, True, False), (2, False, True), (1, False, False)]:
+        check((2, 2, 3, lines), 0, chunk, FP32, normalize, output, [direction])
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "released"])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 2, 1, 4), (1, 2, 4, 1), (1, 3, 3, 5)], ids=str)
+def test_stored_directions(shape, aligned):
+    check(shape, 0, 2, aligned=aligned)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_stored_in_half_precision(dtype):
+    check((2, 3, 5, 8), 0, 4, dtype, scale=0.5)
+
+
+def test_neighbours_through_memory(monkeypatch):
+    """How rows meet their neighbours where Triton has no `gather`."""
+    monkeypatch.setattr(kernels, "_GATHER", False)
+    check((2, 2, 5, 4), 0, 3)
+
+
+@pytest.mark.parametrize("offset", [-200.0, -20.0, 200.0])
+@pytest.mark.parametrize("rank", [0, 1], ids=["stored", "proxy"])
+def test_extreme_logits(rank, offset):
+    """Sigmoids that underflow or saturate: finite, and with gradients like the definition's."""
+    arguments = make((1, 4, 4, 4), rank, dtype=FP32)
+    if rank:
+        arguments["proxy"] = torch.ones_like(arguments["proxy"])
+    arguments["gates"] = arguments["gates"] + offset
+    # Near the clamp of the sum, float32 and float64 sigmoids still agree, their quotients less so.
+    compare("triton", line_scan, arguments, relative=1e-4, directions=ALL)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["stored", "proxy"])
+def test_long_sweep_is_stable(rank):
+    """Normalised gates neither grow nor shrink a constant state."""
+    arguments = make((1, 1, 3, 300), rank, ["right"], dtype=FP32)
+    arguments["x"] = torch.zeros(1, 1, 3, 300)
+    arguments["x"][..., 0] = 1
+    for name, value in (("lam", 1), ("u", 1), ("skip", 0)):
+        arguments[name] = torch.full_like(arguments[name], value / max(rank, 1))
+    if rank:
+        arguments["proxy"] = torch.ones_like(arguments["proxy"])
+    with use_backend("triton"):
+        y = line_scan(directions=["right"], **arguments)
+    assert_close("state", y, torch.ones_like(y), 1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 3], ids=["stored", "proxy"])
+def test_strides_and_repetition(rank):
+    arguments = make((2, 3, 4, 5), rank, dtype=FP32)
+    expected = run("triton", line_scan, arguments, directions=ALL)
+    for name, value in run("triton", line_scan, arguments, directions=ALL).items():
+        assert torch.equal(value, expected[name]), name
+    arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
+    arguments["gates"] = arguments["gates"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    arguments["lam"] = arguments["lam"].repeat_interleave(2, -1)[..., ::2]
+    if not rank:
+        arguments["u"] = arguments["u"][:, :, :1].expand_as(arguments["lam"])
+    changed = run("torch", line_scan, arguments, directions=ALL)
+    actual = run("triton", line_scan, arguments, directions=ALL)
+    for name, value in actual.items():
+        assert_close(name, value, changed[name])
+    assert actual["output 0"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("rank", [0, 3], ids=["stored", "proxy"])
+def test_empty_batch(rank):
+    results = run("triton", line_scan, make((0, 4, 3, 4), rank, dtype=FP32), directions=ALL)
+    assert results["output 0"].shape == (0, 4, 3, 4)
+    assert all((value == 0).all() for value in results.values())
+
+
+def test_compiled_module():
+    class Module(torch.nn.Module):
+        def forward(self, x, gates, lam, proxy):
+            return line_scan(x, gates, lam, ["right", "up"], proxy=proxy, chunk=2)
+
+    arguments = make((1, 2, 2, 3), 2, ["right", "up"], dtype=FP32)
+    inputs = [arguments[name].requires_grad_() for name in ("x", "gates", "lam", "proxy")]
+    with use_backend("triton"):
+        expected = Module()(*inputs)
+        actual = torch.compile(Module(), fullgraph=True, backend="aot_eager")(*inputs)
+        assert torch.equal(actual, expected)
+        for e, a in zip(
+            torch.autograd.grad(expected.sum(), inputs), torch.autograd.grad(actual.sum(), inputs), strict=True
+        ):
+            assert torch.equal(a, e)

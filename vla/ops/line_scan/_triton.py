@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E
+from .._triton import LN2, LOG2E
 from .frames import from_map_frame, to_map_frame
 
-# Logits are multiplied by -log2(e) and clamped where a sigmoid is 3e-13, so that products of three stay finite.
-_STEEPEST = tl.constexpr(41.5)
+# Logits are multiplied by -log2(e) and clamped where a sigmoid is 2.4e-13, so that products of three stay finite.
+_STEEPEST = tl.constexpr(41.9)
+# The least sum of sigmoids that divides them, and a sum that only clamped logits have.
 _MIN_TOTAL = tl.constexpr(1e-7)
+_NO_TOTAL = tl.constexpr(8e-13)
 
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -50,9 +52,10 @@ def _inverse(x):
 
 @triton.jit
 def _open_gates(l, m, r, has_left, has_right):
-    """Gates times a common factor, that factor's inverse, `exp(-logit)` of each and the product of `1 + exp(-logit)`.
+    """Gates over their common factor, that factor, whether their sum was too small, and what their derivatives need.
 
-    With `b = 1 + exp(-logit)`, the sigmoids' ratio `1/bl : 1/bm : 1/br` is `bm br : bl br : bl bm`: one division.
+    With `e = exp(-logit)` and `b = 1 + e`, the sigmoids' ratio `1/bl : 1/bm : 1/br` is `bm br : bl br : bl bm`, so that
+    one division is enough.
     """
     el, em, er = _exp2(tl.minimum(l, _STEEPEST)), _exp2(tl.minimum(m, _STEEPEST)), _exp2(tl.minimum(r, _STEEPEST))
     bl, bm, br = 1 + el, 1 + em, 1 + er
@@ -61,7 +64,10 @@ def _open_gates(l, m, r, has_left, has_right):
     nl = tl.where(has_left, nl, 0.0)
     nr = tl.where(has_right, nr, 0.0)
     total = nl + nm + nr
-    return nl, nm, nr, total, product, el, em, er
+    clamped = total < _MIN_TOTAL * product
+    share = _inverse(tl.maximum(total, _MIN_TOTAL * product))
+    share = tl.where(total > _NO_TOTAL * product, share, 0.0)
+    return nl, nm, nr, share, clamped, product, el, em, er
 
 
 @triton.jit
@@ -104,9 +110,9 @@ def _proxy_step(
     value = _coefficient(z, w, 3, w_j) * x
     if not FRESH:
         l, m, r = _coefficient(z, w, 0, w_j), _coefficient(z, w, 1, w_j), _coefficient(z, w, 2, w_j)
-        nl, nm, nr, total, product, _, _, _ = _open_gates(l, m, r, has_left, has_right)
+        nl, nm, nr, share, _, _, _, _, _ = _open_gates(l, m, r, has_left, has_right)
         above, below = _neighbours(h, before, after, EXACT)
-        value += (nl * above + nm * h + nr * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
+        value += (nl * above + nm * h + nr * below) * share
     y += _coefficient(z, w, 4, w_j) * value
     y += _coefficient(z, w, 5, w_j) * x
     return value, y
@@ -211,20 +217,20 @@ def _proxy_line_gradients(
     value = lam * x
     g_l, g_m, g_r = g, g, g
     if not FRESH:
-        nl, nm, nr, total, product, el, em, er = _open_gates(_dot(z, w0), _dot(z, w1), _dot(z, w2), has_left, has_right)
-        total_clamped = tl.maximum(total, _MIN_TOTAL * product)
-        share = _inverse(total_clamped)
+        nl, nm, nr, share, clamped, product, el, em, er = _open_gates(
+            _dot(z, w0), _dot(z, w1), _dot(z, w2), has_left, has_right
+        )
         above, below = _neighbours(h, before, after, EXACT)
         mixed = (nl * above + nm * h + nr * below) * share
         value += mixed
-        mean = tl.where(total < total_clamped, 0.0, mixed)
+        mean = tl.where(clamped, 0.0, mixed)
         # The gates are n * share, and 1 - sigmoid is e / (1 + e), which is e * (n of the gate) / product.
         share *= g
-        shrink = -0.6931471805599453 * share * _inverse(product)
         sl, sm, sr = nl * share, nm * share, nr * share
-        g_l = nl * nl * (above - mean) * (el * shrink)
-        g_m = nm * nm * (h - mean) * (em * shrink)
-        g_r = nr * nr * (below - mean) * (er * shrink)
+        shrink = -LN2 * _inverse(product)
+        g_l = sl * (above - mean) * (nl * shrink * el)
+        g_m = sm * (h - mean) * (nm * shrink * em)
+        g_r = sr * (below - mean) * (nr * shrink * er)
         carry = sm
         if EXACT:
             carry = _dot(before, sr, _dot(after, sl, carry))
@@ -320,12 +326,11 @@ def line_scan_proxy_bwd_kernel(
                 for t in range(1, steps - 1):
                     zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
                     xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
-                    nl, nm, nr, total, product, _, _, _ = _open_gates(
+                    nl, nm, nr, share, _, _, _, _, _ = _open_gates(
                         _dot(zt, w0), _dot(zt, w1), _dot(zt, w2), has_left, has_right
                     )
                     above, below = _neighbours(h, before, after, EXACT)
-                    mixed = (nl * above + nm * h + nr * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
-                    h = _dot(zt, w3) * xt + mixed
+                    h = _dot(zt, w3) * xt + (nl * above + nm * h + nr * below) * share
                     tl.store(scratch + t * (P * C) + at, h)
                 tl.debug_barrier()
             carry = tl.zeros([P, C], tl.float32)
@@ -447,10 +452,10 @@ def _stored_lines(
         x, lam, l, m, r = _float(x, R), _float(lam, R), _float(l, R), _float(m, R), _float(r, R)
         above, below = _exchange(h, h, place, w, index, has_left, has_right, R, ROW, GATHER, True)
         if NORMALIZE:
-            l, m, r, total, product, _, _, _ = _open_gates(
+            l, m, r, share, _, _, _, _, _ = _open_gates(
                 l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
             )
-            mixed = (l * above + m * h + r * below) * _inverse(tl.maximum(total, _MIN_TOTAL * product))
+            mixed = (l * above + m * h + r * below) * share
         else:
             mixed = l * above + m * h + r * below
         t = lines - 1 - w if REVERSE else w
@@ -511,19 +516,17 @@ def _stored_line_gradients(
         fresh = t % chunk == 0
         handed = tl.where(fresh, 0.0, g)
         if NORMALIZE:
-            nl, nm, nr, total, product, el, em, er = _open_gates(
+            nl, nm, nr, share, clamped, product, el, em, er = _open_gates(
                 l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
             )
-            clamped = tl.maximum(total, _MIN_TOTAL * product)
-            share = _inverse(clamped)
             mixed = (nl * above + nm * h + nr * below) * share
-            mean = tl.where(total < clamped, 0.0, mixed)
+            mean = tl.where(clamped, 0.0, mixed)
             share *= handed
-            shrink = share * _inverse(product)
+            shrink = _inverse(product)
             l, m, r = nl * share, nm * share, nr * share
-            g_l = nl * nl * (above - mean) * (el * shrink)
-            g_m = nm * nm * (h - mean) * (em * shrink)
-            g_r = nr * nr * (below - mean) * (er * shrink)
+            g_l = l * (above - mean) * (nl * shrink * el)
+            g_m = m * (h - mean) * (nm * shrink * em)
+            g_r = r * (below - mean) * (nr * shrink * er)
         else:
             mixed = l * above + m * h + r * below
             g_l, g_m, g_r = handed * above, handed * h, handed * below
