@@ -52,29 +52,29 @@ def _states_in_time(decay, inject, entering, position, steps):
     last = steps == product.shape[2] - 1
     lane_product = tl.sum(tl.where(last, product, 0.0), 2)
     lane_local = tl.sum(tl.where(last, local, 0.0), 2)
-    lane_local = tl.where(position == 0, lane_local + lane_product * entering[None, :], lane_local)
-    _, after = tl.associative_scan((lane_product, lane_local), 0, compose)
-    before = tl.where(position == 0, entering[None, :], _take(after, tl.maximum(position - 1, 0)))
+    lane_product, lane_local = tl.associative_scan((lane_product, lane_local), 0, compose)
+    before = _take(lane_local + lane_product * entering[None, :], tl.maximum(position - 1, 0))
+    before = tl.where(position == 0, entering[None, :], before)
     return local + product * before[:, :, None]
 
 
 @triton.jit
-def _adjoints_against_time(decay, inject, entering, position, steps):
+def _adjoints_against_time(decay, inject, total_decay, entering, position, steps):
     """Adjoints (S, R, E) of `g_t = inject_t + decay_{t+1} g_{t+1}`, and `decay * g` (R,) of the very first step.
 
-    `entering` (R,) is `decay * g` of the step after the last.
+    `entering` (R,) is `decay * g` of the step after the last, `total_decay` (R,) the product of all decays: rounded
+    once, where the product of rounded decays close to 1 would drift over long sequences.
     """
     lanes: tl.constexpr = decay.shape[0]
-    one = tl.full(decay.shape, 1.0, decay.dtype)
+    one = tl.full(decay.shape, 1.0, tl.float32)
     product, _, local = tl.associative_scan((one, tl.flip(decay, 2), tl.flip(inject, 2)), 2, _compose_left)
     product, local = tl.flip(product, 2), tl.flip(local, 2)
     first = steps == 0
     lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), lanes - 1 - position)
     lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), lanes - 1 - position)
-    lane_local = tl.where(position == 0, lane_local + lane_product * entering[None, :], lane_local)
-    _, after = tl.associative_scan((lane_product, lane_local), 0, compose)
-    leaving = tl.sum(tl.where(position == lanes - 1, after, 0.0), 0)
-    following = _take(after, tl.maximum(lanes - 2 - position, 0))
+    lane_product, lane_local = tl.associative_scan((lane_product, lane_local), 0, compose)
+    leaving = tl.sum(tl.where(position == lanes - 1, lane_local, 0.0), 0) + total_decay * entering
+    following = _take(lane_local + lane_product * entering[None, :], tl.maximum(lanes - 2 - position, 0))
     following = tl.where(position == lanes - 1, entering[None, :], following)
     return local + product * following[:, :, None], leaving
 
@@ -132,14 +132,23 @@ def _share(chunks, PARALLEL: tl.constexpr):
 
 
 @triton.jit
-def _rows(program, span, channels, ROWS: tl.constexpr):
-    """Sequence, channels (ROWS,) and their mask of a program; its rows share a group of both B and C."""
-    blocks = tl.cdiv(span, ROWS)
+def _first_row(program, span, channels, rows):
+    """Sequence of a program, the first channel of its span, and its first row there.
+
+    Rows of a span share a group of B and a group of C.
+    """
+    blocks = tl.cdiv(span, rows)
     per_sequence = (channels // span) * blocks
-    batch = (program // per_sequence).to(tl.int64)
     block = program % per_sequence
-    row = (block % blocks) * ROWS + tl.arange(0, ROWS)
-    return batch, ((block // blocks) * span + row).to(tl.int64), row < span
+    return (program // per_sequence).to(tl.int64), (block // blocks) * span, (block % blocks) * rows
+
+
+@triton.jit
+def _rows(program, span, channels, ROWS: tl.constexpr):
+    """Sequence, channels (ROWS,) and their mask of a program."""
+    batch, first_channel, first_row = _first_row(program, span, channels, ROWS)
+    row = first_row + tl.arange(0, ROWS)
+    return batch, (first_channel + row).to(tl.int64), row < span
 
 
 @triton.jit
@@ -274,6 +283,142 @@ def selective_scan_fwd_kernel(
 
 
 @triton.jit
+def _pick(tile, index, i, axis: tl.constexpr):
+    """Slice i along an axis whose positions are `index`. As a sum of integers it costs nothing within a thread."""
+    return tl.sum(tl.where(index == i, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def selective_scan_fwd_lanes_kernel(
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    out_ptr,
+    carry_ptr,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    C_channels,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    C_b,
+    C_g,
+    C_n,
+    C_l,
+    z_b,
+    z_d,
+    z_l,
+    out_b,
+    out_d,
+    out_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    PARALLEL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    STATES: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """As `selective_scan_fwd_kernel`, but with rows along the lanes and all states of a row in its thread's registers,
+    which walks the steps: no scan across lanes, but a warp needs 32 rows.
+
+    `carry` (B, D, N, chunks + 1) has the states that enter each chunk of CHUNK steps if PARALLEL; else the last states
+    go to `carry` (B, D, N).
+    """
+    length = _aligned(length, ALIGN)
+    chunks = tl.cdiv(length, CHUNK)
+    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
+    batch, channel, valid = _rows(program, span, channels, ROWS)
+    step = tl.arange(0, STEPS)[None, :]
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
+    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
+    out_row = out_ptr + batch * _aligned(out_b, ALIGN) + (channel * _aligned(out_d, ALIGN))[:, None]
+    if z_ptr is not None:
+        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + (channel * _aligned(z_d, ALIGN))[:, None]
+    n = tl.arange(0, STATES)[None, :]
+    valid_state = valid[:, None] & (n < states)
+    A = tl.load(A_ptr + (channel * A_d)[:, None] + n * A_n, valid_state, 0.0).to(tl.float32)  # (R, N)
+    # Every row loads B and C for itself, from the same address: that keeps all states of a row in one thread.
+    state = tl.arange(0, STATES)[None, :, None]
+    step3 = tl.arange(0, STEPS)[None, None, :] + tl.zeros([ROWS, 1, 1], tl.int32)
+    if B_CONSTANT:
+        B = tl.load(B_ptr + (channel * B_g)[:, None] + n * B_n, valid_state, 0.0).to(tl.float32)  # (R, N)
+    else:
+        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
+        B_row += state * _aligned(B_n, ALIGN)
+    if C_CONSTANT:
+        C = tl.load(C_ptr + (channel * C_g)[:, None] + n * C_n, valid_state, 0.0).to(tl.float32)  # (R, N)
+    else:
+        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
+        C_row += state * _aligned(C_n, ALIGN)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
+    if D_ptr is not None:
+        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+    row_state = ((batch * channels + channel) * states)[:, None] + n
+    if PARALLEL:
+        h = tl.load(carry_ptr + row_state * (chunks + 1) + first_chunk, valid_state, 0.0)  # (R, N)
+    else:
+        h = tl.zeros([ROWS, STATES], tl.float32)
+
+    for start in range(first_chunk * CHUNK, tl.minimum(last_chunk * CHUNK, length), STEPS):
+        time = start + step
+        inside = time < length
+        mask = valid[:, None] & inside
+        time = time.to(tl.int64)
+        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (R, T)
+        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (R, T)
+        if z_ptr is not None:
+            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, T)
+        time3 = (start + step3).to(tl.int64)
+        inside3 = (state < states) & (time3 < length)
+        if not B_CONSTANT:
+            B_tile = tl.load(B_row + time3 * B_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
+        if not C_CONSTANT:
+            C_tile = tl.load(C_row + time3 * C_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
+        if bias_ptr is not None:
+            s += bias
+        dt2 = _exponent(s, inside, SOFTPLUS)
+        x = dt2 * LN2 * u
+        if D_ptr is not None:
+            y = skip * u
+        else:
+            y = tl.zeros([ROWS, STEPS], tl.float32)
+        for t in tl.static_range(STEPS):
+            if not B_CONSTANT:
+                B = _pick(B_tile, step3, t, 2)
+            if not C_CONSTANT:
+                C = _pick(C_tile, step3, t, 2)
+            h = tl.exp2(A * _pick(dt2, step, t, 1)[:, None]) * h + B * _pick(x, step, t, 1)[:, None]
+            y += tl.where(step == t, tl.sum(C * h, 1)[:, None], 0.0)
+        if z_ptr is not None:
+            y *= z * tl.sigmoid(z)
+        tl.store(out_row + time * out_l, y, mask)  # (R, T)
+    if not PARALLEL:
+        tl.store(carry_ptr + row_state, h, valid_state)  # (R, N)
+
+
+@triton.jit
 def selective_scan_chunk_kernel(
     delta_ptr,
     A_ptr,
@@ -281,7 +426,7 @@ def selective_scan_chunk_kernel(
     v_ptr,
     z_ptr,
     bias_ptr,
-    local_ptr,
+    states_ptr,
     total_ptr,
     span,
     channels,
@@ -306,58 +451,83 @@ def selective_scan_chunk_kernel(
     SOFTPLUS: tl.constexpr,
     CONSTANT: tl.constexpr,
     ADJOINT: tl.constexpr,
+    PARALLEL: tl.constexpr,
+    ONE_STATE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
-    """What each chunk alone adds to the states behind it, from `P` = B and `v` = u, or, if ADJOINT, to the adjoints
-    before it, from `P` = C and `v` the gradient of the output; and the chunks' total time."""
+    """If PARALLEL, what each chunk alone adds to the states behind it, `states` (B, D, N, chunks), from `P` = B and `v` =
+    u, or, if ADJOINT, to the adjoints before it, from `P` = C and `v` the gradient of the output; and the chunks' total
+    time (B, D, chunks). Else, chunk after chunk, the states (B, D, N, chunks + 1) that enter each.
+    """
     length = _aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
-    program, chunk, _ = _share(chunks, True)
+    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
-    time = chunk * (LANES * PER_LANE) + tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
-    flat_time = chunk * (LANES * PER_LANE) + tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
-    flat_time = flat_time.to(tl.int64)
-    inside = time < length
-    mask = inside & valid[None, :, None]
-    time = time.to(tl.int64)
-    row = channel[None, :, None]
-    delta_at = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN) + time * delta_l
+    step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
+    flat_step = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # (S, E)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    s = tl.load(delta_at, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
-    v_at = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN) + time * v_l
-    v = tl.load(v_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+    row = channel[None, :, None]
+    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
+    v_row = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN)
+    if z_ptr is not None:
+        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
     if bias_ptr is not None:
-        s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
-    dt2 = _exponent(s, inside, SOFTPLUS)
-    if ADJOINT:
-        if z_ptr is not None:
-            z_at = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN) + time * z_l
-            z = tl.load(z_at, mask, 0.0).to(tl.float32)  # (S, R, E)
-            v *= z * tl.sigmoid(z)
-        between = _sum_until(dt2, position, steps)
-    else:
-        v *= dt2 * LN2
-        between = _sum_after(dt2, position)
-    sequence = batch * channels + channel
-    tl.store(total_ptr + sequence * chunks + chunk, tl.sum(tl.sum(dt2, 2), 0), valid)  # (R,)
+        bias = (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
     if CONSTANT:
-        P_at = P_ptr + channel * P_g
+        P_row = P_ptr + channel * P_g
     else:
-        P_at = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
-        P_at += flat_time * P_l
-    for n in range(states):
-        A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-        if CONSTANT:
-            P = tl.load(P_at + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+        P_row = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
+    sequence = batch * channels + channel
+    carry = tl.zeros([ROWS], tl.float32)
+    for chunk in range(first_chunk, last_chunk):
+        time = chunk * (LANES * PER_LANE) + step
+        inside = time < length
+        mask = inside & valid[None, :, None]
+        time = time.to(tl.int64)
+        # (S, E) for itself: in the layout of (S, 1, E), spread over all warps, it would spoil that of (S, R, E).
+        flat_time = (chunk * (LANES * PER_LANE) + flat_step).to(tl.int64)
+        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
+        v = tl.load(v_row + time * v_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        if bias_ptr is not None:
+            s += bias
+        dt2 = _exponent(s, inside, SOFTPLUS)
+        if ADJOINT:
+            if z_ptr is not None:
+                z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+                v *= z * tl.sigmoid(z)
+            between = _sum_until(dt2, position, steps)
         else:
-            P = tl.load(P_at + n * _aligned(P_n, ALIGN), flat_time < length, 0.0).to(tl.float32)[:, None, :]  # (S, E)
-        local = tl.sum(tl.sum(tl.exp2(A * between) * (P * v), 2), 0)
-        tl.store(local_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
+            v *= dt2 * LN2
+            between = _sum_after(dt2, position)
+        total = tl.sum(tl.sum(dt2, 2), 0)
+        if PARALLEL:
+            tl.store(total_ptr + sequence * chunks + chunk, total, valid)  # (R,)
+        elif not ONE_STATE:
+            # The states that other threads stored.
+            tl.debug_barrier()
+        for n in range(states):
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            if CONSTANT:
+                P = tl.load(P_row + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+            else:
+                P_at = P_row + n * _aligned(P_n, ALIGN) + flat_time * P_l
+                P = tl.load(P_at, flat_time < length, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+            local = tl.sum(tl.sum(tl.exp2(A[None, :, None] * between) * (P * v), 2), 0)
+            if PARALLEL:
+                tl.store(states_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
+            else:
+                at = states_ptr + (sequence * states + n) * (chunks + 1) + chunk
+                if not ONE_STATE:
+                    carry = tl.load(at, valid & (chunk > 0), 0.0)  # (R,)
+                if chunk == 0:
+                    tl.store(at, carry, valid)
+                carry = local + tl.exp2(A * total) * carry
+                tl.store(at + 1, carry, valid)  # (R,)
 
 
 @triton.jit
@@ -476,142 +646,155 @@ def selective_scan_bwd_kernel(
     ONE_STATE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
-    """Gradients of ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
+    """Gradients of BLOCKS x ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
 
-    `entering` (B, D, N, chunks + 1) has the states that enter each chunk, `carry` (B, D, N, chunks) the adjoints that
-    enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from chunk to chunk. Sums over rows or steps
-    are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD and gbias (B, chunks, D), else gB and gC
-    (B, programs, N, L).
+    `entering` (B, D, N, chunks + 1) has the states that enter each chunk, or is None if there is one chunk; `carry`
+    (B, D, N, chunks) the adjoints that enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from chunk
+    to chunk. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD and gbias
+    (B, chunks, D), else gB and gC (B, programs, N, L).
     """
     length = _aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
-    batch, channel, valid = _rows(program, span, channels, ROWS)
+    batch, first_channel, first_row = _first_row(program, span, channels, ROWS * BLOCKS)
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
-    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     flat_step = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # (S, E)
-    row = channel[None, :, None]
-    g_row = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN)
-    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN)
-    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
-    gu_row = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN)
-    gdelta_row = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN)
-    if z_ptr is not None:
-        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
-        gz_row = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     # Parts of gradients that are summed over rows: one for each program of a sequence.
     part = program.to(tl.int64) * states * length
-    if B_CONSTANT:
-        B_row = B_ptr + channel * B_g
-    else:
-        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
-    if C_CONSTANT:
-        C_row = C_ptr + channel * C_g
-    else:
-        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
-    sequence = batch * channels + channel
-    if bias_ptr is not None:
-        bias = (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
-    if D_ptr is not None:
-        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-    if ONE_STATE and not PARALLEL:
-        carry = tl.load(carry_ptr + sequence, valid, 0.0)  # (R,)
-    else:
-        carry = tl.zeros([ROWS], tl.float32)
+    if not B_CONSTANT:
+        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + first_channel // B_channels * _aligned(B_g, ALIGN)
+    if not C_CONSTANT:
+        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + first_channel // C_channels * _aligned(C_g, ALIGN)
 
     for number in range(first_chunk, last_chunk):
         chunk = chunks - 1 - number
         time = chunk * (LANES * PER_LANE) + step
         inside = time < length
-        mask = inside & valid[None, :, None]
         time = time.to(tl.int64)
-        # (S, E) for itself: in the layout of (S, 1, E), spread over all warps, it would spoil that of (S, R, E).
+        # (S, E) for itself: in the layout of (S, 1, E) it would spoil that of (S, R, E).
         flat_time = (chunk * (LANES * PER_LANE) + flat_step).to(tl.int64)
         flat_inside = flat_time < length
-        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (S, R, E)
-        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
-        gy = tl.load(g_row + time * g_l, mask, 0.0).to(tl.float32)  # (S, R, E)
-        if bias_ptr is not None:
-            s += bias
-        dt2 = _exponent(s, inside, SOFTPLUS)
-        x = dt2 * LN2 * u
-        if z_ptr is not None:
-            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (S, R, E)
-            gate = tl.sigmoid(z)
-            g_gate = gy * gate * (1 + z * (1 - gate))
-            gy *= z * gate
+        if ONE_STATE:
+            gB_sum = tl.zeros([LANES, PER_LANE], tl.float32)
+            gC_sum = tl.zeros([LANES, PER_LANE], tl.float32)
+        # The adjoints that other threads stored at the end of the previous chunk.
+        tl.debug_barrier()
+        for block in range(BLOCKS):
+            row = first_row + block * ROWS + tl.arange(0, ROWS)
+            valid = row < span
+            mask = inside & valid[None, :, None]
+            channel = (first_channel + row).to(tl.int64)
+            sequence = batch * channels + channel
+            row = channel[None, :, None]
+            u_at = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN) + time * u_l
+            u = tl.load(u_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+            delta_at = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN) + time * delta_l
+            s = tl.load(delta_at, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
+            g_at = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN) + time * g_l
+            gy = tl.load(g_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+            if bias_ptr is not None:
+                s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
             if D_ptr is not None:
-                y = skip * u
-            else:
-                y = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
-        gx = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
-        gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
-        # Where this chunk's part of a gradient per channel and state goes.
-        constant_part = ((batch * chunks + chunk) * channels + channel) * states
-        if not ONE_STATE:
-            # The adjoints that other threads stored at the end of the previous chunk.
-            tl.debug_barrier()
-        for n in range(states):
-            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-            if B_CONSTANT:
-                B = tl.load(B_row + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-            else:
-                B_at = B_row + n * _aligned(B_n, ALIGN) + flat_time * B_l
-                B = tl.load(B_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
-            if C_CONSTANT:
-                C = tl.load(C_row + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-            else:
-                C_at = C_row + n * _aligned(C_n, ALIGN) + flat_time * C_l
-                C = tl.load(C_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
-            entering = tl.load(entering_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
-            if PARALLEL:
-                carry = tl.load(carry_ptr + (sequence * states + n) * chunks + chunk, valid, 0.0)  # (R,)
-            elif not ONE_STATE:
-                carry = tl.load(carry_ptr + sequence * states + n, valid, 0.0)  # (R,)
-            decay = tl.exp2(A * dt2)
-            inject = B * x
-            g, carry = _adjoints_against_time(decay, C * gy, carry, position, steps)
-            h = _states_in_time(decay, inject, entering, position, steps)
-            if not PARALLEL and not ONE_STATE:
-                tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
+                skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+            dt2 = _exponent(s, inside, SOFTPLUS)
+            total = tl.sum(tl.sum(dt2, 2), 0)
+            x = dt2 * LN2 * u
             if z_ptr is not None:
-                y += C * h
-            gx += B * g
-            # Gradient of the decay's logarithm dt A: g times the decayed previous state.
-            g_log = g * (h - inject)
-            gdt += A * g_log
-            tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * (dt2 * LN2), 2), 0), valid)  # (R,)
-            if B_CONSTANT:
-                tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
+                z_at = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN) + time * z_l
+                z = tl.load(z_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+                gate = tl.sigmoid(z)
+                g_gate = gy * gate * (1 + z * (1 - gate))
+                gy *= z * gate
+                if D_ptr is not None:
+                    y = skip * u
+                else:
+                    y = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+            gx = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+            gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
+            # Where this chunk's part of a gradient per channel and state goes.
+            constant_part = ((batch * chunks + chunk) * channels + channel) * states
+            for n in range(states):
+                A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+                if B_CONSTANT:
+                    B = tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+                else:
+                    B_at = B_row + n * _aligned(B_n, ALIGN) + flat_time * B_l
+                    B = tl.load(B_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+                if C_CONSTANT:
+                    C = tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
+                else:
+                    C_at = C_row + n * _aligned(C_n, ALIGN) + flat_time * C_l
+                    C = tl.load(C_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+                if entering_ptr is not None:
+                    at = entering_ptr + (sequence * states + n) * (chunks + 1) + chunk
+                    entering = tl.load(at, valid, 0.0)  # (R,)
+                else:
+                    entering = tl.zeros([ROWS], tl.float32)
+                if PARALLEL:
+                    carry = tl.load(carry_ptr + (sequence * states + n) * chunks + chunk, valid, 0.0)  # (R,)
+                else:
+                    carry = tl.load(carry_ptr + sequence * states + n, valid, 0.0)  # (R,)
+                decay = tl.exp2(A[None, :, None] * dt2)
+                inject = B * x
+                g, carry = _adjoints_against_time(decay, C * gy, tl.exp2(A * total), carry, position, steps)
+                h = _states_in_time(decay, inject, entering, position, steps)
+                if not PARALLEL:
+                    tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
+                if z_ptr is not None:
+                    y += C * h
+                gx += B * g
+                # Gradient of the decay's logarithm dt A: g times the decayed previous state.
+                g_log = g * (h - inject)
+                gdt += A[None, :, None] * g_log
+                tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
+                if B_CONSTANT:
+                    tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
+                elif ONE_STATE:
+                    gB_sum += tl.sum(g * x, 1)
+                else:
+                    at = gB_ptr + part + n * length + flat_time
+                    gB = tl.sum(g * x, 1) + tl.load(at, flat_inside & (block > 0), 0.0)  # (S, E)
+                    tl.store(at, gB, flat_inside)
+                if C_CONSTANT:
+                    tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
+                elif ONE_STATE:
+                    gC_sum += tl.sum(gy * h, 1)
+                else:
+                    at = gC_ptr + part + n * length + flat_time
+                    gC = tl.sum(gy * h, 1) + tl.load(at, flat_inside & (block > 0), 0.0)  # (S, E)
+                    tl.store(at, gC, flat_inside)
+            gu = gx * (dt2 * LN2)
+            if D_ptr is not None:
+                gu += skip * gy
+                g_sum = tl.sum(tl.sum(gy * u, 2), 0)
+                tl.store(gD_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+            gdelta = gdt + gx * u
+            if SOFTPLUS:
+                # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
+                gdelta *= tl.exp2(s - dt2)
             else:
-                tl.store(gB_ptr + part + n * length + flat_time, tl.sum(g * x, 1), flat_inside)  # (S, E)
-            if C_CONSTANT:
-                tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
-            else:
-                tl.store(gC_ptr + part + n * length + flat_time, tl.sum(gy * h, 1), flat_inside)  # (S, E)
-        gu = gx * (dt2 * LN2)
-        if D_ptr is not None:
-            gu += skip * gy
-            g_sum = tl.sum(tl.sum(gy * u, 2), 0)
-            tl.store(gD_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
-        gdelta = gdt + gx * u
-        if SOFTPLUS:
-            # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
-            gdelta *= tl.exp2(s - dt2)
-        else:
-            gdelta = tl.where(inside, gdelta, 0.0)
-        if bias_ptr is not None:
-            g_sum = tl.sum(tl.sum(gdelta, 2), 0)
-            tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
-        if z_ptr is not None:
-            tl.store(gz_row + time * gz_l, g_gate * y, mask)  # (S, R, E)
-        tl.store(gu_row + time * gu_l, gu, mask)  # (S, R, E)
-        tl.store(gdelta_row + time * gdelta_l, gdelta, mask)  # (S, R, E)
+                gdelta = tl.where(inside, gdelta, 0.0)
+            if bias_ptr is not None:
+                g_sum = tl.sum(tl.sum(gdelta, 2), 0)
+                tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+            if z_ptr is not None:
+                gz_at = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN) + time * gz_l
+                tl.store(gz_at, g_gate * y, mask)  # (S, R, E)
+            gu_at = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN) + time * gu_l
+            tl.store(gu_at, gu, mask)  # (S, R, E)
+            gd_at = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN) + time * gdelta_l
+            tl.store(gd_at, gdelta, mask)  # (S, R, E)
+        if ONE_STATE and not B_CONSTANT:
+            tl.store(gB_ptr + part + flat_time, gB_sum, flat_inside)  # (S, E)
+        if ONE_STATE and not C_CONSTANT:
+            tl.store(gC_ptr + part + flat_time, gC_sum, flat_inside)  # (S, E)
 
 
 class _Scan:
@@ -667,20 +850,25 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()
 
 
-def _entering(scan: _Scan, chunk: tuple[int, int], g: Tensor | None = None, g_state: Tensor | None = None):
-    """States (B, D, N, chunks + 1) that enter each chunk; adjoints (B, D, N, chunks) if `g`, of the output, is given."""
+def _entering(
+    scan: _Scan, chunk: tuple[int, int], parallel: bool, g: Tensor | None = None, g_state: Tensor | None = None
+) -> Tensor:
+    """States (B, D, N, chunks + 1) that enter each chunk, or, if the gradient `g` of the output is given, adjoints (B, D,
+    N, chunks) that enter it from behind."""
     lanes, per_lane = chunk
     rows, options = _chunk_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     adjoint = g is not None
     shape = (scan.batch, scan.channels, scan.states)
-    local, total = scan.new(*shape, chunks), scan.new(scan.batch, scan.channels, chunks)
+    entering = scan.new(*shape, chunks if adjoint else chunks + 1)
+    local = scan.new(*shape, chunks) if parallel else entering
+    total = scan.new(scan.batch, scan.channels, chunks) if parallel else None
     P, strides, per_group = (
         (scan.C, scan.C_strides, scan.C_channels) if adjoint else (scan.B, scan.B_strides, scan.B_channels)
     )
     v = g if adjoint else scan.u
     z = scan.z if adjoint else None
-    selective_scan_chunk_kernel[(scan.programs(rows) * chunks,)](
+    selective_scan_chunk_kernel[(scan.programs(rows) * (chunks if parallel else 1),)](
         scan.delta,
         scan.A,
         P,
@@ -702,13 +890,16 @@ def _entering(scan: _Scan, chunk: tuple[int, int], g: Tensor | None = None, g_st
         SOFTPLUS=scan.softplus,
         CONSTANT=per_group == 0,
         ADJOINT=adjoint,
+        PARALLEL=parallel,
+        ONE_STATE=scan.states == 1,
         ALIGN=scan.alignment(v),
         ROWS=rows,
         LANES=lanes,
         PER_LANE=per_lane,
         **options,
     )
-    entering = scan.new(*shape, chunks if adjoint else chunks + 1)
+    if not parallel:
+        return entering
     count = math.prod(shape)
     block = min(1024, max(16, triton.next_power_of_2(chunks)))
     block_rows = max(1, 512 // block)
@@ -736,16 +927,25 @@ def _vector(scan: _Scan, align: int) -> int:
     return max(1, min(align, 16 // scan.u.element_size()))
 
 
-def _forward_blocks(scan: _Scan) -> tuple[int, int, dict]:
-    return 2, 256, {"num_warps": 1}
+def _across_lanes(scan: _Scan, rows: int, steps: int, warps: int) -> tuple:
+    return selective_scan_fwd_kernel, rows, steps, {"STEPS": steps, "ONE_STATE": scan.states == 1}, {"num_warps": warps}
 
 
-def _backward_blocks(scan: _Scan) -> tuple[int, dict]:
-    return 8, {"num_warps": 4}
+def _along_lanes(scan: _Scan, rows: int, steps: int, warps: int) -> tuple:
+    constants = {"STEPS": steps, "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
+    return selective_scan_fwd_lanes_kernel, rows, 256, constants, {"num_warps": warps}
+
+
+def _forward_blocks(scan: _Scan, align: int) -> tuple:
+    return _across_lanes(scan, 2, 256, 1)
+
+
+def _backward_blocks(scan: _Scan) -> tuple[int, int, dict]:
+    return 2, 8, {"num_warps": 1}
 
 
 def _chunk_blocks(scan: _Scan) -> tuple[int, dict]:
-    return 8, {"num_warps": 4}
+    return 2, {"num_warps": 1}
 
 
 def _parallel(scan: _Scan, programs: int, chunks: int) -> bool:
@@ -770,14 +970,14 @@ def forward(
     if out.numel() == 0 or scan.states == 0:
         raise NotImplementedError
     align = scan.alignment()
-    rows, steps, options = _forward_blocks(scan)
+    kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
     programs = scan.programs(rows)
-    parallel = _parallel(scan, programs, triton.cdiv(scan.length, steps))
+    parallel = _parallel(scan, programs, triton.cdiv(scan.length, chunk))
     carry = state
     if parallel:
-        carry = _entering(scan, (32, steps // 32))
-        programs *= triton.cdiv(scan.length, steps)
-    selective_scan_fwd_kernel[(programs,)](
+        carry = _entering(scan, (32, chunk // 32), True)
+        programs *= triton.cdiv(scan.length, chunk)
+    kernel[(programs,)](
         u,
         delta,
         A,
@@ -805,10 +1005,9 @@ def forward(
         B_CONSTANT=scan.B_channels == 0,
         C_CONSTANT=scan.C_channels == 0,
         PARALLEL=parallel,
-        ONE_STATE=scan.states == 1,
         ALIGN=align,
         ROWS=rows,
-        STEPS=steps,
+        **constants,
         **options,
     )
     if parallel:
@@ -834,9 +1033,9 @@ def backward(
     gz = None if z is None else torch.empty_like(z)
     align = scan.alignment(g, gu, gdelta, gz)
     lanes, per_lane = 32, _vector(scan, align)
-    rows, options = _backward_blocks(scan)
+    rows, blocks, options = _backward_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
-    programs = scan.programs(rows)
+    programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
     per_sequence = programs // scan.batch
     by_channel = (scan.batch, chunks, scan.channels)
@@ -847,14 +1046,8 @@ def backward(
     gC = scan.new(*(by_program if scan.C_channels else by_state))
     gD = None if D is None else scan.new(*by_channel)
     gbias = None if delta_bias is None else scan.new(*by_channel)
-    if chunks == 1:
-        entering = g_state.new_zeros(*g_state.shape, 2)
-    else:
-        entering = _entering(scan, (lanes, per_lane))
-    if parallel:
-        carry = _entering(scan, (lanes, per_lane), g, g_state)
-    else:
-        carry = g_state.clone()
+    entering = _entering(scan, (lanes, per_lane), parallel) if chunks > 1 else None
+    carry = _entering(scan, (lanes, per_lane), True, g, g_state) if parallel else g_state.clone()
     selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
         g,
         u,
@@ -898,6 +1091,7 @@ def backward(
         ONE_STATE=scan.states == 1,
         ALIGN=align,
         ROWS=rows,
+        BLOCKS=blocks,
         LANES=lanes,
         PER_LANE=per_lane,
         **options,
