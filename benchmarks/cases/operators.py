@@ -25,11 +25,12 @@ class Problem:
         function: The operator.
         dtype: dtype of the activations.
         make: Makes the tensor arguments on the default device.
-        like: Argument that the output has the shape and dtype of.
+        like: Argument that the output has the size of.
         options: Other arguments.
         cuts: A part of each argument that is independent of the rest, on which the result is checked.
         out_cut: The same of the output.
         official: Milliseconds of the official forward and backward on an H200.
+        copies: The output is so many times as large as `like`.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Problem:
     cuts: Cuts = field(default_factory=dict)
     out_cut: dict[int, int] = field(default_factory=dict)
     official: tuple[float | None, float | None] = (None, None)
+    copies: int = 1
 
 
 def _measure(problem: Problem, device: torch.device) -> Iterator[Measurement]:
@@ -52,7 +54,7 @@ def _measure(problem: Problem, device: torch.device) -> Iterator[Measurement]:
     function, options = problem.function, problem.options
     with torch.device("meta"):
         sizes = {name: t.numel() * t.element_size() for name, t in problem.make().items()}
-    inputs, output = sum(sizes.values()), sizes[problem.like]
+    inputs, output = sum(sizes.values()), problem.copies * sizes[problem.like]
 
     def prepare() -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -140,41 +142,45 @@ def selective_scan(options: Options) -> Iterator[Measurement]:
 
 @case()
 def scan2d(options: Options) -> Iterator[Measurement]:
-    """Directional scan in the shapes of VMamba-T's and GroupMamba-T's stages, and at high resolution."""
+    """Directional scan in the shapes of VMamba-T, GroupMamba-T and MambaVision-T, and at high resolution."""
 
-    def problem(batch, channels, side, rank, dtype=BF16, states=1, grouped=False) -> Problem:
+    def problem(batch, channels, height, width, rank, dtype=BF16, states=1, grouped=False, directions=CROSS) -> Problem:
+        k = len(directions)
+
         def make() -> dict[str, Tensor]:
             # One projection of the pixels gives dt, B and C, which are views of it, as in the models.
-            projected = _maps(dtype, batch, 4 * (rank + 2 * states), side, side)
-            dt, B, C = projected.unflatten(1, (4, rank + 2 * states)).split([rank, states, states], dim=2)
+            projected = _maps(dtype, batch, k * (rank + 2 * states), height, width)
+            dt, B, C = projected.unflatten(1, (k, rank + 2 * states)).split([rank, states, states], dim=2)
             return dict(
-                x=_maps(dtype, batch, 4 * channels if grouped else channels, side, side),
+                x=_maps(dtype, batch, k * channels if grouped else channels, height, width),
                 dt=dt,
-                A=-torch.arange(1.0, states + 1).repeat(4, channels, 1),
+                A=-torch.arange(1.0, states + 1).repeat(k, channels, 1),
                 B=B,
                 C=C,
-                D=torch.ones(4, channels),
-                dt_weight=torch.randn(4, channels, rank) * rank**-0.5,
-                dt_bias=torch.full((4, channels), -3.0),
+                D=torch.ones(k, channels),
+                dt_weight=torch.randn(k, channels, rank) * rank**-0.5,
+                dt_bias=torch.full((k, channels), -3.0),
             )
 
         batch = options.batch or batch
         first = {0: 1}
         kind = "grouped " if grouped else ""
-        label = f"{kind}B{batch} D{channels} {side}x{side} N{states} R{rank}"
-        choices = dict(directions=CROSS, grouped=grouped)
+        label = f"{kind}B{batch} K{k} D{channels} {height}x{width} N{states} R{rank}"
+        choices = dict(directions=directions, grouped=grouped)
         return Problem(label, ops.scan2d, dtype, make, "x", choices, dict(x=first, dt=first, B=first, C=first), first)
 
     problems = [
-        problem(128, 96, 56, 6),
-        problem(128, 96, 56, 6, FP32),
-        problem(128, 192, 28, 12),
-        problem(128, 384, 14, 24),
-        problem(128, 768, 7, 48),
-        problem(1, 96, 512, 6),
-        problem(16, 192, 56, 12, states=16),
-        problem(128, 16, 56, 1, grouped=True),
-        problem(128, 87, 14, 6, grouped=True),
+        problem(128, 96, 56, 56, 6),
+        problem(128, 96, 56, 56, 6, FP32),
+        problem(128, 192, 28, 28, 12),
+        problem(128, 384, 14, 14, 24),
+        problem(128, 768, 7, 7, 48),
+        problem(1, 96, 512, 512, 6),
+        problem(16, 192, 56, 56, 12, states=16),
+        problem(128, 16, 56, 56, 1, grouped=True),
+        problem(128, 87, 14, 14, 6, grouped=True),
+        problem(128, 160, 1, 196, 20, states=8, directions=["row"]),
+        problem(128, 320, 1, 49, 40, states=8, directions=["row"]),
     ]
     yield from _measure_all(problems, options)
 
@@ -183,24 +189,22 @@ def scan2d(options: Options) -> Iterator[Measurement]:
 def bi_wkv(options: Options) -> Iterator[Measurement]:
     """Bi-WKV in the shapes of Vision-RWKV from 224 to 2048 pixels."""
 
-    def problem(batch, length, channels, dtype, official=(None, None)) -> Problem:
+    def problem(batch, length, channels, dtype, official=(None, None), gated=False) -> Problem:
+        maps = "k", "v", *(("gate",) if gated else ())
+
         def make() -> dict[str, Tensor]:
-            return dict(
-                w=torch.linspace(0.1, 5.0, channels) / length,
-                u=torch.randn(channels),
-                k=torch.randn(batch, length, channels, dtype=dtype),
-                v=torch.randn(batch, length, channels, dtype=dtype),
-            )
+            tensors = {name: torch.randn(batch, length, channels, dtype=dtype) for name in maps}
+            return tensors | dict(w=torch.linspace(0.1, 5.0, channels) / length, u=torch.randn(channels))
 
         batch = options.batch or batch
         first = {0: 1}
-        return Problem(
-            f"B{batch} T{length} C{channels}", ops.bi_wkv, dtype, make, "v", {}, dict(k=first, v=first), first, official
-        )
+        label = f"{'gated ' if gated else ''}B{batch} T{length} C{channels}"
+        return Problem(label, ops.bi_wkv, dtype, make, "v", {}, dict.fromkeys(maps, first), first, official)
 
     problems = [
         problem(128, 196, 192, FP32, (0.60, 1.37)),
         problem(128, 196, 192, BF16),
+        problem(128, 196, 192, BF16, gated=True),
         problem(128, 196, 768, FP32, (2.40, 5.05)),
         problem(128, 196, 768, BF16),
         problem(16, 3136, 192, FP32, (0.59, 2.75)),
@@ -256,6 +260,33 @@ def q_shift(options: Options) -> Iterator[Measurement]:
         problem(128, 768, 14, BF16),
         problem(128, 192, 14, BF16, head_dim=64),
         problem(1, 192, 128, BF16),
+    ]
+    yield from _measure_all(problems, options)
+
+
+@case()
+def q_shift_mix(options: Options) -> Iterator[Measurement]:
+    """All mixes of a map with its shifted self, in the shapes of Vision-RWKV and Vision-RWKV 6."""
+
+    def problem(batch, channels, side, mixes, rank=0) -> Problem:
+        def make() -> dict[str, Tensor]:
+            tensors = dict(x=_maps(BF16, batch, channels, side, side), weight=torch.rand(mixes, channels))
+            if rank > 0:
+                tensors["low"] = torch.randn(batch, side * side, mixes * rank, dtype=BF16)
+                tensors["up"] = torch.randn(mixes, rank, channels) * 0.1
+            return tensors
+
+        batch = options.batch or batch
+        label = f"B{batch} C{channels} {side}x{side} {mixes} mixes" + (f" rank {rank}" if rank else "")
+        choices = dict(head_dim=64 if rank else None)
+        cuts = dict(x={0: 1}, low={0: 1})
+        return Problem(label, ops.q_shift_mix, BF16, make, "x", choices, cuts, {1: 1}, copies=mixes)
+
+    problems = [
+        problem(128, 192, 14, 3),
+        problem(128, 768, 14, 3),
+        problem(1, 192, 128, 3),
+        problem(128, 192, 14, 5, rank=32),
     ]
     yield from _measure_all(problems, options)
 

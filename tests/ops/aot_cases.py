@@ -126,15 +126,17 @@ def _scan2d() -> Iterator[Case]:
 
 
 def _bi_wkv() -> Iterator[Case]:
-    def arguments(batch, length, channels):
+    def arguments(batch, length, channels, gated=False):
         return lambda dtype: dict(
             w=weight(channels),
             u=weight(channels),
             k=rows(dtype, batch, length, channels),
             v=rows(dtype, batch, length, channels),
+            gate=rows(dtype, batch, length, channels) if gated else None,
         )
 
     f = ops.bi_wkv
+    yield Case("vrwkv_tiny, gated", f, arguments(128, 196, 192, gated=True), (BF16,))
     yield Case("vrwkv_tiny", f, arguments(128, 196, 192))
     yield Case("vrwkv_base", f, arguments(128, 196, 768), (BF16,))
     yield Case("896", f, arguments(16, 3136, 192), (BF16,))
