@@ -87,12 +87,17 @@ def _shifts(p, dtype: tl.constexpr):
 
 @triton.jit
 def _neighbours(h, before, after, EXACT: tl.constexpr):
-    """`h[i - 1]` and `h[i + 1]` of a tile (P, C): rows move by a product with a shift matrix (P, P)."""
+    """`h[i - 1]` and `h[i + 1]` of a tile (P, C): rows move by products with shift matrices."""
     if EXACT:
         return _dot(before, h), _dot(after, h)
     else:
         high, low = _halves(h)
         return _dot(before, low, _dot(before, high)), _dot(after, low, _dot(after, high))
+
+
+@triton.jit
+def _pick(k, v0, v1, v2, v3):
+    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3)))
 
 
 @triton.jit
@@ -102,11 +107,8 @@ def _coefficient(z, w, j, w_j):
 
 
 @triton.jit
-def _proxy_step(
-    z, x, mask, h, y, w, w_j, before, after, has_left, has_right, FRESH: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """One line of one sweep: its states from those of the line before, and its outputs added to `y`."""
-    x = tl.load(x, mask, 0.0).to(tl.float32)
+def _proxy_line(z, x, h, y, w, w_j, before, after, has_left, has_right, FRESH: tl.constexpr, EXACT: tl.constexpr):
+    """States of one line of one sweep from those of the line before, and its outputs added to `y`."""
     value = _coefficient(z, w, 3, w_j) * x
     if not FRESH:
         l, m, r = _coefficient(z, w, 0, w_j), _coefficient(z, w, 1, w_j), _coefficient(z, w, 2, w_j)
@@ -118,14 +120,14 @@ def _proxy_step(
     return value, y
 
 
-@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo"])
+@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps"])
 def line_scan_proxy_fwd_kernel(
-    x, z, w, y, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
+    x, z, w, y, scratch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
-    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    EXACT: tl.constexpr, ADD: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of K sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
+    """Outputs of up to four sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
 
     Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
     `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`.
@@ -152,54 +154,64 @@ def line_scan_proxy_fwd_kernel(
     own_mask = own[:, None] & (c < channels)[None, :]
     z_mask = inside[:, None] & (s % HALF < S)[None, :]
 
-    t = (segment * chunk).to(tl.int64)
+    first = (segment * chunk).to(tl.int64)
     steps = tl.minimum(chunk, lines - segment * chunk)
-    target = (b * pixels + to + i * ti + t * tt)[:, None]
+    target = (b * pixels + to + i * ti + first * tt)[:, None]
     # (P, R): with half precision each number twice, for the two halves of a weight
     z_ptr = z + target * S + (s % HALF)[None, :]
     y_ptr = y + target * channels + c[None, :]
-    x += b * pixels * channels + c[None, :]
-    x0 = x + (o0 + i * i0 + t * t0)[:, None] * channels
-    x1 = x + (o1 + i * i1 + t * t1)[:, None] * channels
-    x2 = x + (o2 + i * i2 + t * t2)[:, None] * channels
-    x3 = x + (o3 + i * i3 + t * t3)[:, None] * channels
-    # w (K, 6, R, w_width)
+    # w (sweeps, 6, R, w_width)
     w_j = R * w_width
-    w0 = w + s[:, None] * w_width + c[None, :]
-    w1, w2, w3 = w0 + 6 * w_j, w0 + 12 * w_j, w0 + 18 * w_j
-
-    out = tl.zeros([P, C], tl.float32)
-    h0, h1, h2, h3 = out, out, out, out
-    zt = tl.load(z_ptr, z_mask, 0.0)
-    h0, out = _proxy_step(zt, x0, mask, h0, out, w0, w_j, before, after, has_left, has_right, True, EXACT)
-    if K > 1:
-        h1, out = _proxy_step(zt, x1, mask, h1, out, w1, w_j, before, after, has_left, has_right, True, EXACT)
-    if K > 2:
-        h2, out = _proxy_step(zt, x2, mask, h2, out, w2, w_j, before, after, has_left, has_right, True, EXACT)
-    if K > 3:
-        h3, out = _proxy_step(zt, x3, mask, h3, out, w3, w_j, before, after, has_left, has_right, True, EXACT)
+    w += s[:, None] * w_width + c[None, :]
+    x += b * pixels * channels + c[None, :]
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + p[:, None] * C + tl.arange(0, C)[None, :]
+    more = tl.arange(0, 1)[None, :] + 1 < steps
+    z0 = tl.load(z_ptr, z_mask, 0.0)
+    y0 = tl.zeros([P, C], tl.float32)
+    y1 = y0
+    z1 = z0
+    if KEEP:
+        z1 = tl.load(z_ptr + tt * S, z_mask & more, 0.0)
+    for k in range(sweeps):
+        across = _pick(k, t0, t1, t2, t3) * channels
+        i_k = _pick(k, i0, i1, i2, i3)
+        x_ptr = x + (_pick(k, o0, o1, o2, o3) * channels + first * across + i[:, None] * i_k * channels)
+        w_k = w + k * 6 * w_j
+        xt = tl.load(x_ptr, mask, 0.0).to(tl.float32)
+        if KEEP:
+            x1 = tl.load(x_ptr + across, mask & more, 0.0).to(tl.float32)
+            h, y0 = _proxy_line(z0, xt, y0, y0, w_k, w_j, before, after, has_left, has_right, True, EXACT)
+            h, y1 = _proxy_line(z1, x1, h, y1, w_k, w_j, before, after, has_left, has_right, False, EXACT)
+        else:
+            out = y0
+            if k > 0:
+                out = tl.load(scratch)
+            h, out = _proxy_line(z0, xt, y0, out, w_k, w_j, before, after, has_left, has_right, True, EXACT)
+            tl.store(scratch, out)
+            for t in range(1, steps):
+                zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
+                xt = tl.load(x_ptr + t * across, mask, 0.0).to(tl.float32)
+                out = y0
+                if k > 0:
+                    out = tl.load(scratch + t * (P * C))
+                h, out = _proxy_line(zt, xt, h, out, w_k, w_j, before, after, has_left, has_right, False, EXACT)
+                if k < sweeps - 1:
+                    tl.store(scratch + t * (P * C), out)
+                else:
+                    if ADD:
+                        out += tl.load(y_ptr + t * tt * channels, own_mask, 0.0).to(tl.float32)
+                    tl.store(y_ptr + t * tt * channels, out.to(y.dtype.element_ty), own_mask)
+    if not KEEP:
+        y0 = tl.load(scratch)
     if ADD:
-        out += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-    tl.store(y_ptr, out.to(y.dtype.element_ty), own_mask)
-    for _ in range(1, steps):
-        z_ptr += tt * S
+        y0 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
+    tl.store(y_ptr, y0.to(y.dtype.element_ty), own_mask)
+    if KEEP:
         y_ptr += tt * channels
-        zt = tl.load(z_ptr, z_mask, 0.0)
-        out = tl.zeros([P, C], tl.float32)
-        x0 += t0 * channels
-        h0, out = _proxy_step(zt, x0, mask, h0, out, w0, w_j, before, after, has_left, has_right, False, EXACT)
-        if K > 1:
-            x1 += t1 * channels
-            h1, out = _proxy_step(zt, x1, mask, h1, out, w1, w_j, before, after, has_left, has_right, False, EXACT)
-        if K > 2:
-            x2 += t2 * channels
-            h2, out = _proxy_step(zt, x2, mask, h2, out, w2, w_j, before, after, has_left, has_right, False, EXACT)
-        if K > 3:
-            x3 += t3 * channels
-            h3, out = _proxy_step(zt, x3, mask, h3, out, w3, w_j, before, after, has_left, has_right, False, EXACT)
+        own_mask = own_mask & more
         if ADD:
-            out += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-        tl.store(y_ptr, out.to(y.dtype.element_ty), own_mask)
+            y1 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
+        tl.store(y_ptr, y1.to(y.dtype.element_ty), own_mask)
 
 
 @triton.jit
@@ -825,11 +837,14 @@ class _ProxyLaunch:
         y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
         for k, directions, x, target in groups:
             P, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
-            line_scan_proxy_fwd_kernel[(self.blocks * self.batch * tiles * segments,)](
-                x, self.proxy, self.w[k:], y, self.channels, self.height * self.width, rows, lines, chunk, tiles,
-                segments, halo, self.w_width, *target, *self._sources(directions),
-                K=len(directions), S=self.rank, R=self.R, P=P, C=self.C, EXACT=self.exact, ADD=k > 0,
-                num_warps=P // 16,
+            programs = self.blocks * self.batch * tiles * segments
+            keep = chunk <= 2
+            scratch = y if keep else y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
+            line_scan_proxy_fwd_kernel[(programs,)](
+                x, self.proxy, self.w[k:], y, scratch, self.channels, self.height * self.width, rows, lines, chunk,
+                tiles, segments, halo, self.w_width, len(directions), *target, *self._sources(directions),
+                S=self.rank, R=self.R, P=P, C=self.C, EXACT=self.exact, KEEP=keep, ADD=k > 0,
+                num_warps=P // 16, num_stages=1,
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
