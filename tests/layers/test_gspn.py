@@ -114,6 +114,21 @@ def test_aligned_block_commutes_with_symmetric_turns():
         assert_close("turned", mixer(turn(x)), turn(mixer(x)))
 
 
+def test_shared_gates():
+    """One set of gates is the same as equal sets for all channels."""
+    torch.manual_seed(0)
+    shared, mixer = GSPNMixer(8, shared_gates=True), GSPNMixer(8)
+    weights = shared.state_dict()
+    weights["scan.gate_weight"] = weights["scan.gate_weight"].expand(-1, -1, 12, -1)
+    mixer.load_state_dict(weights)
+    x = torch.randn(2, 8, 5, 5)
+    y, expected = shared(x), mixer(x)
+    assert_close("out", y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close("gates", shared.scan.gate_weight.grad, mixer.scan.gate_weight.grad.sum(2, keepdim=True), 1e-4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_precision(backend):
     """Under autocast maps are bfloat16 and weights float32, states float32."""

@@ -27,10 +27,11 @@ class LineScan2d(nn.Module):
         chunk: Lines after which a sweep starts again from zero; 0 for sweeps over the whole map.
         aligned: Propagate every pixel with its own coefficients and return outputs to their pixels. The released
             networks don't, see `vla.ops.line_scan`.
+        shared_gates: One set of gates for all channels, as in GSPN-2, https://arxiv.org/abs/2512.07884.
 
     Attributes:
         proxy_weight: Projection to the proxy channels, (S, D).
-        gate_weight: Expansion to the logits of the three gates, (3, 4, D, S).
+        gate_weight: Expansion to the logits of the three gates, (3, 4, D, S), with `shared_gates` (3, 4, 1, S).
         lam_weight: Expansion to lambda, (4, D, S).
         u_weight: Expansion to u, (4, D, S).
         skip_weight: Expansion to the skip weight, (4, D, S).
@@ -40,7 +41,9 @@ class LineScan2d(nn.Module):
         ValueError: For a negative `chunk`, or no proxy channel.
     """
 
-    def __init__(self, dim: int, d_state: int = 8, chunk: int = 0, aligned: bool = False):
+    def __init__(
+        self, dim: int, d_state: int = 8, chunk: int = 0, aligned: bool = False, shared_gates: bool = False
+    ):  # fmt: skip
         super().__init__()
         if d_state < 1:
             raise ValueError(f"LineScan2d: d_state is {d_state}, expected at least 1")
@@ -50,7 +53,7 @@ class LineScan2d(nn.Module):
         self.chunk = chunk
         self.aligned = aligned
         self.proxy_weight = nn.Parameter(torch.empty(d_state, dim))
-        self.gate_weight = nn.Parameter(torch.empty(3, 4, dim, d_state))
+        self.gate_weight = nn.Parameter(torch.empty(3, 4, 1 if shared_gates else dim, d_state))
         self.lam_weight = nn.Parameter(torch.empty(4, dim, d_state))
         self.u_weight = nn.Parameter(torch.empty(4, dim, d_state))
         self.skip_weight = nn.Parameter(torch.empty(4, dim, d_state))
@@ -67,7 +70,7 @@ class LineScan2d(nn.Module):
         proxy = F.linear(x.permute(0, 2, 3, 1), self.proxy_weight).permute(0, 3, 1, 2)
         return line_scan(
             x,
-            self.gate_weight,
+            self.gate_weight.expand(-1, -1, x.shape[1], -1),
             self.lam_weight,
             self.directions,
             self.u_weight * self.merge_weight,
@@ -123,6 +126,7 @@ class GSPNMixer(nn.Module):
         conv_bias: Bias of that convolution.
         chunk: Lines after which a sweep starts again from zero; 0 for sweeps over the whole map.
         aligned: Return the directions' outputs to their pixels, see `LineScan2d`.
+        shared_gates: One set of gates for all channels, as in GSPN-2.
         drop: Dropout rate of the output.
 
     Raises:
@@ -138,6 +142,7 @@ class GSPNMixer(nn.Module):
         conv_bias: bool = False,
         chunk: int = 0,
         aligned: bool = False,
+        shared_gates: bool = False,
         drop: float = 0.0,
     ):
         super().__init__()
@@ -146,7 +151,7 @@ class GSPNMixer(nn.Module):
         inner = int(ratio * dim)
         self.in_proj = nn.Linear(dim, inner, bias=False)
         self.conv = nn.Conv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
-        self.scan = LineScan2d(inner, d_state, chunk, aligned)
+        self.scan = LineScan2d(inner, d_state, chunk, aligned, shared_gates)
         self.out_norm = nn.LayerNorm(inner)
         self.grn = GlobalResponseNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
@@ -172,7 +177,7 @@ class GSPNBlock(ResidualBlock):
         mlp_drop: Dropout rate inside the MLP.
         gated_mlp: Use a gated MLP, `fc2(u * act(g))` with `u, g = fc1(x)`.
         **mixer_args: Options of `GSPNMixer`: `d_state`, `ratio`, `conv_kernel`, `conv_bias`, `chunk`, `aligned`,
-            `drop`.
+            `shared_gates`, `drop`.
     """
 
     def __init__(
