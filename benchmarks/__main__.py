@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cases as _  # noqa: F401  registers the cases
-from .registry import CASES, Options
+from .registry import CASES, MODES, Options
 from .runner import DeviceLost, OutOfTime, Report, measure_bandwidth, run_case, time_limit
 
 RESULTS = Path(__file__).parent / "results"
-MODES = ("eager", "compiled")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=160)

@@ -7,6 +7,9 @@ import torch
 
 from vla.timing import Timing
 
+# How a model runs; the graphs are CUDA graphs, of which only latency is of interest.
+MODES = ("eager", "graph", "compiled", "compiled+graph")
+
 
 @dataclass
 class Measurement:
@@ -45,7 +48,7 @@ class Options:
         device: Where to run.
         models: Models instead of a case's own.
         peers: Also run timm's models of the same size.
-        modes: Of `'eager'` and `'compiled'`.
+        modes: Of `MODES`.
         batch: Batch size instead of a case's own.
         sizes: Image sizes instead of a case's own.
         drop_path: Rate of stochastic depth in training, the same for all models.
@@ -54,7 +57,7 @@ class Options:
     device: torch.device
     models: tuple[str, ...] = ()
     peers: bool = False
-    modes: tuple[str, ...] = ("eager", "compiled")
+    modes: tuple[str, ...] = MODES
     batch: int | None = None
     sizes: tuple[int, ...] = ()
     drop_path: float = 0.0

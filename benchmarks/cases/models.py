@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vla  # noqa: F401  registers its models with timm
 from vla.ops import use_backend
-from vla.timing import Timing, evaluation, training
+from vla.timing import WARM_UP_CALLS, Timing, evaluation, training
 from vla.train.weights import has_fixed_size
 
 from ..checks import check_close
@@ -92,14 +92,38 @@ def check_model(model: nn.Module, x: Tensor, train: bool) -> None:
         check_close(what, a, e, limit)
 
 
-def compiled_like(
-    step: Callable[[nn.Module], Callable[[], Tensor]], model: nn.Module, device: torch.device, mode: str | None = None
+def in_mode(
+    mode: str, step: Callable[[nn.Module], Callable[[], Tensor]], model: nn.Module, device: torch.device
 ) -> Callable[[], Tensor]:
-    """The compiled model's call, checked against the eager one's."""
-    expected = step(model)().clone()
-    call = step(torch.compile(model, mode=mode))
-    check_close("compiled against eager", call(), expected, LIMITS[precision(device)][0])
+    """The model's call in one of the modes, checked against the eager one's."""
+    call = step(model)
+    if mode == "eager":
+        return call
+    expected = call().clone()
+    if mode == "graph":
+        call = captured(call)
+    else:
+        call = step(torch.compile(model, mode="reduce-overhead" if mode == "compiled+graph" else None))
+    check_close(f"{mode} against eager", call(), expected, LIMITS[precision(device)][0])
     return call
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def throughput(name: str, train: bool, mode: str, size: int, batch: int, options: Options, label: str) -> Measurement:
@@ -117,7 +141,7 @@ def throughput(name: str, train: bool, mode: str, size: int, batch: int, options
         def step(network: nn.Module) -> Callable[[], Tensor]:
             return (training if train else evaluation)(network, x, lambda: autocast(device))
 
-        return compiled_like(step, model, device) if mode == "compiled" else step(model)
+        return in_mode(mode, step, model, device)
 
     comparable = device.type == "cuda" and (size, batch) == (224, 128)
     official = OURS.get(name, (None, None))[train] if comparable else None
@@ -149,7 +173,7 @@ def chosen(options: Options, default: tuple[str, ...], peers: tuple[str, ...] = 
 @case()
 def models(options: Options) -> Iterator[Measurement]:
     """Pictures a second at 224 pixels in batches, evaluation and training, eager and compiled."""
-    for mode in options.modes:
+    for mode in (mode for mode in options.modes if mode in ("eager", "compiled")):
         for size in options.sizes or (224,):
             for name in chosen(options, tuple(OURS)):
                 for train in (False, True):
@@ -159,7 +183,7 @@ def models(options: Options) -> Iterator[Measurement]:
 
 @case()
 def latency(options: Options) -> Iterator[Measurement]:
-    """Time of one picture from call to result: eager, and compiled with CUDA graphs."""
+    """Time of one picture from call to result: eager and compiled, each also as a CUDA graph."""
     device, size = options.device, (options.sizes or (224,))[0]
 
     def setup(name: str, mode: str) -> Callable[[], Tensor]:
@@ -170,12 +194,13 @@ def latency(options: Options) -> Iterator[Measurement]:
         def step(network: nn.Module) -> Callable[[], Tensor]:
             return evaluation(network, x, lambda: autocast(device))
 
-        return compiled_like(step, model, device, "reduce-overhead") if mode == "compiled" else step(model)
+        return in_mode(mode, step, model, device)
 
-    for mode in options.modes:
+    modes = options.modes if device.type == "cuda" else [mode for mode in options.modes if "graph" not in mode]
+    for mode in modes:
         for name in chosen(options, TINY):
             yield Measurement(
-                f"{name} {'CUDA graph' if mode == 'compiled' else mode}",
+                f"{name} {mode}",
                 lambda name=name, mode=mode: setup(name, mode),
                 latency=True,
                 items=1,
