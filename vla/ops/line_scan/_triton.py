@@ -97,7 +97,8 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
 
 @triton.jit
 def _pick(k, v0, v1, v2, v3):
-    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3)))
+    """The k-th of four numbers, with 64 bits."""
+    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3))).to(tl.int64)
 
 
 @triton.jit
@@ -120,7 +121,10 @@ def _proxy_line(z, x, h, y, w, w_j, before, after, has_left, has_right, FRESH: t
     return value, y
 
 
-@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps"])
+@triton.jit(do_not_specialize=[
+    "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
+    "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
+])  # fmt: skip
 def line_scan_proxy_fwd_kernel(
     x, z, w, y, scratch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
@@ -155,6 +159,7 @@ def line_scan_proxy_fwd_kernel(
     z_mask = inside[:, None] & (s % HALF < S)[None, :]
 
     first = (segment * chunk).to(tl.int64)
+    tt = tt.to(tl.int64)
     steps = tl.minimum(chunk, lines - segment * chunk)
     target = (b * pixels + to + i * ti + first * tt)[:, None]
     # (P, R): with half precision each number twice, for the two halves of a weight
@@ -269,7 +274,10 @@ def _contract(z, g0, g1, g2, v0, v1, v2, gw0, gw1, gw2, g_z, TWICE: tl.constexpr
     return _dot(z, g0, gw0), _dot(z, g1, gw1), _dot(z, g2, gw2), g_z
 
 
-@triton.jit(do_not_specialize=["rows", "lines", "chunk", "tiles", "segments", "halo", "units", "workers"])
+@triton.jit(do_not_specialize=[
+    "rows", "lines", "chunk", "tiles", "segments", "halo", "units", "workers",
+    "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
+])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
     x, z, w, wt, gy, gx, gz, gw, scratch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
     units, workers,
@@ -296,12 +304,11 @@ def line_scan_proxy_bwd_kernel(
     s = tl.arange(0, R)
     s_mask = (s % HALF < S)[None, :]
     sg = tl.arange(0, HALF)
+    tt = tt.to(tl.int64)
     scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C)
     at = p[:, None] * C + tl.arange(0, C)[None, :]
     for k in range(K):
-        o = tl.where(k == 0, o0, tl.where(k == 1, o1, tl.where(k == 2, o2, o3)))
-        si = tl.where(k == 0, i0, tl.where(k == 1, i1, tl.where(k == 2, i2, i3)))
-        st = tl.where(k == 0, t0, tl.where(k == 1, t1, tl.where(k == 2, t2, t3)))
+        o, si, st = _pick(k, o0, o1, o2, o3), _pick(k, i0, i1, i2, i3), _pick(k, t0, t1, t2, t3)
         # w, wt (K, 6, R, w_width)
         w_ptr = w + k * 6 * R * w_width + s[:, None] * w_width + c[None, :]
         v_ptr = wt + k * 6 * R * w_width + s[None, :] * w_width + c[:, None]
