@@ -10,18 +10,104 @@ pytest.importorskip("triton")
 from tests.ops.harness import compare, run  # noqa: E402
 from tests.ops.test_selective_scan import full, make  # noqa: E402
 from tests.tolerance import assert_close  # noqa: E402
-from vla.ops import selective_scan, use_backend  # noqa: E402
+from vla.ops import use_backend  # noqa: E402
 
 kernels = importlib.import_module("vla.ops.selective_scan._triton")
 
 
-def single(tensors):
-    return {n: t if t is None else t.float() for n, t in tensors.items()}
+def single(*args, **kwargs):
+    return {n: t if t is None else t.float() for n, t in make(*args, **kwargs).items()}
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["chunk after chunk", "chunks in parallel"])
-@pytest.mark.parametrize("states", [1, 3], ids=lambda n: f"N{n}")
-@pytest.mark.parametrize("length", [1, 7, 49, 196, 520], ids=lambda n: f"L{n}")
-def test_against_naive(length, states, parallel, monkeypatch):
-    monkeypatch.setattr(kernels, "_parallel", lambda scan, programs, chunks: parallel and chunks > 1)
-    compare("triton", full, single(make(2, 18, length, states, groups=2)), delta_softplus=True)
+@pytest.fixture(params=[False, True], ids=["chunk after chunk", "chunks in parallel"])
+def schedule(request, monkeypatch):
+    monkeypatch.setattr(kernels, "_parallel", lambda scan, programs, chunks: request.param and chunks > 1)
+
+
+@pytest.fixture(params=["across lanes", "along lanes"])
+def forward_kernel(request, monkeypatch):
+    choice = {"across lanes": lambda scan, align: kernels._across_lanes(scan, 2, 64)}.get(
+        request.param, lambda scan, align: kernels._along_lanes(scan, 32, 4, 128)
+    )
+    monkeypatch.setattr(kernels, "_forward_blocks", choice)
+
+
+@pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
+def test_against_naive(length, states, schedule):
+    compare("triton", full, single(2, 6, length, states, groups=2), delta_softplus=True)
+
+
+@pytest.mark.parametrize("length, states, channels", [(7, 3, 5), (260, 1, 3), (272, 5, 2)])
+def test_forward_kernels(length, states, channels, schedule, forward_kernel):
+    tensors = single(1, channels, length, states)
+    with torch.no_grad():
+        with use_backend("naive"):
+            expected = full(**{n: t.double() for n, t in tensors.items()}, delta_softplus=True)
+        with use_backend("triton"):
+            actual = full(**tensors, delta_softplus=True)
+    for name, a, e in zip(("out", "last state"), actual, expected, strict=True):
+        assert_close(name, a, e)
+
+
+@pytest.mark.parametrize(
+    "b, c", [("constant", "grouped"), ("per-channel", "constant"), ("shared", "per-channel"), ("grouped", "shared")]
+)
+def test_forms_of_projections(b, c, forward_kernel):
+    compare("triton", full, single(2, 3, 9, 2, b, c, 1, optional=b == "shared"), delta_softplus=b != "constant")
+
+
+def test_rows_beyond_a_program():
+    """Gradients of B and C add up over the rows of a program, which come one pair after the other."""
+    compare("triton", full, single(1, 19, 6, 2), delta_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    compare("triton", full, {n: t.to(dtype) for n, t in make(1, 4, 72, 2).items()}, delta_softplus=True)
+
+
+def test_mixed_precision():
+    """The form under autocast: maps in half precision, parameters in float32."""
+    tensors = single(2, 4, 40, 1)
+    tensors |= {name: tensors[name].bfloat16() for name in ("u", "delta", "B", "C", "z")}
+    compare("triton", full, tensors, 2e-2, delta_softplus=True)
+
+
+@pytest.mark.parametrize("case", ["strong decay", "long memory", "mixed decay", "large input"])
+def test_extremes(case):
+    tensors = single(1, 4, 160, 2)
+    if case == "strong decay":
+        tensors["delta"] = tensors["delta"] + 60
+    elif case == "long memory":
+        tensors["delta"] = tensors["delta"] - 12
+    elif case == "mixed decay":
+        # A reset by a huge step, then a memory that must keep its digits: fatal for differences of cumulative sums.
+        tensors["delta"] = torch.where(torch.arange(160) % 50 == 0, 2000.0, -8.0).expand(1, 4, 160)
+    else:
+        tensors["u"] = tensors["u"] * 1e15
+    compare("triton", full, tensors, 1e-4, delta_softplus=True)
+
+
+def test_strides():
+    tensors = single(2, 4, 12, 3)
+    expected = run("triton", full, tensors, delta_softplus=True)
+    strided = {
+        "u": tensors["u"].transpose(1, 2).contiguous().transpose(1, 2),
+        "delta": tensors["delta"].repeat_interleave(2, -1)[..., ::2],
+        "B": tensors["B"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    }
+    actual = run("triton", full, tensors | strided, delta_softplus=True)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value)
+
+
+def test_repeated_runs_are_bit_equal():
+    tensors = single(1, 5, 40, 2)
+    first, second = (run("triton", full, tensors, delta_softplus=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_empty_batch():
+    results = run("triton", full, single(0, 8, 5, 2), delta_softplus=True)
+    assert results["output 0"].shape == (0, 8, 5)
+    assert (results["grad of A"] == 0).all()

@@ -24,6 +24,15 @@ def _compose_left(decay_later, first_later, value_later, decay, first, value):
 
 
 @triton.jit
+def _compose_right(decay_first, decayed_first, inject_first, decay, decayed, inject):
+    """Two neighbouring spans of steps of the state recurrence as one.
+
+    A span is (product of its decays, state at its last step but for what that step injects, that).
+    """
+    return decay_first * decay, decayed + decay * (decayed_first + inject_first), inject
+
+
+@triton.jit
 def _add_left(first_later, rest_later, first, rest):
     """Two neighbouring spans (first value, sum of the others) as one, for a scan against time."""
     return first, rest + (first_later + rest_later)
@@ -46,12 +55,15 @@ else:  # Triton before 3.3
 
 
 @triton.jit
-def _states_in_time(decay, inject, entering, position, steps):
-    """States (S, R, E) of `h -> decay * h + inject`, given those (R,) that enter; time is (S, E) flattened."""
-    product, local = tl.associative_scan((decay, inject), 2, compose)
+def _decayed_in_time(decay, inject, entering, position, steps):
+    """Previous states times decay (S, R, E) of `h -> decay * h + inject`, given those (R,) that enter.
+
+    Time is (S, E) flattened. As `h - inject` they would have lost their digits where decay is strong.
+    """
+    product, local, _ = tl.associative_scan((decay, tl.zeros_like(inject), inject), 2, _compose_right)
     last = steps == product.shape[2] - 1
     lane_product = tl.sum(tl.where(last, product, 0.0), 2)
-    lane_local = tl.sum(tl.where(last, local, 0.0), 2)
+    lane_local = tl.sum(tl.where(last, local + inject, 0.0), 2)
     lane_product, lane_local = tl.associative_scan((lane_product, lane_local), 0, compose)
     before = _take(lane_local + lane_product * entering[None, :], tl.maximum(position - 1, 0))
     before = tl.where(position == 0, entering[None, :], before)
@@ -210,6 +222,7 @@ def selective_scan_fwd_kernel(
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
     step = tl.arange(0, STEPS)
+    last = (step == STEPS - 1)[None, :]
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
     delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
@@ -244,6 +257,8 @@ def selective_scan_fwd_kernel(
         if bias_ptr is not None:
             s += bias
         dt2 = _exponent(s, inside, SOFTPLUS)
+        if not PARALLEL:
+            total = tl.sum(dt2, 1)
         x = dt2 * u
         if D_ptr is not None:
             y = skip * u
@@ -253,7 +268,7 @@ def selective_scan_fwd_kernel(
             # The states that other threads stored at the end of the previous chunk.
             tl.debug_barrier()
         for n in range(states):
-            A = tl.load(A_row + n * A_n, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
+            A = tl.load(A_row + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             if B_CONSTANT:
                 B = tl.load(B_row + n * B_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
             else:
@@ -266,13 +281,15 @@ def selective_scan_fwd_kernel(
                 carry = tl.load(carry_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
             elif not ONE_STATE:
                 carry = tl.load(carry_ptr + sequence * states + n, valid & (chunk > 0), 0.0)  # (R,)
-            decay = tl.exp2(A * dt2)
+            decay = tl.exp2(A[:, None] * dt2)
             inject = B * LN2 * x
             inject += tl.where((step == 0)[None, :], decay * carry[:, None], 0.0)
-            _, h = tl.associative_scan((decay, inject), 1, compose)
+            product, h = tl.associative_scan((decay, inject), 1, compose)
             y += C * h
             if not PARALLEL:
-                carry = tl.sum(tl.where((step == STEPS - 1)[None, :], h, 0.0), 1)
+                # The chunk's decay rounded once: the product of rounded decays close to 1 would drift over many chunks.
+                drift = tl.exp2(A * total) - tl.sum(tl.where(last, product, 0.0), 1)
+                carry = tl.sum(tl.where(last, h, 0.0), 1) + drift * carry
                 if not ONE_STATE:
                     tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
         if z_ptr is not None:
@@ -744,14 +761,14 @@ def selective_scan_bwd_kernel(
                 decay = tl.exp2(A[None, :, None] * dt2)
                 inject = B * x
                 g, carry = _adjoints_against_time(decay, C * gy, tl.exp2(A * total), carry, position, steps)
-                h = _states_in_time(decay, inject, entering, position, steps)
+                decayed = _decayed_in_time(decay, inject, entering, position, steps)
+                h = decayed + inject
                 if not PARALLEL:
                     tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
                 if z_ptr is not None:
                     y += C * h
                 gx += B * g
-                # Gradient of the decay's logarithm dt A: g times the decayed previous state.
-                g_log = g * (h - inject)
+                g_log = g * decayed  # gradient of the decay's logarithm dt A
                 gdt += A[None, :, None] * g_log
                 tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
                 if B_CONSTANT:
@@ -839,7 +856,7 @@ class _Scan:
         sizes = [self.length]
         for x in (self.u, self.delta, self.z, self.B, self.C, *tensors):
             if x is not None and x.dim() > 2:
-                sizes += [stride for stride in x.stride()[:-1]]
+                sizes += x.stride()[:-1]
         return next(k for k in (16, 8, 4, 2, 1) if all(size % k == 0 for size in sizes))
 
     def new(self, *shape: int) -> Tensor:
@@ -927,25 +944,34 @@ def _vector(scan: _Scan, align: int) -> int:
     return max(1, min(align, 16 // scan.u.element_size()))
 
 
-def _across_lanes(scan: _Scan, rows: int, steps: int, warps: int) -> tuple:
-    return selective_scan_fwd_kernel, rows, steps, {"STEPS": steps, "ONE_STATE": scan.states == 1}, {"num_warps": warps}
+def _launch(scan: _Scan, registers: int | None = None) -> dict:
+    """Options of every launch: one warp, which needs no barriers, and on NVIDIA at most so many registers a thread."""
+    options = {"num_warps": 1}
+    if registers is not None and torch.version.hip is None and scan.u.device.type != "xpu":
+        options["maxnreg"] = registers
+    return options
 
 
-def _along_lanes(scan: _Scan, rows: int, steps: int, warps: int) -> tuple:
+def _across_lanes(scan: _Scan, rows: int, steps: int, registers: int | None = None) -> tuple:
+    constants = {"STEPS": steps, "ONE_STATE": scan.states == 1}
+    return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
+
+
+def _along_lanes(scan: _Scan, rows: int, steps: int, registers: int | None = None) -> tuple:
     constants = {"STEPS": steps, "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
-    return selective_scan_fwd_lanes_kernel, rows, 256, constants, {"num_warps": warps}
+    return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
 
 
 def _forward_blocks(scan: _Scan, align: int) -> tuple:
-    return _across_lanes(scan, 2, 256, 1)
+    return _across_lanes(scan, 2, 256)
 
 
 def _backward_blocks(scan: _Scan) -> tuple[int, int, dict]:
-    return 2, 8, {"num_warps": 1}
+    return 2, 8, _launch(scan)
 
 
 def _chunk_blocks(scan: _Scan) -> tuple[int, dict]:
-    return 2, {"num_warps": 1}
+    return 2, _launch(scan)
 
 
 def _parallel(scan: _Scan, programs: int, chunks: int) -> bool:
@@ -967,8 +993,8 @@ def forward(
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
-    if out.numel() == 0 or scan.states == 0:
-        raise NotImplementedError
+    if out.numel() == 0:
+        return out, state
     align = scan.alignment()
     kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
     programs = scan.programs(rows)
@@ -1028,6 +1054,8 @@ def backward(
     delta_softplus: bool,
 ) -> tuple[Tensor | None, ...]:
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if u.numel() == 0:
+        return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = grads[0], grads[1].contiguous()
     gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
     gz = None if z is None else torch.empty_like(z)
