@@ -240,7 +240,7 @@ def run_case(compiler: Compiler, case: Case, dtype: torch.dtype) -> None:
 def run_model(compiler: Compiler, name: str) -> None:
     """Forward and backward of a model, in bfloat16."""
     with torch.device("meta"):
-        model = timm.create_model(name).bfloat16().train()
+        model = timm.create_model(name).to(dtype=torch.bfloat16, memory_format=torch.channels_last).train()
         pictures = torch.empty(128, 3, 224, 224, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
     run(compiler, lambda: model(pictures), list(model.parameters()))
