@@ -74,6 +74,11 @@ class OnMeta(TorchDispatchMode):
         self.operators = {o.name: o for m in modules for o in vars(m).values() if isinstance(o, Operator)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            # As on a GPU; on meta tensors the result is always contiguous.
+            channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            return func(*args, **(kwargs or {})).contiguous(memory_format=layout)
         if func.namespace != "vla":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("vla::")
