@@ -475,9 +475,9 @@ def selective_scan_chunk_kernel(
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
-    """If PARALLEL, what each chunk alone adds to the states behind it, `states` (B, D, N, chunks), from `P` = B and `v` =
-    u, or, if ADJOINT, to the adjoints before it, from `P` = C and `v` the gradient of the output; and the chunks' total
-    time (B, D, chunks). Else, chunk after chunk, the states (B, D, N, chunks + 1) that enter each.
+    """If PARALLEL, what each chunk alone adds to the states behind it, `states` (B, D, N, chunks), from `P` = B and
+    `v` = u, or, if ADJOINT, to the adjoints before it, from `P` = C and `v` the gradient of the output; and the chunks'
+    total time (B, D, chunks). Else, chunk after chunk, the states (B, D, N, chunks + 1) that enter each.
     """
     length = _aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
@@ -670,9 +670,9 @@ def selective_scan_bwd_kernel(
     """Gradients of BLOCKS x ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
 
     `entering` (B, D, N, chunks + 1) has the states that enter each chunk, or is None if there is one chunk; `carry`
-    (B, D, N, chunks) the adjoints that enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from chunk
-    to chunk. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD and gbias
-    (B, chunks, D), else gB and gC (B, programs, N, L).
+    (B, D, N, chunks) the adjoints that enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from one
+    chunk to the next. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD
+    and gbias (B, chunks, D), else gB and gC (B, programs, N, L).
     """
     length = _aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
@@ -829,14 +829,15 @@ class _Scan:
         bias: Tensor | None,
         softplus: bool,
     ):
-        self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.bias = u, delta, A, B, C, D, z, bias
+        self.u, self.delta, self.z, self.B, self.C = (_steps_last(x) for x in (u, delta, z, B, C))
+        self.A = A
         self.softplus = softplus
         self.batch, self.channels, self.length = u.shape
         self.states = A.shape[1]
         self.D = None if D is None else D.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.B_strides, self.B_channels = self._projection(B)
-        self.C_strides, self.C_channels = self._projection(C)
+        self.B_strides, self.B_channels = self._projection(self.B)
+        self.C_strides, self.C_channels = self._projection(self.C)
         # Rows of a program share a group of B and a group of C.
         self.span = math.gcd(*(k for k in (self.B_channels, self.C_channels, self.channels) if k))
 
@@ -863,6 +864,11 @@ class _Scan:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
 
+def _steps_last(x: Tensor | None) -> Tensor | None:
+    """`x` with its steps next to each other in memory, unless it is constant along them."""
+    return x if x is None or x.dim() == 2 or x.stride(-1) <= 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()
 
@@ -870,8 +876,9 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 def _entering(
     scan: _Scan, chunk: tuple[int, int], parallel: bool, g: Tensor | None = None, g_state: Tensor | None = None
 ) -> Tensor:
-    """States (B, D, N, chunks + 1) that enter each chunk, or, if the gradient `g` of the output is given, adjoints (B, D,
-    N, chunks) that enter it from behind."""
+    """States (B, D, N, chunks + 1) that enter each chunk; if the gradient `g` of the output is given, the adjoints
+    (B, D, N, chunks) that enter from behind.
+    """
     lanes, per_lane = chunk
     rows, options = _chunk_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
@@ -1004,13 +1011,13 @@ def forward(
         carry = _entering(scan, (32, chunk // 32), True)
         programs *= triton.cdiv(scan.length, chunk)
     kernel[(programs,)](
-        u,
-        delta,
+        scan.u,
+        scan.delta,
         A,
-        B,
-        C,
+        scan.B,
+        scan.C,
         scan.D,
-        z,
+        scan.z,
         scan.bias,
         out,
         carry,
@@ -1020,12 +1027,12 @@ def forward(
         scan.states,
         scan.B_channels,
         scan.C_channels,
-        *u.stride(),
-        *delta.stride(),
+        *scan.u.stride(),
+        *scan.delta.stride(),
         *A.stride(),
         *scan.B_strides,
         *scan.C_strides,
-        *_strides(z),
+        *_strides(scan.z),
         *out.stride(),
         SOFTPLUS=delta_softplus,
         B_CONSTANT=scan.B_channels == 0,
@@ -1056,9 +1063,9 @@ def backward(
     scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
-    g, g_state = grads[0], grads[1].contiguous()
-    gu, gdelta = torch.empty_like(u), torch.empty_like(delta)
-    gz = None if z is None else torch.empty_like(z)
+    g, g_state = _steps_last(grads[0]), grads[1].contiguous()
+    gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
+    gz = None if z is None else torch.empty_like(scan.z)
     align = scan.alignment(g, gu, gdelta, gz)
     lanes, per_lane = 32, _vector(scan, align)
     rows, blocks, options = _backward_blocks(scan)
@@ -1078,13 +1085,13 @@ def backward(
     carry = _entering(scan, (lanes, per_lane), True, g, g_state) if parallel else g_state.clone()
     selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
         g,
-        u,
-        delta,
+        scan.u,
+        scan.delta,
         A,
-        B,
-        C,
+        scan.B,
+        scan.C,
         scan.D,
-        z,
+        scan.z,
         scan.bias,
         entering,
         carry,
@@ -1103,12 +1110,12 @@ def backward(
         scan.B_channels,
         scan.C_channels,
         *g.stride(),
-        *u.stride(),
-        *delta.stride(),
+        *scan.u.stride(),
+        *scan.delta.stride(),
         *A.stride(),
         *scan.B_strides,
         *scan.C_strides,
-        *_strides(z),
+        *_strides(scan.z),
         *gu.stride(),
         *gdelta.stride(),
         *_strides(gz),
