@@ -111,6 +111,7 @@ def in_mode(
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A call as a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_CALLS):
             call()
