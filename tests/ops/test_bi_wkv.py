@@ -45,6 +45,24 @@ def test_dtypes(shape, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gate(dtype, backend):
+    compare(backend, bi_wkv, make(2, 20, 8, dtype=dtype) | {"gate": randn(7)(2, 20, 8).to(dtype)})
+
+
+@pytest.mark.parametrize("split", [None, 4])
+def test_gate_is_a_factor(split):
+    tensors = make(2, 9, 3) | {"gate": randn(7)(2, 9, 3)}
+
+    def separate(gate, **others):
+        return torch.sigmoid(gate) * bi_wkv(**others, official_split=split)
+
+    expected = run("naive", separate, tensors)
+    for name, value in run("naive", bi_wkv, tensors, official_split=split).items():
+        assert_close(name, value, expected[name])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_float32_parameters_with_half_precision_tokens(backend):
     tensors = make(2, 20, 8)
     tensors = {n: t.float() if t.dim() == 1 else t.bfloat16() for n, t in tensors.items()}
@@ -91,12 +109,10 @@ def test_gradcheck(backend):
         assert torch.autograd.gradcheck(bi_wkv, [t.requires_grad_() for t in make(2, 6, 3).values()])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("file", FILES)
-def test_reference_values(file, dtype, backend):
+def check_reference_values(file, dtype, backend, splits):
     data = golden.load("vrwkv", file)
-    for split, suffix in ((None, ""), (32, "_kernel32"), (16, "_kernel16")):
+    for split in splits:
+        suffix = "" if split is None else f"_kernel{split}"
         if "y" + suffix not in data or (split and dtype is torch.float32):
             continue
         leaves = {name: data[name].to(dtype).requires_grad_() for name in ("w", "u", "k", "v")}
@@ -113,6 +129,13 @@ def test_reference_values(file, dtype, backend):
                 assert (leaf.grad.double() - expected).abs().max() < 1e-6, name
             else:
                 assert_close(f"g{name}{suffix}", leaf.grad, expected, relative)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("file", FILES)
+def test_reference_values(file, dtype, backend):
+    check_reference_values(file, dtype, backend, (None, 32, 16))
 
 
 class Mixer(nn.Module):
@@ -135,6 +158,7 @@ def test_machinery():
         ({"v": torch.ones(2, 5, 3)}, "v has shape"),
         ({"w": torch.ones(3)}, r"w has shape \(3,\), expected \(C,\) = \(4,\)"),
         ({"u": torch.ones(1, 4)}, "u has shape"),
+        ({"gate": torch.ones(2, 5)}, "gate has shape"),
         ({"official_split": 0}, "official_split is 0"),
     ],
 )

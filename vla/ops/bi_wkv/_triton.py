@@ -31,31 +31,32 @@ FAR_LIMIT = tl.constexpr(40.0)
 
 @triton.jit
 def _row(x, rows, i):
-    """Row `i` of a tile (L, C)."""
+    """Row `i` of a tile (W, L, C)."""
     # As a sum of integers: the compiler removes an added zero, where the loop over rows is unrolled.
     bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
-    return tl.sum(tl.where(rows == i, bits, 0), 0).to(x.dtype, bitcast=True)
+    return tl.sum(tl.where(rows == i, bits, 0), 1).to(x.dtype, bitcast=True)
 
 
 @triton.jit
 def _put(x, rows, i, value):
-    """Tile (L, C) with another row `i`."""
-    return tl.where(rows == i, value[None, :], x)
+    """Tile (W, L, C) with another row `i`."""
+    return tl.where(rows == i, value[:, None], x)
 
 
 @triton.jit
 def _flip(x):
-    """Rows of a tile (L, C) in reverse: only other names for registers."""
+    """Rows of a tile (W, L, C) in reverse: only other names for registers."""
     # One bit of the row's number after the other. The neighbour's value is the sum of both less one's own: of integers,
     # whose sums the compiler removes.
-    L: tl.constexpr = x.shape[0]
-    BLOCK: tl.constexpr = x.shape[1]
+    W: tl.constexpr = x.shape[0]
+    L: tl.constexpr = x.shape[1]
+    C: tl.constexpr = x.shape[2]
     y = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
     for bit in tl.static_range(0, 6):
         if (1 << bit) < L:
-            y = tl.reshape(y, [1 << bit, 2, (L >> (bit + 1)) * BLOCK])
+            y = tl.reshape(y, [W << bit, 2, (L >> (bit + 1)) * C])
             y = tl.sum(y, 1, keep_dims=True) - y
-    return tl.reshape(y, [L, BLOCK]).to(x.dtype, bitcast=True)
+    return tl.reshape(y, x.shape).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -68,27 +69,37 @@ def _extend(a, x, y, b, p, q, a2, x2, y2, b2, p2, q2):
 def _before(x, y, decay, x0, y0, rows):
     """Sums over all tokens before each of a tile, `s_t = decay s_{t-1} + x_{t-1}` from `s_0 = x0`; the same for y."""
     first = rows == 0
-    decays = tl.where(first & ~first, x, decay[None, :])
+    decays = tl.where(first & ~first, x, decay[:, None])
     # Minus zero, which can be added for nothing.
     zeros = tl.zeros_like(x) * -1.0
-    x, y = tl.where(first, x + (decay * x0)[None, :], x), tl.where(first, y + (decay * y0)[None, :], y)
-    _, _, _, _, p, q = tl.associative_scan((decays, x, y, tl.zeros_like(x) + 1.0, zeros, zeros), 0, _extend)
-    return tl.where(first, x0[None, :], p), tl.where(first, y0[None, :], q)
+    x, y = tl.where(first, x + (decay * x0)[:, None], x), tl.where(first, y + (decay * y0)[:, None], y)
+    _, _, _, _, p, q = tl.associative_scan((decays, x, y, tl.zeros_like(x) + 1.0, zeros, zeros), 1, _extend)
+    return tl.where(first, x0[:, None], p), tl.where(first, y0[:, None], q)
 
 
 @triton.jit
-def _load(pointer, j, length, stride: tl.constexpr, rows, mask, other, L: tl.constexpr, DTYPE: tl.constexpr):
-    """Tile `j` (L, C) of a sequence."""
+def _at(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr):
+    """Where the tiles `j` (W, 1) of a sequence are, (W, L, C), and which of their tokens exist."""
     pointer += j.to(tl.int64) * L * stride
-    valid = (j * L + rows < length) & mask[None, :]
-    return tl.load(pointer[None, :] + rows * stride, mask=valid, other=other).to(DTYPE)
+    return pointer[:, None] + rows * stride, ((j * L)[:, None] + rows < length) & mask[:, None]
+
+
+@triton.jit
+def _load(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr, DTYPE: tl.constexpr):
+    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
+    return tl.load(pointer, mask=valid, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _load_keys(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr, DTYPE: tl.constexpr):
+    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
+    return tl.where(valid, tl.load(pointer, mask=valid, other=0.0).to(DTYPE), NOTHING)
 
 
 @triton.jit
 def _store(pointer, value, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr):
-    pointer += j.to(tl.int64) * L * stride
-    valid = (j * L + rows < length) & mask[None, :]
-    tl.store(pointer[None, :] + rows * stride, value.to(pointer.dtype.element_ty), mask=valid)
+    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -125,6 +136,12 @@ def _store_state(pointer, m, n, d, n1, d1, stride, mask, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _minus(top, over):
+    """Exponent of a tile's gradients; of a tile without tokens none."""
+    return tl.where(top > 0.5 * NOTHING, -(top + over), NOTHING)
+
+
+@triton.jit
 def _fade(w, between):
     """What is left of a weight after some tokens between, inside a near tile."""
     # The limit holds there; elsewhere it is not used, and must not overflow.
@@ -134,30 +151,36 @@ def _fade(w, between):
 @triton.jit
 def _weigh(weight, v, between, SLOPE: tl.constexpr):
     """Sums of a tile's tokens, and with `SLOPE` of these times the tokens between."""
-    n, d = tl.sum(weight * v, 0), tl.sum(weight, 0)
+    n, d = tl.sum(weight * v, 1), tl.sum(weight, 1)
     n1, d1 = n, d
     if SLOPE:
         weight *= between
-        n1, d1 = tl.sum(weight * v, 0), tl.sum(weight, 0)
+        n1, d1 = tl.sum(weight * v, 1), tl.sum(weight, 1)
     return n, d, n1, d1
 
 
 @triton.jit
-def _place(segments, channels, BLOCK: tl.constexpr):
-    """Sequence, segment and channels of a program."""
-    blocks = tl.cdiv(channels, BLOCK)
+def _place(segments, channels, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Sequence, segments (W, 1) and channels (1, C) of a program, and which of them exist."""
+    blocks, groups = tl.cdiv(channels, BLOCK), tl.cdiv(segments, W)
     pid = tl.program_id(0)
-    segment = pid // blocks % segments
-    b = (pid // blocks // segments).to(tl.int64)
-    c = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    return b, segment, c, c < channels
+    b = (pid // blocks // groups).to(tl.int64)
+    segment = pid // blocks % groups * W + tl.arange(0, W)[:, None]
+    channel = pid % blocks * BLOCK + tl.arange(0, BLOCK)[None]
+    return b, segment, channel, (segment < segments) & (channel < channels)
 
 
 @triton.jit
-def _is_near(w_ptr, u_ptr, segments, channels, L: tl.constexpr, BLOCK: tl.constexpr):
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+def _load_parameter(pointer, channel, channels, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    value = tl.load(pointer + channel, mask=channel < channels, other=0.0).to(DTYPE)
+    return tl.broadcast_to(value, [W, BLOCK])
+
+
+@triton.jit
+def _is_near(w_ptr, u_ptr, channels, L: tl.constexpr, BLOCK: tl.constexpr):
+    channel = tl.program_id(0) % tl.cdiv(channels, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     return tl.max(tl.maximum(tl.abs(w) * L, tl.abs(u)), 0) <= NEAR_LIMIT
 
 
@@ -174,7 +197,7 @@ def _attend(
     """
     zero = w * 0
     zeros = tl.zeros_like(k)
-    over, c, slope = zero, zeros + top[None, :], zeros
+    over, c, slope = zero, zeros + top[:, None], zeros
     if NEAR:
         # Once for the states that come in, once for those that go out: the rounding of `decay` must not add up from
         # tile to tile.
@@ -185,14 +208,14 @@ def _attend(
         past_n, past_d = _before(ev, e, decay, lift * n, lift * d, rows)
         ev, e_ = _flip(ev), _flip(e)
         future_n, future_d = _before(ev, e_, decay, future_lift * fn, future_lift * fd, rows)
-        own = e * tl.exp(u)[None, :]
+        own = e * tl.exp(u)[:, None]
         inverse = 1.0 / (past_d + _flip(future_d) + own)
         y = (past_n + _flip(future_n) + own * v) * inverse
         if SLOPE:
             # One more token between for every token passed.
-            past_n, past_d = decay[None, :] * past_n, decay[None, :] * past_d
+            past_n, past_d = decay[:, None] * past_n, decay[:, None] * past_d
             past_n, past_d = _before(past_n, past_d, decay, lift * n1, lift * d1, rows)
-            future_n, future_d = decay[None, :] * future_n, decay[None, :] * future_d
+            future_n, future_d = decay[:, None] * future_n, decay[:, None] * future_d
             future_n, future_d = _before(future_n, future_d, decay, future_lift * fn1, future_lift * fd1, rows)
             slope = past_n + _flip(future_n) - y * (past_d + _flip(future_d))
         xn, xd, xn1, xd1 = _weigh(e * fade, v, L - 1 - rows, SLOPE)
@@ -216,12 +239,15 @@ def _attend(
             cr = kr + tl.maximum(tl.maximum(left, right), u)
             # Rounded together, so that exponents relative to k and c still agree.
             above = cr - kr
-            left, right, own = tl.exp(left - above), tl.exp(right - above), tl.exp(u - above)
-            dr = 1.0 / (left * _row(past_d, rows, r) + right * fd + own)
+            left, right = tl.exp(left - above), tl.exp(right - above)
+            # At most 1, but for the rounding beyond the sequence's end.
+            own = tl.exp(tl.minimum(u - above, 0.0))
+            # Beyond the sequence's end: nothing.
+            valid = kr > 0.5 * NOTHING
+            dr = 1.0 / tl.where(valid, left * _row(past_d, rows, r) + right * fd + own, 1.0)
             yr = (left * _row(past_n, rows, r) + right * fn + own * vr) * dr
             inverse, y = _put(inverse, rows, r, dr), _put(y, rows, r, yr)
-            # Beyond the sequence's end: nothing.
-            c = _put(c, rows, r, tl.where(kr > 0.5 * NOTHING, cr, -NOTHING))
+            c = _put(c, rows, r, tl.where(valid, cr, -NOTHING))
             if SLOPE:
                 sn, sd = left * _row(past_n1, rows, r) + right * fn1, left * _row(past_d1, rows, r) + right * fd1
                 slope = _put(slope, rows, r, sn - yr * sd)
@@ -242,33 +268,33 @@ def _sigmoid(x):
 @triton.jit(noinline=True)
 def _outside(
     w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count,
-    SLOPE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    SLOPE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Writes the states of all segments before this one, and of all after it, from what each has."""
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
+    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
     zero = w * 0
     fields: tl.constexpr = 5 if SLOPE else 3
     stride = channels.to(tl.int64) * fields
     totals_ptr += b * segments * 2 * stride + channel
     outside_ptr += (b * segments + segment) * 2 * stride + channel
-    for side in range(2):
+    for side in tl.static_range(2):
         m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
         for first in range(0, segments, L):
-            s = first + tl.arange(0, L)[:, None]
-            between = tl.where(side == 0, segment - s - 1, s - segment - 1)
-            valid = (between >= 0) & (s < segments) & mask[None, :]
-            p = totals_ptr[None, :] + (2 * s + side).to(tl.int64) * stride
+            s = first + tl.arange(0, L)[None, :, None]
+            between = (segment[:, None] - s if side == 0 else s - segment[:, None]) - 1
+            valid = (between >= 0) & (s < segments) & mask[:, None]
+            p = totals_ptr[:, None] + (2 * s + side).to(tl.int64) * stride
             sm, sn, sd, sn1, sd1 = _load_state(p, channels, valid, SLOPE)
             between = (between * (count * L)).to(DTYPE)
-            sm = tl.where(valid, sm - between * w[None, :], NOTHING)
-            top = tl.max(sm, 0)
-            weight = tl.exp(sm - top[None, :])
+            sm = tl.where(valid, sm - between * w[:, None], NOTHING)
+            top = tl.max(sm, 1)
+            weight = tl.exp(sm - top[:, None])
             xn1, xd1 = zero, zero
             if SLOPE:
-                xn1 = tl.sum(weight * (sn1 + between * sn), 0)
-                xd1 = tl.sum(weight * (sd1 + between * sd), 0)
-            xn, xd = tl.sum(weight * sn, 0), tl.sum(weight * sd, 0)
+                xn1 = tl.sum(weight * (sn1 + between * sn), 1)
+                xd1 = tl.sum(weight * (sd1 + between * sd), 1)
+            xn, xd = tl.sum(weight * sn, 1), tl.sum(weight * sd, 1)
             m, a, n, d, n1, d1 = _join(m, a, n, d, n1, d1, top, zero, xn, xd, xn1, xd1, w)
         _store_state(outside_ptr + side * stride, m, n, d, n1, d1, channels, mask, SLOPE)
 
@@ -277,35 +303,36 @@ def _outside(
 def _walk_back(
     w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, NEAR: tl.constexpr,
-    SLOPE: tl.constexpr, TOTALS: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    SLOPE: tl.constexpr, TOTALS: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Writes the future of every tile, inside its segment, and with TOTALS the segment's sums to both sides."""
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    rows = tl.arange(0, L)[:, None]
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
+    rows = tl.arange(0, L)[None, :, None]
+    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
     fields: tl.constexpr = 5 if SLOPE else 3
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     centre = w * 0
     if SLOPE:
-        centre = tl.load(v_ptr, mask=mask, other=0.0).to(DTYPE)
+        centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
     stride_s = channels.to(tl.int64) * fields
     states_ptr += b * tiles * stride_s + channel
     totals_ptr += (b * segments + segment) * 2 * stride_s + channel
     first = segment * count
-    count = tl.minimum(count, tiles - first)
     zero = w * 0
-    fade, past_fade = _fade(w[None, :], rows), _fade(w[None, :], L - 1 - rows)
+    fade, past_fade = _fade(w[:, None], rows), _fade(w[:, None], L - 1 - rows)
     m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
     pm, pa, pn, pd, pn1, pd1 = m, zero, zero, zero, zero, zero
     for i in range(count):
         j = first + count - 1 - i
-        k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, 0.0, L, DTYPE) - centre[None, :]
-        _store_state(states_ptr + j.to(tl.int64) * stride_s, m - a * w, n, d, n1, d1, channels, mask, SLOPE)
+        exists = mask & (j < tiles)
+        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
+        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
+        _store_state(states_ptr + j.to(tl.int64) * stride_s, m - a * w, n, d, n1, d1, channels, exists, SLOPE)
         if NEAR:
-            top = tl.max(k, 0)
-            e = tl.exp(k - top[None, :])
+            top = tl.max(k, 1)
+            e = tl.exp(k - top[:, None])
             x, y, x1, y1 = _weigh(e * fade, v, rows, SLOPE)
             m, a, n, d, n1, d1 = _join(
                 m, a + L, n, d, n1 + L * n, d1 + L * d, top, zero, x, y, x1, y1, w,
@@ -335,13 +362,13 @@ def _walk_outputs(
     w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments, count,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    ONE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Writes the outputs of a segment."""
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    rows = tl.arange(0, L)[:, None]
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
-    u = tl.load(u_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
+    rows = tl.arange(0, L)[None, :, None]
+    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     y_ptr += b * stride_yb + channel
@@ -351,31 +378,31 @@ def _walk_outputs(
     states_ptr += b * tiles * stride_s + channel
     outside_ptr += (b * segments + segment) * 2 * stride_s + channel
     first = segment * count
-    count = tl.minimum(count, tiles - first)
     zero = w * 0
     m, a, n, d = zero + NOTHING, zero, zero, zero
     fm, fn, fd = m, n, d
     if not ONE:
         m, n, d, _, _ = _load_state(outside_ptr, channels, mask, False)
         fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
-    decay, fade = _fade(w, 1), _fade(w[None, :], L - 1 - rows)
+    decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
     for i in range(count):
         j = first + i
-        k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, 0.0, L, DTYPE)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, mask, False)
+        exists = mask & (j < tiles)
+        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
+        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE)
+        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, exists, False)
         if not ONE:
             jm, ja, jn, jd, jn1, jd1 = _join(
                 jm, zero, jn, jd, jn, jd, fm, zero + (count - 1 - i) * L, fn, fd, fn, fd, w
             )
             jm -= ja * w
-        top = tl.max(k, 0)
-        e = tl.exp(k - top[None, :])
+        top = tl.max(k, 1)
+        e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
             k, v, e, top, w, u, decay, fade, m, a, n, d, n, d, jm, jn, jd, jn, jd, rows, NEAR, False, L,
         )  # fmt: skip
         if GATED:
-            gate = _load(gate_ptr, j, length, stride_gt, rows, mask, 0.0, L, DTYPE)
+            gate = _load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE)
             y *= _sigmoid(gate)
         _store(y_ptr, y, j, length, stride_yt, rows, mask, L)
 
@@ -386,18 +413,19 @@ def _walk_gradients(
     grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, NEAR: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Writes the past of every tile and the gradients' states there, and what a segment gives to gw and gu."""
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    rows = tl.arange(0, L)[:, None]
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
-    u = tl.load(u_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
+    rows = tl.arange(0, L)[None, :, None]
+    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     gy_ptr += b * stride_gyb + channel * stride_gyc
     # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr, mask=mask, other=0.0).to(DTYPE)
+    centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
     if GATED:
         gate_ptr += b * stride_gb + channel * stride_gc
     gw_ptr += (b * segments + segment) * channels + channel
@@ -409,55 +437,55 @@ def _walk_gradients(
     outside_ptr += (b * segments + segment) * 2 * stride_s + channel
     grad_totals_ptr += b * segments * 2 * stride_p + channel
     first = segment * count
-    count = tl.minimum(count, tiles - first)
     zero = w * 0
     m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
     fm, fn, fd, fn1, fd1 = m, n, d, n1, d1
     if not ONE:
         m, n, d, n1, d1 = _load_state(outside_ptr, channels, mask, True)
         fm, fn, fd, fn1, fd1 = _load_state(outside_ptr + stride_s, channels, mask, True)
-    decay, fade = _fade(w, 1), _fade(w[None, :], L - 1 - rows)
-    before_fade = _fade(w[None, :], rows)
+    decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
+    before_fade = _fade(w[:, None], rows)
     gw, gu = zero, zero
     gm, ga, gn, gd = zero + NOTHING, zero, zero, zero
     tm, ta, tn, td = gm, zero, zero, zero
     for i in range(count):
         j = first + i
-        k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, 0.0, L, DTYPE) - centre[None, :]
-        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, 0.0, L, DTYPE)
+        exists = mask & (j < tiles)
+        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
+        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
+        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, L, DTYPE)
         if GATED:
-            gy *= _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, 0.0, L, DTYPE))
+            gy *= _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE))
         p = past_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, m - a * w, n, d, n, d, channels, mask, False)
+        _store_state(p, m - a * w, n, d, n, d, channels, exists, False)
         p = grads_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, gm - ga * w, gn, gd, gn, gd, channels, mask, False)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, mask, True)
+        _store_state(p, gm - ga * w, gn, gd, gn, gd, channels, exists, False)
+        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, exists, True)
         if not ONE:
             after = zero + (count - 1 - i) * L
             jm, ja, jn, jd, jn1, jd1 = _join(
                 jm, zero, jn, jd, jn1, jd1, fm, after, fn, fd, fn1 + after * fn, fd1 + after * fd, w,
             )  # fmt: skip
             jm -= ja * w
-        top = tl.max(k, 0)
-        e = tl.exp(k - top[None, :])
+        top = tl.max(k, 1)
+        e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
             k, v, e, top, w, u, decay, fade, m, a, n, d, n1, d1, jm, jn, jd, jn1, jd1, rows, NEAR, True, L,
         )  # fmt: skip
         g = gy * inverse
         h = g * y
-        gw -= tl.sum(g * slope, 0)
+        gw -= tl.sum(g * slope, 1)
         if NEAR:
-            own = e * tl.exp(u)[None, :]
+            own = e * tl.exp(u)[:, None]
         else:
-            own = tl.exp((k - c) + u[None, :])
-        gu += tl.sum(own * g * (v - y), 0)
+            own = tl.exp((k - c) + u[:, None])
+        gu += tl.sum(own * g * (v - y), 1)
         if NEAR:
-            key = -(top + over)
-            x, z = tl.sum(fade * g, 0), tl.sum(fade * h, 0)
+            key = _minus(top, over)
+            x, z = tl.sum(fade * g, 1), tl.sum(fade * h, 1)
             gm, ga, gn, gd, _, _ = _join(gm, ga + L, gn, gd, gn, gd, key, zero, x, z, x, z, w)
             if not ONE:
-                x, z = tl.sum(before_fade * g, 0), tl.sum(before_fade * h, 0)
+                x, z = tl.sum(before_fade * g, 1), tl.sum(before_fade * h, 1)
                 tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, zero + i * L, x, z, x, z, w)
         else:
             for r in range(L):
@@ -481,18 +509,18 @@ def _walk_inputs(
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc,
     stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb,
     stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    ONE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of k, v and gate."""
-    b, segment, channel, mask = _place(segments, channels, BLOCK)
-    rows = tl.arange(0, L)[:, None]
-    w = tl.load(w_ptr + channel, mask=mask, other=0.0).to(DTYPE)
-    u = tl.load(u_ptr + channel, mask=mask, other=0.0).to(DTYPE)
+    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
+    rows = tl.arange(0, L)[None, :, None]
+    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     gy_ptr += b * stride_gyb + channel * stride_gyc
     # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr, mask=mask, other=0.0).to(DTYPE)
+    centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
     if GATED:
         gate_ptr += b * stride_gb + channel * stride_gc
         ggate_ptr += b * stride_ggb + channel
@@ -505,7 +533,6 @@ def _walk_inputs(
     outside_ptr += (b * segments + segment) * 2 * stride_s + channel
     grad_outside_ptr += (b * segments + segment) * 2 * stride_p + channel
     first = segment * count
-    count = tl.minimum(count, tiles - first)
     zero = w * 0
     # The future outside of the segment, and the gradients' states there: p before it, m after it.
     m, a, n, d = zero + NOTHING, zero, zero, zero
@@ -515,40 +542,41 @@ def _walk_inputs(
         fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
         pm, pn, pd, _, _ = _load_state(grad_outside_ptr, channels, mask, False)
         m, n, d, _, _ = _load_state(grad_outside_ptr + stride_p, channels, mask, False)
-    decay, fade = _fade(w, 1), _fade(w[None, :], rows)
+    decay, fade = _fade(w, 1), _fade(w[:, None], rows)
     for i in range(count):
         j = first + count - 1 - i
-        k = _load(k_ptr, j, length, stride_kt, rows, mask, NOTHING, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, 0.0, L, DTYPE) - centre[None, :]
-        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, 0.0, L, DTYPE)
+        exists = mask & (j < tiles)
+        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
+        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
+        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, L, DTYPE)
         pointer = past_ptr + j.to(tl.int64) * stride_p
-        bm, bn, bd, _, _ = _load_state(pointer, channels, mask, False)
+        bm, bn, bd, _, _ = _load_state(pointer, channels, exists, False)
         pointer = grads_ptr + j.to(tl.int64) * stride_p
-        gm, gn, gd, _, _ = _load_state(pointer, channels, mask, False)
+        gm, gn, gd, _, _ = _load_state(pointer, channels, exists, False)
         pointer = states_ptr + j.to(tl.int64) * stride_s
-        jm, jn, jd, _, _ = _load_state(pointer, channels, mask, False)
+        jm, jn, jd, _, _ = _load_state(pointer, channels, exists, False)
         if not ONE:
             jm, ja, jn, jd, _, _ = _join(jm, zero, jn, jd, jn, jd, fm, zero + i * L, fn, fd, fn, fd, w)
             jm -= ja * w
             before = (count - 1 - i) * L
             gm, ga, gn, gd, _, _ = _join(gm, zero, gn, gd, gn, gd, pm, zero + before, pn, pd, pn, pd, w)
             gm -= ga * w
-        top = tl.max(k, 0)
-        e = tl.exp(k - top[None, :])
+        top = tl.max(k, 1)
+        e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, bm, ba, bn, bd, _, _ = _attend(
             k, v, e, top, w, u, decay, fade, bm, zero, bn, bd, bn, bd, jm, jn, jd, jn, jd, rows, NEAR, False, L,
         )  # fmt: skip
         if GATED:
-            s = _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, 0.0, L, DTYPE))
-            ggate = gy * (y + centre[None, :]) * (s * (1.0 - s))
+            s = _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE))
+            ggate = gy * (y + centre[:, None]) * (s * (1.0 - s))
             _store(ggate_ptr, ggate, j, length, stride_ggt, rows, mask, L)
             gy *= s
         g = gy * inverse
         h = g * y
         if NEAR:
-            own = e * tl.exp(u)[None, :]
+            own = e * tl.exp(u)[:, None]
         else:
-            own = tl.exp((k - c) + u[None, :])
+            own = tl.exp((k - c) + u[:, None])
         gv = own * g
         gk = gv * (v - y)
         if NEAR:
@@ -558,8 +586,8 @@ def _walk_inputs(
             x, z = x + _flip(fx), z + _flip(fz)
             gv += e * x
             gk += e * (v * x - z)
-            x, z = tl.sum(fade * g, 0), tl.sum(fade * h, 0)
-            m, a, n, d, _, _ = _join(m, a + L, n, d, n, d, -(top + over), zero, x, z, x, z, w)
+            x, z = tl.sum(fade * g, 1), tl.sum(fade * h, 1)
+            m, a, n, d, _, _ = _join(m, a + L, n, d, n, d, _minus(top, over), zero, x, z, x, z, w)
         else:
             for r in range(L - 1, -1, -1):
                 kr, vr = _row(k, rows, r), _row(v, rows, r)
@@ -590,22 +618,22 @@ _GENERAL += ["length", "channels", "tiles", "segments", "count"]
 def bi_wkv_states_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, SLOPE: tl.constexpr,
-    L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A segment's sums to both sides, and those to the right of every tile.
 
     k, v (B, T, C); states (B, T / L, fields, C); totals (B, segments, 2, fields, C); w, u (C,).
     """
-    near = _is_near(w_ptr, u_ptr, segments, channels, L, BLOCK)
+    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
     if near:
         _walk_back(
             w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, True, SLOPE, True, L, BLOCK, DTYPE,
+            stride_kc, stride_vb, stride_vt, stride_vc, True, SLOPE, True, L, W, BLOCK, DTYPE,
         )  # fmt: skip
     else:
         _walk_back(
             w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, False, SLOPE, True, L, BLOCK, DTYPE,
+            stride_kc, stride_vb, stride_vt, stride_vc, False, SLOPE, True, L, W, BLOCK, DTYPE,
         )  # fmt: skip
 
 
@@ -614,39 +642,41 @@ def bi_wkv_fwd_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, outside_ptr, length, channels, tiles, segments,
     count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    SOLO: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a segment.
 
     k, v, gate, y (B, T, C); states (B, T / L, 3, C); totals, outside (B, segments, 2, 3, C);
     w, u (C,).
     """
-    near = _is_near(w_ptr, u_ptr, segments, channels, L, BLOCK)
-    if ONE:
+    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
+    if SOLO:
         if near:
             _walk_back(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, False, False, L, BLOCK, DTYPE,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, False, not ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
         else:
             _walk_back(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, False, False, L, BLOCK, DTYPE,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, False, not ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
-    else:
-        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, False, L, BLOCK, DTYPE)
-    tl.debug_barrier()
+        tl.debug_barrier()
+    if not ONE:
+        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, False, L, W, BLOCK, DTYPE)
+        tl.debug_barrier()
     if near:
         _walk_outputs(
             w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
             count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, True, GATED, ONE, L, BLOCK, DTYPE,
+            stride_yb, stride_yt, True, GATED, ONE, L, W, BLOCK, DTYPE,
         )  # fmt: skip
     else:
         _walk_outputs(
             w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
             count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, False, GATED, ONE, L, BLOCK, DTYPE,
+            stride_yb, stride_yt, False, GATED, ONE, L, W, BLOCK, DTYPE,
         )  # fmt: skip
 
 
@@ -657,7 +687,8 @@ def bi_wkv_bwd_kernel(
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb,
     stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr,
-    GATED: tl.constexpr, ONE: tl.constexpr, LAST: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, ONE: tl.constexpr, SOLO: tl.constexpr, LAST: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a segment: of w and u first, and what other segments must know; with LAST of k, v and gate.
@@ -666,48 +697,52 @@ def bi_wkv_bwd_kernel(
     (B, T / L, 3, C); totals, outside (B, segments, 2, 5, C); grad_totals, grad_outside (B, segments, 2, 3, C);
     w, u (C,).
     """
-    near = _is_near(w_ptr, u_ptr, segments, channels, L, BLOCK)
-    if ONE:
+    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
+    if SOLO:
         if near:
             _walk_back(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, True, False, L, BLOCK, DTYPE,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, True, not ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
         else:
             _walk_back(
                 w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, True, False, L, BLOCK, DTYPE,
+                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, True, not ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
-    elif LAST:
-        _outside(w_ptr, grad_totals_ptr, grad_outside_ptr, channels, tiles, segments, count, False, L, BLOCK, DTYPE)
-    else:
-        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, True, L, BLOCK, DTYPE)
-    tl.debug_barrier()
-    if ONE or not LAST:
-        if near:
-            _walk_gradients(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
-                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
-                True, GATED, ONE, L, BLOCK, DTYPE,
-            )  # fmt: skip
-        else:
-            _walk_gradients(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
-                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
-                False, GATED, ONE, L, BLOCK, DTYPE,
-            )  # fmt: skip
-    if ONE:
         tl.debug_barrier()
-    if ONE or LAST:
+    if SOLO or not LAST:
+        if not ONE:
+            _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, True, L, W, BLOCK, DTYPE)
+            tl.debug_barrier()
+        if near:
+            _walk_gradients(
+                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
+                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
+                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
+                True, GATED, ONE, L, W, BLOCK, DTYPE,
+            )  # fmt: skip
+        else:
+            _walk_gradients(
+                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
+                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
+                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
+                False, GATED, ONE, L, W, BLOCK, DTYPE,
+            )  # fmt: skip
+    if SOLO:
+        tl.debug_barrier()
+    if SOLO or LAST:
+        if not ONE:
+            _outside(
+                w_ptr, grad_totals_ptr, grad_outside_ptr, channels, tiles, segments, count, False, L, W, BLOCK, DTYPE,
+            )  # fmt: skip
+            tl.debug_barrier()
         if near:
             _walk_inputs(
                 w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr,
                 grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
                 stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
                 stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
-                True, GATED, ONE, L, BLOCK, DTYPE,
+                True, GATED, ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
         else:
             _walk_inputs(
@@ -715,31 +750,36 @@ def bi_wkv_bwd_kernel(
                 grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
                 stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
                 stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
-                False, GATED, ONE, L, BLOCK, DTYPE,
+                False, GATED, ONE, L, W, BLOCK, DTYPE,
             )  # fmt: skip
 
 
-# Tokens of a tile, channels of a program: one warp, each of its threads has a channel.
-_TILE, _BLOCK = 16, 32
-# Programs below which sequences are cut into segments, and the fewest tiles that a segment is worth.
-_PROGRAMS, _SEGMENT = 2048, 8
+# Tokens of a tile; channels of a program, one for each thread of a warp; warps of a program, each with its segment.
+_TILE, _BLOCK, _WARPS = 8, 32, 4
+# The fewest tiles that a segment is worth, and the most of a sequence that one program walks alone; longer ones are
+# spread over so many programs that there are about this many warps.
+_SEGMENT, _SOLO, _ENOUGH = 4, 64, 4096
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _segments(batch: int, tiles: int, channels: int) -> tuple[int, int]:
     """How many segments a sequence has, and how many tiles each."""
-    programs = max(1, batch * triton.cdiv(channels, _BLOCK))
-    count = triton.cdiv(tiles, max(1, min(_PROGRAMS // programs, tiles // _SEGMENT)))
+    most = _WARPS
+    if tiles > _SOLO:
+        most = max(most, _ENOUGH // max(1, batch * triton.cdiv(channels, _BLOCK)))
+    count = triton.cdiv(tiles, max(1, min(most, tiles // _SEGMENT)))
     return triton.cdiv(tiles, count), count
 
 
-def _plan(k: Tensor, dtype: torch.dtype):
+def _plan(k: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int], dict]:
+    """Sizes, grid and options of the kernels."""
     batch, length, channels = k.shape
     tiles = triton.cdiv(length, _TILE)
     segments, count = _segments(batch, tiles, channels)
-    grid = (batch * segments * triton.cdiv(channels, _BLOCK),)
-    options = dict(L=_TILE, BLOCK=_BLOCK, DTYPE=_TYPES[dtype], num_warps=max(1, _BLOCK // 32))
+    warps = min(_WARPS, triton.next_power_of_2(segments))
+    grid = (batch * triton.cdiv(segments, warps) * triton.cdiv(channels, _BLOCK),)
+    options = dict(L=_TILE, W=warps, BLOCK=_BLOCK, DTYPE=_TYPES[dtype], num_warps=max(1, warps * _BLOCK // 32))
     return (length, channels, tiles, segments, count), grid, options
 
 
@@ -753,16 +793,17 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, off
     w, u = w.contiguous(), u.contiguous()
     sizes, grid, options = _plan(k, dtype)
     batch, channels, tiles, segments = len(k), *sizes[1:4]
-    one = segments == 1
+    one, solo = segments == 1, segments <= options["W"]
     states = k.new_empty(batch, tiles, 3, channels, dtype=dtype)
     totals, outside = states, states
     if not one:
         totals, outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
+    if not solo:
         bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=False, **options)
     gated = y if gate is None else gate
     bi_wkv_fwd_kernel[grid](
         w, u, k, v, gated, y, states, totals, outside, *sizes, *k.stride(), *v.stride(), *gated.stride(),
-        *y.stride()[:2], GATED=gate is not None, ONE=one, **options,
+        *y.stride()[:2], GATED=gate is not None, ONE=one, SOLO=solo, **options,
     )  # fmt: skip
     return y
 
@@ -780,19 +821,20 @@ def backward(
     gy, w, u = grads[0], w.contiguous(), u.contiguous()
     sizes, grid, options = _plan(k, dtype)
     batch, channels, tiles, segments = len(k), *sizes[1:4]
-    one = segments == 1
+    one, solo = segments == 1, segments <= options["W"]
     states, past, gradients = (k.new_empty(batch, tiles, n, channels, dtype=dtype) for n in (5, 3, 3))
     totals = grad_totals = outside = grad_outside = states
     gw, gu = (k.new_empty(batch * segments, channels, dtype=dtype) for _ in range(2))
     if not one:
         totals, outside = (k.new_empty(batch, segments, 2, 5, channels, dtype=dtype) for _ in range(2))
         grad_totals, grad_outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
+    if not solo:
         bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=True, **options)
     gated, ggated = (gk, gk) if gate is None else (gate, ggate)
-    for last in (True,) if one else (False, True):
+    for last in (True,) if solo else (False, True):
         bi_wkv_bwd_kernel[grid](
             w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, states, past, gradients, totals, grad_totals, outside,
             grad_outside, *sizes, *k.stride(), *v.stride(), *gy.stride(), *gated.stride(), *gk.stride()[:2],
-            *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, LAST=last, **options,
+            *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, SOLO=solo, LAST=last, **options,
         )  # fmt: skip
     return [gw.sum(0), gu.sum(0), gk, gv, ggate]

@@ -1,0 +1,108 @@
+"""Bi-WKV's Triton kernels, interpreted on the CPU, against the definition in float64."""
+
+import importlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.ops.harness import compare, randn, run  # noqa: E402
+from tests.ops.test_bi_wkv import check_reference_values, make  # noqa: E402
+from tests.tolerance import assert_close  # noqa: E402
+from vla.ops import bi_wkv  # noqa: E402
+
+kernels = importlib.import_module("vla.ops.bi_wkv._triton")
+
+
+@pytest.fixture(params=["one program", "programs"])
+def spread(request, monkeypatch):
+    """Whether a sequence's segments are in one program or in several."""
+    monkeypatch.setattr(kernels, "_SEGMENT", 1)
+    if request.param == "programs":
+        monkeypatch.setattr(kernels, "_SOLO", 0)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Less for the interpreter to do."""
+    monkeypatch.setattr(kernels, "_BLOCK", 8)
+    monkeypatch.setattr(kernels, "_WARPS", 2)
+    monkeypatch.setattr(kernels, "_ENOUGH", 6)
+
+
+def single(tensors):
+    return {n: t.float() for n, t in tensors.items()}
+
+
+def gated(tensors):
+    return tensors | {"gate": randn(7)(*tensors["v"].shape).to(tensors["v"].dtype)}
+
+
+@pytest.mark.parametrize("decay", [3.0, 50.0], ids=["near", "far"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 17, 9)], ids=lambda s: "x".join(map(str, s)))
+def test_against_naive(shape, decay, spread):
+    compare("triton", bi_wkv, gated(single(make(*shape, decay))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    compare("triton", bi_wkv, make(1, 20, 5, dtype=dtype))
+
+
+def test_float32_parameters_with_half_precision_tokens():
+    tensors = gated(make(1, 20, 8))
+    tensors = {n: t.float() if t.dim() == 1 else t.bfloat16() for n, t in tensors.items()}
+    compare("triton", bi_wkv, tensors, 2e-2)
+
+
+def test_long_sequence_keeps_its_exponents():
+    compare("triton", bi_wkv, single(make(1, 300, 2, 10.0)))
+
+
+@pytest.mark.parametrize("decay", [-80.0, 80.0], ids=["rising", "falling"])
+def test_states_far_above_a_tile(decay, spread):
+    """Near tiles, and weights that change by more over the sequence than float32 has room for."""
+    tensors = single(make(1, 100, 2))
+    tensors["w"] = torch.tensor([decay, decay / 2]) / 100
+    tensors["k"] *= 5
+    compare("triton", bi_wkv, tensors)
+
+
+@pytest.mark.parametrize("name, value", [("w", -300.0), ("w", 1e4), ("u", 1e4), ("u", -1e4), ("k", 3e4)])
+def test_extremes_are_finite(name, value):
+    tensors = single(make(1, 10, 4))
+    tensors[name] = tensors[name] + value * torch.linspace(-1, 1, tensors[name].numel()).view_as(tensors[name])
+    results = run("triton", bi_wkv, tensors)
+    assert all(torch.isfinite(value).all() for value in results.values())
+
+
+def test_offset_of_values_costs_nothing():
+    tensors = single(make(1, 20, 3))
+    expected = run("naive", bi_wkv, {n: t.double() for n, t in tensors.items()})
+    tensors["v"] += 64
+    for name, value in run("triton", bi_wkv, tensors).items():
+        if name != "output 0":
+            # 64 leaves 18 bits of a value's fraction.
+            assert_close(name, value, expected[name], 5e-5)
+
+
+def test_strides():
+    tensors = gated(single(make(2, 12, 8)))
+    expected = run("triton", bi_wkv, tensors)
+    tensors["k"] = tensors["k"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    tensors["v"] = tensors["v"].repeat_interleave(2, 1)[:, ::2]
+    tensors["gate"] = tensors["gate"].repeat_interleave(2, 2)[:, :, ::2]
+    for name, value in run("triton", bi_wkv, tensors).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_empty_batch():
+    results = run("triton", bi_wkv, single(make(0, 5, 3)))
+    assert results["output 0"].shape == (0, 5, 3)
+    assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("name", ["stab_negative_decay", "stab_large_u", "t33"])
+def test_reference_values(name):
+    check_reference_values(f"op_biwkv_{name}.npz", torch.float32, "triton", (None,))
