@@ -486,9 +486,9 @@ def selective_scan_chunk_kernel(
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
-    flat_step = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # (S, E)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     row = channel[None, :, None]
+    mask = valid[None, :, None]
     delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
     v_row = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN)
     if z_ptr is not None:
@@ -504,18 +504,15 @@ def selective_scan_chunk_kernel(
     for chunk in range(first_chunk, last_chunk):
         time = chunk * (LANES * PER_LANE) + step
         inside = time < length
-        mask = inside & valid[None, :, None]
         time = time.to(tl.int64)
-        # (S, E) for itself: in the layout of (S, 1, E), spread over all warps, it would spoil that of (S, R, E).
-        flat_time = (chunk * (LANES * PER_LANE) + flat_step).to(tl.int64)
-        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
-        v = tl.load(v_row + time * v_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+        s = tl.load(delta_row + time * delta_l, inside & mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
+        v = tl.load(v_row + time * v_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
         if bias_ptr is not None:
             s += bias
         dt2 = _exponent(s, inside, SOFTPLUS)
         if ADJOINT:
             if z_ptr is not None:
-                z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (S, R, E)
+                z = tl.load(z_row + time * z_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
                 v *= z * tl.sigmoid(z)
             between = _sum_until(dt2, position, steps)
         else:
@@ -532,8 +529,7 @@ def selective_scan_chunk_kernel(
             if CONSTANT:
                 P = tl.load(P_row + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
             else:
-                P_at = P_row + n * _aligned(P_n, ALIGN) + flat_time * P_l
-                P = tl.load(P_at, flat_time < length, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+                P = tl.load(P_row + n * _aligned(P_n, ALIGN) + time * P_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
             local = tl.sum(tl.sum(tl.exp2(A[None, :, None] * between) * (P * v), 2), 0)
             if PARALLEL:
                 tl.store(states_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
@@ -681,8 +677,8 @@ def selective_scan_bwd_kernel(
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
-    flat_step = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]  # (S, E)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    blocks = tl.minimum(BLOCKS, tl.cdiv(span - first_row, ROWS))
     # Parts of gradients that are summed over rows: one for each program of a sequence.
     part = program.to(tl.int64) * states * length
     if not B_CONSTANT:
@@ -695,27 +691,24 @@ def selective_scan_bwd_kernel(
         time = chunk * (LANES * PER_LANE) + step
         inside = time < length
         time = time.to(tl.int64)
-        # (S, E) for itself: in the layout of (S, 1, E) it would spoil that of (S, R, E).
-        flat_time = (chunk * (LANES * PER_LANE) + flat_step).to(tl.int64)
-        flat_inside = flat_time < length
         if ONE_STATE:
-            gB_sum = tl.zeros([LANES, PER_LANE], tl.float32)
-            gC_sum = tl.zeros([LANES, PER_LANE], tl.float32)
+            gB_sum = tl.zeros([LANES, 1, PER_LANE], tl.float32)
+            gC_sum = tl.zeros([LANES, 1, PER_LANE], tl.float32)
         # The adjoints that other threads stored at the end of the previous chunk.
         tl.debug_barrier()
-        for block in range(BLOCKS):
+        for block in range(blocks):
             row = first_row + block * ROWS + tl.arange(0, ROWS)
             valid = row < span
-            mask = inside & valid[None, :, None]
+            mask = valid[None, :, None]
             channel = (first_channel + row).to(tl.int64)
             sequence = batch * channels + channel
             row = channel[None, :, None]
-            u_at = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN) + time * u_l
-            u = tl.load(u_at, mask, 0.0).to(tl.float32)  # (S, R, E)
-            delta_at = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN) + time * delta_l
-            s = tl.load(delta_at, mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
-            g_at = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN) + time * g_l
-            gy = tl.load(g_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+            u_row = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN)
+            u = tl.load(u_row + time * u_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
+            delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
+            s = tl.load(delta_row + time * delta_l, inside & mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
+            g_row = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN)
+            gy = tl.load(g_row + time * g_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
             if bias_ptr is not None:
                 s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
             if D_ptr is not None:
@@ -724,8 +717,8 @@ def selective_scan_bwd_kernel(
             total = tl.sum(tl.sum(dt2, 2), 0)
             x = dt2 * LN2 * u
             if z_ptr is not None:
-                z_at = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN) + time * z_l
-                z = tl.load(z_at, mask, 0.0).to(tl.float32)  # (S, R, E)
+                z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
+                z = tl.load(z_row + time * z_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
                 gate = tl.sigmoid(z)
                 g_gate = gy * gate * (1 + z * (1 - gate))
                 gy *= z * gate
@@ -742,13 +735,13 @@ def selective_scan_bwd_kernel(
                 if B_CONSTANT:
                     B = tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
                 else:
-                    B_at = B_row + n * _aligned(B_n, ALIGN) + flat_time * B_l
-                    B = tl.load(B_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+                    at = B_row + n * _aligned(B_n, ALIGN)
+                    B = tl.load(at + time * B_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
                 if C_CONSTANT:
                     C = tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
                 else:
-                    C_at = C_row + n * _aligned(C_n, ALIGN) + flat_time * C_l
-                    C = tl.load(C_at, flat_inside, 0.0).to(tl.float32)[:, None, :]  # (S, E)
+                    at = C_row + n * _aligned(C_n, ALIGN)
+                    C = tl.load(at + time * C_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
                 if entering_ptr is not None:
                     at = entering_ptr + (sequence * states + n) * (chunks + 1) + chunk
                     entering = tl.load(at, valid, 0.0)  # (R,)
@@ -774,19 +767,19 @@ def selective_scan_bwd_kernel(
                 if B_CONSTANT:
                     tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
-                    gB_sum += tl.sum(g * x, 1)
+                    gB_sum += tl.sum(g * x, 1)[:, None, :]
                 else:
-                    at = gB_ptr + part + n * length + flat_time
-                    gB = tl.sum(g * x, 1) + tl.load(at, flat_inside & (block > 0), 0.0)  # (S, E)
-                    tl.store(at, gB, flat_inside)
+                    at = gB_ptr + part + n * length + time
+                    before = tl.load(at, inside & (block > 0), 0.0)  # (S, 1, E)
+                    tl.store(at, before + tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
                 if C_CONSTANT:
                     tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
-                    gC_sum += tl.sum(gy * h, 1)
+                    gC_sum += tl.sum(gy * h, 1)[:, None, :]
                 else:
-                    at = gC_ptr + part + n * length + flat_time
-                    gC = tl.sum(gy * h, 1) + tl.load(at, flat_inside & (block > 0), 0.0)  # (S, E)
-                    tl.store(at, gC, flat_inside)
+                    at = gC_ptr + part + n * length + time
+                    before = tl.load(at, inside & (block > 0), 0.0)  # (S, 1, E)
+                    tl.store(at, before + tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
             gu = gx * (dt2 * LN2)
             if D_ptr is not None:
                 gu += skip * gy
@@ -802,16 +795,16 @@ def selective_scan_bwd_kernel(
                 g_sum = tl.sum(tl.sum(gdelta, 2), 0)
                 tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
             if z_ptr is not None:
-                gz_at = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN) + time * gz_l
-                tl.store(gz_at, g_gate * y, mask)  # (S, R, E)
-            gu_at = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN) + time * gu_l
-            tl.store(gu_at, gu, mask)  # (S, R, E)
-            gd_at = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN) + time * gdelta_l
-            tl.store(gd_at, gdelta, mask)  # (S, R, E)
+                gz_row = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN)
+                tl.store(gz_row + time * gz_l, g_gate * y, inside & mask)  # (S, R, E)
+            gu_row = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN)
+            tl.store(gu_row + time * gu_l, gu, inside & mask)  # (S, R, E)
+            gdelta_row = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN)
+            tl.store(gdelta_row + time * gdelta_l, gdelta, inside & mask)  # (S, R, E)
         if ONE_STATE and not B_CONSTANT:
-            tl.store(gB_ptr + part + flat_time, gB_sum, flat_inside)  # (S, E)
+            tl.store(gB_ptr + part + time, gB_sum, inside)  # (S, 1, E)
         if ONE_STATE and not C_CONSTANT:
-            tl.store(gC_ptr + part + flat_time, gC_sum, flat_inside)  # (S, E)
+            tl.store(gC_ptr + part + time, gC_sum, inside)  # (S, 1, E)
 
 
 class _Scan:
@@ -946,9 +939,9 @@ def _entering(
     return entering
 
 
-def _vector(scan: _Scan, align: int) -> int:
-    """Steps of one thread: what it loads at once, at most 16 bytes."""
-    return max(1, min(align, 16 // scan.u.element_size()))
+def _steps(scan: _Scan, align: int) -> tuple[int, int]:
+    """Lanes and steps of each: what a thread loads at once, 16 bytes if the alignment allows."""
+    return 32, max(1, min(align, 16 // scan.u.element_size()))
 
 
 def _launch(scan: _Scan, registers: int | None = None) -> dict:
@@ -1067,7 +1060,7 @@ def backward(
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)
     align = scan.alignment(g, gu, gdelta, gz)
-    lanes, per_lane = 32, _vector(scan, align)
+    lanes, per_lane = steps = _steps(scan, align)
     rows, blocks, options = _backward_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
@@ -1081,8 +1074,8 @@ def backward(
     gC = scan.new(*(by_program if scan.C_channels else by_state))
     gD = None if D is None else scan.new(*by_channel)
     gbias = None if delta_bias is None else scan.new(*by_channel)
-    entering = _entering(scan, (lanes, per_lane), parallel) if chunks > 1 else None
-    carry = _entering(scan, (lanes, per_lane), True, g, g_state) if parallel else g_state.clone()
+    entering = _entering(scan, steps, parallel) if chunks > 1 else None
+    carry = _entering(scan, steps, True, g, g_state) if parallel else g_state.clone()
     selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
         g,
         scan.u,
