@@ -20,16 +20,21 @@ _NO_TOTAL = tl.constexpr(8e-13)
 
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# Triton has it since 3.2.
-_GATHER = hasattr(tl, "gather")
 # Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
 _FTZ = tl.constexpr(torch.version.cuda is not None and not _INTERPRETED.value)
 
 
 @triton.jit
-def _dot(a, b, acc=None):
+def _dot(a, b):
     if _INTERPRETED:
         # Triton's interpreter multiplies the bits of bfloat16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _dot_add(a, b, acc):
+    if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc=acc, input_precision="ieee")
 
@@ -92,7 +97,7 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
         return _dot(before, h), _dot(after, h)
     else:
         high, low = _halves(h)
-        return _dot(before, low, _dot(before, high)), _dot(after, low, _dot(after, high))
+        return _dot_add(before, low, _dot(before, high)), _dot_add(after, low, _dot(after, high))
 
 
 @triton.jit
@@ -250,12 +255,12 @@ def _proxy_line_gradients(
         g_r = sr * (below - mean) * (nr * shrink * er)
         carry = sm
         if EXACT:
-            carry = _dot(before, sr, _dot(after, sl, carry))
+            carry = _dot_add(before, sr, _dot_add(after, sl, carry))
         else:
             sl_high, sl_low = _halves(sl)
             sr_high, sr_low = _halves(sr)
-            carry = _dot(after, sl_low, _dot(after, sl_high, carry))
-            carry = _dot(before, sr_low, _dot(before, sr_high, carry))
+            carry = _dot_add(after, sl_low, _dot_add(after, sl_high, carry))
+            carry = _dot_add(before, sr_low, _dot_add(before, sr_high, carry))
     return g_x, carry, g_l, g_m, g_r, g * x, gy * value, gy * x
 
 
@@ -266,12 +271,12 @@ def _contract(z, g0, g1, g2, v0, v1, v2, gw0, gw1, gw2, g_z, TWICE: tl.constexpr
         g0, l0 = _halves(g0)
         g1, l1 = _halves(g1)
         g2, l2 = _halves(g2)
-        g_z = _dot(l2, v2, _dot(l1, v1, _dot(l0, v0, g_z)))
-        gw0, gw1, gw2 = _dot(z, l0, gw0), _dot(z, l1, gw1), _dot(z, l2, gw2)
+        g_z = _dot_add(l2, v2, _dot_add(l1, v1, _dot_add(l0, v0, g_z)))
+        gw0, gw1, gw2 = _dot_add(z, l0, gw0), _dot_add(z, l1, gw1), _dot_add(z, l2, gw2)
     else:
         g0, g1, g2 = g0.to(z.dtype), g1.to(z.dtype), g2.to(z.dtype)
-    g_z = _dot(g2, v2, _dot(g1, v1, _dot(g0, v0, g_z)))
-    return _dot(z, g0, gw0), _dot(z, g1, gw1), _dot(z, g2, gw2), g_z
+    g_z = _dot_add(g2, v2, _dot_add(g1, v1, _dot_add(g0, v0, g_z)))
+    return _dot_add(z, g0, gw0), _dot_add(z, g1, gw1), _dot_add(z, g2, gw2), g_z
 
 
 @triton.jit(do_not_specialize=[
@@ -396,32 +401,30 @@ def line_scan_proxy_bwd_kernel(
 
 
 @triton.jit
-def _halve(tile, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
-    """Lines (R, W) -> the earlier and the later half of them."""
-    left, right = tl.split(tl.permute(tl.reshape(tile, [R, 2, W // 2]), [0, 2, 1]))
-    if REVERSE:
-        return right, left
+def _half(tile, R: tl.constexpr, W: tl.constexpr, right: tl.constexpr):
+    first, second = tl.split(tl.permute(tl.reshape(tile, [R, 2, W // 2]), [0, 2, 1]))
+    if right:
+        return second
     else:
-        return left, right
+        return first
 
 
 @triton.jit
-def _rejoin(earlier, later, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
-    """The inverse of `_halve`."""
-    if REVERSE:
-        return tl.reshape(tl.permute(tl.join(later, earlier), [0, 2, 1]), [R, W])
-    else:
-        return tl.reshape(tl.permute(tl.join(earlier, later), [0, 2, 1]), [R, W])
+def _line(tile, R: tl.constexpr, W: tl.constexpr, j: tl.constexpr):
+    """Line `j` of lines (R, W) as float32 (R,). A thread holds all lines of its rows, so nothing moves."""
+    if W == 8:
+        tile = _half(tile, R, 8, j // 4 == 1)
+    if W >= 4:
+        tile = _half(tile, R, 4, j // 2 % 2 == 1)
+    if W >= 2:
+        tile = _half(tile, R, 2, j % 2 == 1)
+    return tl.reshape(tile, [R]).to(tl.float32)
 
 
 @triton.jit
-def _latest(tile, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
-    """The last line (R, 1) of lines (R, W)."""
-    if W == 1:
-        return tile
-    else:
-        _, later = _halve(tile, R, W, REVERSE)
-        return _latest(later, R, W // 2, REVERSE)
+def _put(tile, line, W: tl.constexpr, j: tl.constexpr):
+    """Lines (R, W) with line `j` replaced."""
+    return tl.where(tl.arange(0, W)[None, :] == j, line[:, None], tile)
 
 
 @triton.jit
@@ -433,9 +436,19 @@ def _block(pointer, stride, n, W: tl.constexpr):
         return pointer + (n * W + tl.arange(0, W)[None, :])
 
 
-@triton.jit
-def _float(line, R: tl.constexpr):
-    return tl.reshape(line, [R]).to(tl.float32)
+# Triton's first versions don't have it, and look up every name.
+_GATHER = hasattr(tl, "gather")
+if _GATHER:
+
+    @triton.jit
+    def _gather(line, index):
+        return tl.gather(line, index, 0)
+
+else:
+
+    @triton.jit
+    def _gather(line, index):
+        return line
 
 
 @triton.jit
@@ -445,8 +458,8 @@ def _exchange(
 ):  # fmt: skip
     """`forth[i - 1]` and `back[i + 1]` of a line, 0 outside the map; SAME when the two are one."""
     if GATHER:
-        above = tl.where(has_left, tl.gather(forth, tl.maximum(index - ROW, 0), 0), 0.0)
-        below = tl.where(has_right, tl.gather(back, tl.minimum(index + ROW, R - 1), 0), 0.0)
+        above = tl.where(has_left, _gather(forth, tl.maximum(index - ROW, 0)), 0.0)
+        below = tl.where(has_right, _gather(back, tl.minimum(index + ROW, R - 1)), 0.0)
     else:
         # Through memory that no other program uses, in turns so that one barrier a line is enough.
         place += turn % 2 * (2 * (R + 2 * ROW))
@@ -467,128 +480,83 @@ def _stored_lines(
     HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """States of the last of W lines, and outputs (R, W) of all, from lines (R, W) of everything."""
-    if W == 1:
-        x, lam, l, m, r = _float(x, R), _float(lam, R), _float(l, R), _float(m, R), _float(r, R)
-        above, below = _exchange(h, h, place, w, index, has_left, has_right, R, ROW, GATHER, True)
-        if NORMALIZE:
-            l, m, r, share, _, _, _, _, _ = _open_gates(
-                l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
-            )
-            mixed = (l * above + m * h + r * below) * share
-        else:
-            mixed = l * above + m * h + r * below
-        t = lines - 1 - w if REVERSE else w
-        h = lam * x + tl.where(t % chunk == 0, 0.0, mixed)
-        y = h
-        if HAS_U:
-            y *= _float(u, R)
-        if HAS_SKIP:
-            y += _float(skip, R) * x
-        return h, tl.reshape(y, [R, 1])
+    out = tl.zeros([R, W], tl.float32)
+    for n in tl.static_range(W):
+        h, y = _stored_line(
+            x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
+            W - 1 - n if REVERSE else n, R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        out = _put(out, y, W, W - 1 - n if REVERSE else n)
+    return h, out
+
+
+@triton.jit
+def _stored_line(
+    x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
+    j: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """States and outputs (R,) of line `j` of lines (R, W)."""
+    xj, l, m, r = _line(x, R, W, j), _line(l, R, W, j), _line(m, R, W, j), _line(r, R, W, j)
+    above, below = _exchange(h, h, place, w + j, index, has_left, has_right, R, ROW, GATHER, True)
+    if NORMALIZE:
+        l, m, r, share, _, _, _, _, _ = _open_gates(
+            l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
+        )
+        mixed = (l * above + m * h + r * below) * share
     else:
-        x0, x1 = _halve(x, R, W, REVERSE)
-        a0, a1 = _halve(lam, R, W, REVERSE)
-        l0, l1 = _halve(l, R, W, REVERSE)
-        m0, m1 = _halve(m, R, W, REVERSE)
-        r0, r1 = _halve(r, R, W, REVERSE)
-        u0, u1, s0, s1 = x0, x1, x0, x1
-        if HAS_U:
-            u0, u1 = _halve(u, R, W, REVERSE)
-        if HAS_SKIP:
-            s0, s1 = _halve(skip, R, W, REVERSE)
-        w0 = w + W // 2 if REVERSE else w
-        w1 = w if REVERSE else w + W // 2
-        h, y0 = _stored_lines(
-            x0, a0, l0, m0, r0, u0, s0, h, w0, rows, lines, chunk, place, index, has_left, has_right,
-            R, W // 2, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-        h, y1 = _stored_lines(
-            x1, a1, l1, m1, r1, u1, s1, h, w1, rows, lines, chunk, place, index, has_left, has_right,
-            R, W // 2, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-        return h, _rejoin(y0, y1, R, W, REVERSE)
+        mixed = l * above + m * h + r * below
+    t = lines - 1 - w - j if REVERSE else w + j
+    h = _line(lam, R, W, j) * xj + tl.where(t % chunk == 0, 0.0, mixed)
+    y = h
+    if HAS_U:
+        y *= _line(u, R, W, j)
+    if HAS_SKIP:
+        y += _line(skip, R, W, j) * xj
+    return h, y
 
 
 @triton.jit
 def _stored_line_gradients(
-    x, lam, l, m, r, u, skip, gy, h, above, below, h0, above0, below0, carry, w, rows, lines, chunk, place, index,
-    has_left, has_right,
-    R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
+    x, lam, l, m, r, u, skip, gy, h, above, below, carry, w, rows, lines, chunk, place, index, has_left, has_right,
+    j: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states before W lines, and (R, W) of x, lambda, the gates, u and skip.
+    """Gradients (R,) of the states before line `j` of lines (R, W), and of its x, lambda, gates, u and skip.
 
-    `h`, `above` and `below` are states of these lines, one row up and one row down; `h0` and so on, (R, 1), those of
-    the line before them.
+    `h`, `above` and `below` (R,) are the states of the line before, one row up and one row down.
     """
-    if W == 1:
-        x, lam, gy = _float(x, R), _float(lam, R), _float(gy, R)
-        l, m, r = _float(l, R), _float(m, R), _float(r, R)
-        h, above, below = _float(h0, R), _float(above0, R), _float(below0, R)
-        g = carry
-        if HAS_U:
-            g += gy * _float(u, R)
-        else:
-            g += gy
-        g_x = g * lam
-        if HAS_SKIP:
-            g_x += gy * _float(skip, R)
-        t = lines - 1 - w if REVERSE else w
-        fresh = t % chunk == 0
-        handed = tl.where(fresh, 0.0, g)
-        if NORMALIZE:
-            nl, nm, nr, share, clamped, product, el, em, er = _open_gates(
-                l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
-            )
-            mixed = (nl * above + nm * h + nr * below) * share
-            mean = tl.where(clamped, 0.0, mixed)
-            share *= handed
-            shrink = _inverse(product)
-            l, m, r = nl * share, nm * share, nr * share
-            g_l = l * (above - mean) * (nl * shrink * el)
-            g_m = m * (h - mean) * (nm * shrink * em)
-            g_r = r * (below - mean) * (nr * shrink * er)
-        else:
-            mixed = l * above + m * h + r * below
-            g_l, g_m, g_r = handed * above, handed * h, handed * below
-            l, m, r = l * handed, m * handed, r * handed
-        value = lam * x + tl.where(fresh, 0.0, mixed)
-        from_above, from_below = _exchange(r, l, place, w, index, has_left, has_right, R, ROW, GATHER, False)
-        carry = m + from_above + from_below
-        return (
-            carry, tl.reshape(g_x, [R, 1]), tl.reshape(g * x, [R, 1]), tl.reshape(g_l, [R, 1]), tl.reshape(g_m, [R, 1]),
-            tl.reshape(g_r, [R, 1]), tl.reshape(gy * value, [R, 1]), tl.reshape(gy * x, [R, 1]),
-        )  # fmt: skip
+    xj, lamj, gy = _line(x, R, W, j), _line(lam, R, W, j), _line(gy, R, W, j)
+    l, m, r = _line(l, R, W, j), _line(m, R, W, j), _line(r, R, W, j)
+    g = carry
+    if HAS_U:
+        g += gy * _line(u, R, W, j)
     else:
-        H: tl.constexpr = W // 2
-        x_0, x_1 = _halve(x, R, W, REVERSE)
-        a_0, a_1 = _halve(lam, R, W, REVERSE)
-        l_0, l_1 = _halve(l, R, W, REVERSE)
-        m_0, m_1 = _halve(m, R, W, REVERSE)
-        r_0, r_1 = _halve(r, R, W, REVERSE)
-        g_0, g_1 = _halve(gy, R, W, REVERSE)
-        h_0, h_1 = _halve(h, R, W, REVERSE)
-        p_0, p_1 = _halve(above, R, W, REVERSE)
-        q_0, q_1 = _halve(below, R, W, REVERSE)
-        u_0, u_1, s_0, s_1 = x_0, x_1, x_0, x_1
-        if HAS_U:
-            u_0, u_1 = _halve(u, R, W, REVERSE)
-        if HAS_SKIP:
-            s_0, s_1 = _halve(skip, R, W, REVERSE)
-        w_0 = w + H if REVERSE else w
-        w_1 = w if REVERSE else w + H
-        h1, above1, below1 = _latest(h_0, R, H, REVERSE), _latest(p_0, R, H, REVERSE), _latest(q_0, R, H, REVERSE)
-        carry, gx1, ga1, gl1, gm1, gr1, gu1, gs1 = _stored_line_gradients(
-            x_1, a_1, l_1, m_1, r_1, u_1, s_1, g_1, h_1, p_1, q_1, h1, above1, below1, carry, w_1, rows, lines, chunk,
-            place, index, has_left, has_right,
-            R, H, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-        carry, gx0, ga0, gl0, gm0, gr0, gu0, gs0 = _stored_line_gradients(
-            x_0, a_0, l_0, m_0, r_0, u_0, s_0, g_0, h_0, p_0, q_0, h0, above0, below0, carry, w_0, rows, lines, chunk,
-            place, index, has_left, has_right,
-            R, H, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-        return (
-            carry, _rejoin(gx0, gx1, R, W, REVERSE), _rejoin(ga0, ga1, R, W, REVERSE), _rejoin(gl0, gl1, R, W, REVERSE),
-            _rejoin(gm0, gm1, R, W, REVERSE), _rejoin(gr0, gr1, R, W, REVERSE), _rejoin(gu0, gu1, R, W, REVERSE),
-            _rejoin(gs0, gs1, R, W, REVERSE),
-        )  # fmt: skip
+        g += gy
+    g_x = g * lamj
+    if HAS_SKIP:
+        g_x += gy * _line(skip, R, W, j)
+    t = lines - 1 - w - j if REVERSE else w + j
+    fresh = t % chunk == 0
+    handed = tl.where(fresh, 0.0, g)
+    if NORMALIZE:
+        nl, nm, nr, share, clamped, product, el, em, er = _open_gates(
+            l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
+        )
+        mixed = (nl * above + nm * h + nr * below) * share
+        mean = tl.where(clamped, 0.0, mixed)
+        share *= handed
+        shrink = _inverse(product)
+        l, m, r = nl * share, nm * share, nr * share
+        g_l = l * (above - mean) * (nl * shrink * el)
+        g_m = m * (h - mean) * (nm * shrink * em)
+        g_r = r * (below - mean) * (nr * shrink * er)
+    else:
+        mixed = l * above + m * h + r * below
+        g_l, g_m, g_r = handed * above, handed * h, handed * below
+        l, m, r = l * handed, m * handed, r * handed
+    value = lamj * xj + tl.where(fresh, 0.0, mixed)
+    from_above, from_below = _exchange(r, l, place, w + j, index, has_left, has_right, R, ROW, GATHER, False)
+    return m + from_above + from_below, g_x, g * xj, g_l, g_m, g_r, gy * value, gy * xj
 
 
 @triton.jit
@@ -716,18 +684,41 @@ def line_scan_bwd_kernel(
         # (R, 1), of the line before these, which a segment's first line does not have
         hp = hs + h_w.to(tl.int64) * (w0 * W + (W if REVERSE else -1))
         exists = n + tl.arange(0, 1)[None, :] > start
-        h0 = tl.load(hp, mask & exists, 0.0)
-        above0 = tl.load(hp - h_i * W, above_mask & exists, 0.0)
-        below0 = tl.load(hp + h_i * W, below_mask & exists, 0.0)
+        h0 = tl.reshape(tl.load(hp, mask & exists, 0.0), [R]).to(tl.float32)
+        above0 = tl.reshape(tl.load(hp - h_i * W, above_mask & exists, 0.0), [R]).to(tl.float32)
+        below0 = tl.reshape(tl.load(hp + h_i * W, below_mask & exists, 0.0), [R]).to(tl.float32)
         ut, st = xt, xt
         if HAS_U:
             ut = tl.load(_block(u, u_w, w0, W), mask, 0.0)
         if HAS_SKIP:
             st = tl.load(_block(skip, skip_w, w0, W), mask, 0.0)
-        carry, gxt, ga, gl, gm, gr, gu, gs = _stored_line_gradients(
-            xt, at, l, m, r, ut, st, yt, ht, above, below, h0, above0, below0, carry, w0 * W, rows, blocks * W, chunk,
-            place, index, has_left, has_right,
-            R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        gxt = tl.zeros([R, W], tl.float32)
+        ga, gl, gm, gr, gu, gs = gxt, gxt, gxt, gxt, gxt, gxt
+        for late in tl.static_range(W):
+            if late < W - 1:
+                hj = _line(ht, R, W, late + 1 if REVERSE else W - 2 - late)
+                aj = _line(above, R, W, late + 1 if REVERSE else W - 2 - late)
+                bj = _line(below, R, W, late + 1 if REVERSE else W - 2 - late)
+            else:
+                hj, aj, bj = h0, above0, below0
+            carry, g_x, g_a, g_l, g_m, g_r, g_v, g_s = _stored_line_gradients(
+                xt, at, l, m, r, ut, st, yt, hj, aj, bj, carry, w0 * W, rows, blocks * W, chunk, place, index,
+                has_left, has_right,
+                late if REVERSE else W - 1 - late,
+                R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+            gxt, ga = (
+                _put(gxt, g_x, W, late if REVERSE else W - 1 - late),
+                _put(ga, g_a, W, late if REVERSE else W - 1 - late),
+            )
+            gl, gm = (
+                _put(gl, g_l, W, late if REVERSE else W - 1 - late),
+                _put(gm, g_m, W, late if REVERSE else W - 1 - late),
+            )
+            gr = _put(gr, g_r, W, late if REVERSE else W - 1 - late)
+            gu, gs = (
+                _put(gu, g_v, W, late if REVERSE else W - 1 - late),
+                _put(gs, g_s, W, late if REVERSE else W - 1 - late),
+            )
         if ADD:
             gxt += tl.load(gxp, mask, 0.0).to(tl.float32)
         tl.store(gxp, gxt.to(gx.dtype.element_ty), mask)
