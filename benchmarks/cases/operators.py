@@ -54,13 +54,17 @@ def _measure(problem: Problem, device: torch.device) -> Iterator[Measurement]:
     function, options = problem.function, problem.options
     with torch.device("meta"):
         sizes = {name: t.numel() * t.element_size() for name, t in problem.make().items()}
+    checked = False
     inputs, output = sum(sizes.values()), problem.copies * sizes[problem.like]
 
     def prepare() -> dict[str, Tensor]:
+        nonlocal checked
         torch.manual_seed(0)
         with torch.device(device):
             tensors = problem.make()
-        check_operator(function, tensors, options, problem.cuts, problem.out_cut)
+        if not checked:
+            check_operator(function, tensors, options, problem.cuts, problem.out_cut)
+            checked = True
         return tensors
 
     def forward() -> Callable[[], object]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -162,18 +163,20 @@ def _table(rows: list[dict], surroundings: dict, settings: dict) -> Table:
     mode = "compiled" if settings["compiled"] else "eager"
     layout = "channels last" if settings["channels_last"] else "contiguous"
     title = f"{surroundings['device']}, torch {surroundings['packages']['torch']}, {settings['img_size']} px"
-    table = Table(title=title, caption=f"{mode}, amp {settings['amp']}, {layout}")
-    table.add_column("model", no_wrap=True)
-    for heading in ("parameters", "eval img/s", "train img/s", "batch", "latency ms", "train GiB", "first call s"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=title, caption=f"{mode}, amp {settings['amp']}, {layout}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("model", overflow="fold", min_width=max(len(row["model"]) for row in rows))
+    for heading in ("params M", "eval img/s", "train img/s", "batch", "1 img ms", "train GiB", "first call s"):
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for row in rows:
         if "error" in row:
-            table.add_row(row["model"], f"{row['parameters'] / 1e6:.1f} M", "failed")
+            table.add_row(row["model"], f"{row['parameters'] / 1e6:.1f}", "failed")
             continue
         batches = dict.fromkeys(row[key] for key in ("eval_batch", "train_batch") if key in row)
         table.add_row(
             row["model"],
-            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['parameters'] / 1e6:.1f}",
             f"{row['eval_per_second']:.1f}",
             f"{row['train_per_second']:.1f}" if "train_per_second" in row else "-",
             " / ".join(map(str, batches)),
