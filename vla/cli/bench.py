@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -163,20 +162,18 @@ def _table(rows: list[dict], surroundings: dict, settings: dict) -> Table:
     mode = "compiled" if settings["compiled"] else "eager"
     layout = "channels last" if settings["channels_last"] else "contiguous"
     title = f"{surroundings['device']}, torch {surroundings['packages']['torch']}, {settings['img_size']} px"
-    table = Table(
-        title=title, caption=f"{mode}, amp {settings['amp']}, {layout}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("model", overflow="fold", min_width=max(len(row["model"]) for row in rows))
-    for heading in ("params M", "eval img/s", "train img/s", "batch", "1 img ms", "train GiB", "first call s"):
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    caption = f"{mode}, amp {settings['amp']}, {layout}"
+    table = Table(title=title, caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in ("eval\nimg/s", "train\nimg/s", "\nbatch", "1 img\nms", "train\nGiB", "first\ncall s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if "error" in row:
-            table.add_row(row["model"], f"{row['parameters'] / 1e6:.1f}", "failed")
+            table.add_row(row["model"], "failed")
             continue
         batches = dict.fromkeys(row[key] for key in ("eval_batch", "train_batch") if key in row)
         table.add_row(
             row["model"],
-            f"{row['parameters'] / 1e6:.1f}",
             f"{row['eval_per_second']:.1f}",
             f"{row['train_per_second']:.1f}" if "train_per_second" in row else "-",
             " / ".join(map(str, batches)),
