@@ -107,6 +107,13 @@ def _pick(k, v0, v1, v2, v3):
 
 
 @triton.jit
+def _first_pixels(x, k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first, channels):
+    """Pointers to the line `first` of sweep `k`."""
+    row, across = _pick(k, i0, i1, i2, i3), _pick(k, t0, t1, t2, t3)
+    return x + (_pick(k, o0, o1, o2, o3) + first * across + i[:, None] * row) * channels
+
+
+@triton.jit
 def _coefficient(z, w, j, w_j):
     """Tile (P, C) of coefficient `j`: proxy (P, R) times weights (R, C)."""
     return _dot(z, tl.load(w + j * w_j))
@@ -182,25 +189,37 @@ def line_scan_proxy_fwd_kernel(
     z1 = z0
     if KEEP:
         z1 = tl.load(z_ptr + tt * S, z_mask & more, 0.0)
+    # Maps are read one sweep ahead, and in long chunks one line.
+    x_ptr = _first_pixels(x, 0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first, channels)
+    x0 = tl.load(x_ptr, mask, 0.0)
+    x1 = x0
+    if KEEP:
+        x1 = tl.load(x_ptr + t0.to(tl.int64) * channels, mask & more, 0.0)
     for k in range(sweeps):
-        across = _pick(k, t0, t1, t2, t3) * channels
-        i_k = _pick(k, i0, i1, i2, i3)
-        x_ptr = x + (_pick(k, o0, o1, o2, o3) * channels + first * across + i[:, None] * i_k * channels)
         w_k = w + k * 6 * w_j
-        xt = tl.load(x_ptr, mask, 0.0).to(tl.float32)
         if KEEP:
-            x1 = tl.load(x_ptr + across, mask & more, 0.0).to(tl.float32)
-            h, y0 = _proxy_line(z0, xt, y0, y0, w_k, w_j, before, after, has_left, has_right, True, EXACT)
-            h, y1 = _proxy_line(z1, x1, h, y1, w_k, w_j, before, after, has_left, has_right, False, EXACT)
+            xa, xb = x0.to(tl.float32), x1.to(tl.float32)
+            k_next = tl.minimum(k + 1, sweeps - 1)
+            x_ptr = _first_pixels(x, k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first, channels)
+            x0 = tl.load(x_ptr, mask, 0.0)
+            x1 = tl.load(x_ptr + _pick(k_next, t0, t1, t2, t3) * channels, mask & more, 0.0)
+            h, y0 = _proxy_line(z0, xa, y0, y0, w_k, w_j, before, after, has_left, has_right, True, EXACT)
+            h, y1 = _proxy_line(z1, xb, h, y1, w_k, w_j, before, after, has_left, has_right, False, EXACT)
         else:
+            across = _pick(k, t0, t1, t2, t3) * channels
+            x_ptr = _first_pixels(x, k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first, channels)
+            xt = tl.load(x_ptr, mask, 0.0).to(tl.float32)
+            t_next = tl.minimum(1, steps - 1)
+            zn, xn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0), tl.load(x_ptr + t_next * across, mask, 0.0)
             out = y0
             if k > 0:
                 out = tl.load(scratch)
             h, out = _proxy_line(z0, xt, y0, out, w_k, w_j, before, after, has_left, has_right, True, EXACT)
             tl.store(scratch, out)
             for t in range(1, steps):
-                zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
-                xt = tl.load(x_ptr + t * across, mask, 0.0).to(tl.float32)
+                zt, xt = zn, xn.to(tl.float32)
+                t_next = tl.minimum(t + 1, steps - 1)
+                zn, xn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0), tl.load(x_ptr + t_next * across, mask, 0.0)
                 out = y0
                 if k > 0:
                     out = tl.load(scratch + t * (P * C))
@@ -364,6 +383,9 @@ def line_scan_proxy_bwd_kernel(
                 zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
                 xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
                 gyt = tl.load(gy + pixel * channels + c[None, :], mask, 0.0).to(tl.float32)
+                gz_ptr = gz + ((block * (units // (tiles * segments))).to(tl.int64) * pixels + pixel) * S + sg[None, :]
+                gz_mask = own[:, None] & (sg < S)[None, :]
+                g_z_before = tl.load(gz_ptr, gz_mask & (tl.arange(0, 1)[None, :] + k > 0), 0.0)
                 g_z = tl.zeros([P, R], tl.float32)
                 if EXACT:
                     z_own = tl.trans(tl.where(own[:, None], zt, 0.0))
@@ -386,11 +408,7 @@ def line_scan_proxy_bwd_kernel(
                 tl.store(gx_ptr, g_x.to(gx.dtype.element_ty), own_mask)
                 if not EXACT:
                     g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
-                gz_ptr = gz + ((block * (units // (tiles * segments))).to(tl.int64) * pixels + pixel) * S + sg[None, :]
-                gz_mask = own[:, None] & (sg < S)[None, :]
-                if k > 0:
-                    g_z += tl.load(gz_ptr, gz_mask, 0.0)
-                tl.store(gz_ptr, g_z, gz_mask)
+                tl.store(gz_ptr, g_z_before + g_z, gz_mask)
         gw_ptr = gw + (worker * K + k).to(tl.int64) * 6 * w_j + s[:, None] * w_width + c[None, :]
         tl.store(gw_ptr, gw0)
         tl.store(gw_ptr + w_j, gw1)
@@ -842,7 +860,7 @@ class _ProxyLaunch:
                 x, self.proxy, self.w[k:], y, scratch, self.channels, self.height * self.width, rows, lines, chunk,
                 tiles, segments, halo, self.w_width, len(directions), *target, *self._sources(directions),
                 S=self.rank, R=self.R, P=P, C=self.C, EXACT=self.exact, KEEP=keep, ADD=k > 0,
-                num_warps=P // 16, num_stages=1,
+                num_warps=P // 16, num_stages=2,
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
@@ -859,7 +877,8 @@ class _ProxyLaunch:
         for n, (k, directions, x, target) in enumerate(groups):
             P, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             units = self.batch * tiles * segments
-            workers = max(1, min(units, _PROGRAMS // self.blocks))
+            # As many programs as run at a time: each keeps a sum of the weights' gradients.
+            workers = max(1, min(units, 8 * _processors(x) // self.blocks))
             part = x.new_empty(workers, len(directions), 6, self.R, self.w_width, dtype=torch.float32)
             keep = chunk <= 2
             scratch = part if keep else part.new_empty(self.blocks * workers, chunk, P, self.C)
@@ -902,8 +921,8 @@ def _tile(rows: int, chunk: int) -> tuple[int, int] | None:
     return min(options, key=lambda o: triton.cdiv(rows, o[0] - 2 * o[1]) * o[0] * (128 + o[0]), default=None)
 
 
-# Programs of the backward, each with its own sum of the weights' gradients.
-_PROGRAMS = 1320
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 def _suits_proxy_kernel(args: tuple) -> bool:
