@@ -322,13 +322,12 @@ def wkv6_bwd_kernel(
     bonus = tl.load(u + first + row, row < N, 0.0).to(tl.float32)  # (BLOCK_K,)
     log_decay = -LOG2E * decay_rate(w_chunk)
 
-    # The token itself, and its neighbour, which no decay parts from it.
+    # The token itself.
     t, j = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
     diagonal = tl.sum(tl.where(j == t, g_score, 0.0), 1)[:, None]
     gu_chunk = tl.sum(diagonal * r_chunk * k_chunk, 0)
-    pairs = tl.where(pairs_at(0, L), g_pairs, 0.0)
-    gr_chunk = diagonal * bonus[None, :] * k_chunk + product(pairs, k_chunk, PRECISION)
-    gk_chunk = diagonal * bonus[None, :] * r_chunk + product(tl.trans(pairs), r_chunk, PRECISION)
+    gr_chunk = diagonal * bonus[None, :] * k_chunk
+    gk_chunk = diagonal * bonus[None, :] * r_chunk
     g_log = tl.zeros((L, BLOCK_K), tl.float32)
 
     # Partners in other chunks, first those before, then those after; for the decays also the pairs around the chunk.
@@ -362,7 +361,7 @@ def wkv6_bwd_kernel(
         g_log += (tl.exp2(tl.sum(log_decay, 0)) * across)[None, :]
 
     # Pairs inside the chunk.
-    for level in range(1, levels):
+    for level in range(levels):
         towards = towards_middle(level, L)
         decay = between(towards, log_decay, PRECISION)
         pairs = tl.where(pairs_at(level, L), g_pairs, 0.0)
@@ -404,7 +403,8 @@ def _rows(x: Tensor) -> Tensor:
 def _tiling(length: int, precision: str) -> tuple[int, tuple, tuple]:
     """Logarithm of the tokens in a chunk; tiles (BLOCK_K, BLOCK_V) and warps of states, forward, backward."""
     if precision == "bf16":
-        levels, blocks = 6, ((64, 64), (64, 64), (32, 64))
+        # Square tiles: of tiles of two widths, ptxas 12.8 reads some on Hopper from where they are not.
+        levels, blocks = 6, ((64, 64), (64, 64), (32, 32))
     else:
         levels, blocks = 5, ((32, 64), (32, 64), (32, 64))
     while levels > 4 and length <= 1 << (levels - 1):
