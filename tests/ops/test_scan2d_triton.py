@@ -1,0 +1,118 @@
+"""The directional scan's Triton kernels, interpreted on the CPU, against the definition in float64."""
+
+import importlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.ops.harness import compare, run  # noqa: E402
+from tests.ops.test_scan2d import CROSS, make  # noqa: E402
+from tests.tolerance import assert_close  # noqa: E402
+from vla.ops import scan2d, use_backend  # noqa: E402
+
+kernels = importlib.import_module("vla.ops.scan2d._triton")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 16 pixels, in segments of 4, so that small maps have several and the interpreter little to do."""
+    for name in ("_fwd_config", "_bwd_config"):
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1))
+
+
+def single(*args, **kwargs):
+    return {n: t if t is None else t.float() for n, t in make(*args, **kwargs).items()}
+
+
+@pytest.mark.parametrize(
+    "shape, directions, options",
+    [
+        ((1, 1, 1, 1), ["row"], {}),
+        ((2, 3, 5, 4), ["row", "col"], {}),
+        ((1, 17, 3, 7), ["row_rev", "col_rev"], {}),
+        ((1, 2, 5, 4), ["col", "col"], dict(grouped=True)),
+        ((1, 3, 2, 5), CROSS, dict(grouped=True)),
+        ((1, 2, 3, 2), ["row_rev", "col"], dict(per_line=True)),
+        ((1, 2, 2, 3), ["row", "col_rev"], dict(per_line=True, grouped=True)),
+    ],
+    ids=str,
+)
+def test_against_naive(shape, directions, options):
+    tensors = single(shape, 1, directions=directions, grouped=options.get("grouped", False))
+    compare("triton", scan2d, tensors, directions=directions, **options)
+
+
+@pytest.mark.parametrize("states", [3, 8], ids=lambda n: f"N{n}")
+def test_states(states):
+    compare("triton", scan2d, single((1, 3, 3, 6), states, directions=["col_rev"]), directions=["col_rev"])
+
+
+@pytest.mark.parametrize("rank, optional", [(0, True), (1, False), (17, True)], ids=str)
+def test_time_steps(rank, optional):
+    tensors = single((1, 5, 3, 4), 1, rank, directions=["row"], optional=optional)
+    if not optional:
+        tensors["dt"] = tensors["dt"].abs() * 0.1
+    compare("triton", scan2d, tensors, directions=["row"], delta_softplus=optional)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    tensors = {n: t.to(dtype) for n, t in make((1, 4, 5, 4), 1, directions=["row", "col"]).items()}
+    compare("triton", scan2d, tensors, directions=["row", "col"])
+
+
+@pytest.mark.parametrize("offset", [-12.0, 60.0], ids=["long memory", "strong decay"])
+def test_extremes(offset):
+    tensors = single((1, 4, 6, 6), 1, directions=["row"])
+    tensors["dt_bias"] = tensors["dt_bias"] + offset
+    compare("triton", scan2d, tensors, 1e-4, directions=["row"])
+
+
+@pytest.mark.parametrize("config", [(16, 16, 1, 1), (4, 32, 4, 2), (16, 32, 1, 1)], ids=str)
+def test_every_tiling(config, monkeypatch):
+    """One or several segments in a tile, tiles wider than the map, blocks wider than the channels."""
+    monkeypatch.setattr(kernels, "_fwd_config", lambda problem: kernels.Config(*config))
+    tensors = single((1, 18, 5, 7), 1, directions=["row_rev", "col"])
+    with torch.no_grad():
+        with use_backend("naive"):
+            expected = scan2d(**{n: t.double() for n, t in tensors.items()}, directions=["row_rev", "col"])
+        with use_backend("triton"):
+            assert_close("output", scan2d(**tensors, directions=["row_rev", "col"]), expected)
+
+
+def test_empty_batch():
+    assert run("triton", scan2d, single((0, 4, 3, 2)), directions=CROSS)["output 0"].shape == (0, 4, 3, 2)
+
+
+def test_strides():
+    """Channels-last maps and a split projection are read in place, cropped maps are copied, the values the same."""
+    directions = ["row", "col"]
+    tensors = single((1, 4, 3, 5), 1, directions=directions)
+    packed = torch.cat([tensors["dt"], tensors["B"], tensors["C"]], dim=2).permute(0, 3, 4, 1, 2).contiguous()
+    dt, b, c = packed.permute(0, 3, 4, 1, 2).split((3, 1, 1), dim=2)
+    last = tensors["x"].contiguous(memory_format=torch.channels_last)
+    cropped = torch.zeros(1, 4, 4, 7)
+    cropped[:, :, 1:, 2:] = tensors["x"]
+    assert kernels._packed(dt, b, c)[0] is dt
+    assert kernels._flat(last) is last
+    with use_backend("triton"):
+        expected = scan2d(**tensors, directions=directions)
+        for x in (last, cropped[:, :, 1:, 2:]):
+            y = scan2d(**(tensors | {"x": x, "dt": dt, "B": b, "C": c}), directions=directions)
+            assert_close("output", y, expected)
+            assert y.stride() == torch.empty_like(x).stride()
+
+
+def test_large_maps_use_wide_offsets():
+    x = torch.empty(1, device="meta").expand(2, 64, 8192, 8192)
+    dense = torch.empty(2, 8192, 8192, 64, device="meta").permute(0, 3, 1, 2)
+    assert kernels._reach(x) == 0
+    assert kernels._reach(dense) == 8192 * 8192 * 64 - 1
+
+
+def test_repeated_runs_are_bit_equal():
+    tensors = single((1, 20, 4, 5), 1, directions=["row", "row_rev"])
+    first, second = (run("triton", scan2d, tensors, directions=["row", "row_rev"]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
