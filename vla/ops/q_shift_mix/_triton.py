@@ -181,16 +181,19 @@ def q_shift_mix_bwd_kernel(
         tl.store(gx, (stays + moves).to(gx.dtype.element_ty), inside)
 
 
+def _tile(channels: int, rank: int) -> tuple[int, int, int]:
+    """BLOCK_P, BLOCK_C and warps."""
+    block_c = min(64, max(16 if rank > 0 else 1, triton.next_power_of_2(channels)))
+    return 2048 // block_c, block_c, 4
+
+
 def _sizes(
     x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None
 ) -> tuple[int, int, dict]:
     """Tiles of pixels, all tiles, and the kernels' constants."""
     batch, channels, height, width = x.shape
     rank = 0 if up is None else up.shape[1]
-    block_c = min(64, triton.next_power_of_2(channels))
-    if rank > 0:
-        block_c = max(block_c, 16)
-    block_p = 2048 // block_c
+    block_p, block_c, num_warps = _tile(channels, rank)
     tiles = batch * triton.cdiv(height * width, block_p)
     constants = groups(channels, gamma, head_dim) | dict(
         RANK=rank,
@@ -198,7 +201,7 @@ def _sizes(
         PRECISION="tf32" if low is None else product_precision(low),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return tiles, tiles * triton.cdiv(channels, block_c), constants
 
