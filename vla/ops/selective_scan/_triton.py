@@ -209,8 +209,10 @@ def selective_scan_fwd_kernel(
     PARALLEL: tl.constexpr,
     ONE_STATE: tl.constexpr,
     ALIGN: tl.constexpr,
+    EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Outputs of ROWS rows: of one chunk if PARALLEL, else of all chunks one after the other.
 
@@ -245,7 +247,7 @@ def selective_scan_fwd_kernel(
     if D_ptr is not None:
         skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
 
-    for chunk in range(first_chunk, last_chunk):
+    for chunk in tl.range(first_chunk, last_chunk, num_stages=STAGES):
         time = chunk * STEPS + step
         inside = (time < length)[None, :]
         mask = valid[:, None] & inside
@@ -257,7 +259,7 @@ def selective_scan_fwd_kernel(
         if bias_ptr is not None:
             s += bias
         dt2 = _exponent(s, inside, SOFTPLUS)
-        if not PARALLEL:
+        if EXACT:
             total = tl.sum(dt2, 1)
         x = dt2 * u
         if D_ptr is not None:
@@ -267,7 +269,7 @@ def selective_scan_fwd_kernel(
         if not ONE_STATE:
             # The states that other threads stored at the end of the previous chunk.
             tl.debug_barrier()
-        for n in range(states):
+        for n in tl.range(0, states, num_stages=STAGES):
             A = tl.load(A_row + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             if B_CONSTANT:
                 B = tl.load(B_row + n * B_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
@@ -287,9 +289,12 @@ def selective_scan_fwd_kernel(
             product, h = tl.associative_scan((decay, inject), 1, compose)
             y += C * h
             if not PARALLEL:
-                # The chunk's decay rounded once: the product of rounded decays close to 1 would drift over many chunks.
-                drift = tl.exp2(A * total) - tl.sum(tl.where(last, product, 0.0), 1)
-                carry = tl.sum(tl.where(last, h, 0.0), 1) + drift * carry
+                entering = carry
+                carry = tl.sum(tl.where(last, h, 0.0), 1)
+                if EXACT:
+                    # The chunk's decay rounded once: products of rounded decays close to 1 drift over many chunks.
+                    product = tl.sum(tl.where(last, product, 0.0), 1)
+                    carry += (tl.exp2(A * total) - product) * entering
                 if not ONE_STATE:
                     tl.store(carry_ptr + sequence * states + n, carry, valid)  # (R,)
         if z_ptr is not None:
@@ -354,6 +359,7 @@ def selective_scan_fwd_lanes_kernel(
     STATES: tl.constexpr,
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As `selective_scan_fwd_kernel`, but with rows along the lanes and all states of a row in its thread's registers,
     which walks the steps: no scan across lanes, but a warp needs 32 rows.
@@ -398,7 +404,8 @@ def selective_scan_fwd_lanes_kernel(
     else:
         h = tl.zeros([ROWS, STATES], tl.float32)
 
-    for start in range(first_chunk * CHUNK, tl.minimum(last_chunk * CHUNK, length), STEPS):
+    end = tl.minimum(last_chunk * CHUNK, length)
+    for start in tl.range(first_chunk * CHUNK, end, STEPS, num_stages=STAGES):
         time = start + step
         inside = time < length
         mask = valid[:, None] & inside
@@ -474,6 +481,7 @@ def selective_scan_chunk_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """If PARALLEL, what each chunk alone adds to the states behind it, `states` (B, D, N, chunks), from `P` = B and
     `v` = u, or, if ADJOINT, to the adjoints before it, from `P` = C and `v` the gradient of the output; and the chunks'
@@ -501,7 +509,7 @@ def selective_scan_chunk_kernel(
         P_row = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
     sequence = batch * channels + channel
     carry = tl.zeros([ROWS], tl.float32)
-    for chunk in range(first_chunk, last_chunk):
+    for chunk in tl.range(first_chunk, last_chunk, num_stages=STAGES):
         time = chunk * (LANES * PER_LANE) + step
         inside = time < length
         time = time.to(tl.int64)
@@ -524,7 +532,7 @@ def selective_scan_chunk_kernel(
         elif not ONE_STATE:
             # The states that other threads stored.
             tl.debug_barrier()
-        for n in range(states):
+        for n in tl.range(0, states, num_stages=STAGES):
             A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             if CONSTANT:
                 P = tl.load(P_row + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
@@ -662,6 +670,7 @@ def selective_scan_bwd_kernel(
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of BLOCKS x ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
 
@@ -694,9 +703,13 @@ def selective_scan_bwd_kernel(
         if ONE_STATE:
             gB_sum = tl.zeros([LANES, 1, PER_LANE], tl.float32)
             gC_sum = tl.zeros([LANES, 1, PER_LANE], tl.float32)
-        # The adjoints that other threads stored at the end of the previous chunk.
-        tl.debug_barrier()
-        for block in range(blocks):
+        if ONE_STATE:
+            # The adjoints that other threads stored.
+            tl.debug_barrier()
+        for block in tl.range(0, blocks, num_stages=STAGES):
+            if not ONE_STATE:
+                # The adjoints and partial sums that other threads stored.
+                tl.debug_barrier()
             row = first_row + block * ROWS + tl.arange(0, ROWS)
             valid = row < span
             mask = valid[None, :, None]
@@ -730,7 +743,7 @@ def selective_scan_bwd_kernel(
             gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
             # Where this chunk's part of a gradient per channel and state goes.
             constant_part = ((batch * chunks + chunk) * channels + channel) * states
-            for n in range(states):
+            for n in tl.range(0, states, num_stages=STAGES):
                 A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
                 if B_CONSTANT:
                     B = tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
@@ -751,6 +764,12 @@ def selective_scan_bwd_kernel(
                     carry = tl.load(carry_ptr + (sequence * states + n) * chunks + chunk, valid, 0.0)  # (R,)
                 else:
                     carry = tl.load(carry_ptr + sequence * states + n, valid, 0.0)  # (R,)
+                if not ONE_STATE:
+                    before = inside & (block > 0)
+                    if not B_CONSTANT:
+                        gB = tl.load(gB_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
+                    if not C_CONSTANT:
+                        gC = tl.load(gC_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
                 decay = tl.exp2(A[None, :, None] * dt2)
                 inject = B * x
                 g, carry = _adjoints_against_time(decay, C * gy, tl.exp2(A * total), carry, position, steps)
@@ -770,16 +789,20 @@ def selective_scan_bwd_kernel(
                     gB_sum += tl.sum(g * x, 1)[:, None, :]
                 else:
                     at = gB_ptr + part + n * length + time
-                    before = tl.load(at, inside & (block > 0), 0.0)  # (S, 1, E)
-                    tl.store(at, before + tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
+                    tl.store(at, gB + tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
                 if C_CONSTANT:
                     tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
                     gC_sum += tl.sum(gy * h, 1)[:, None, :]
                 else:
                     at = gC_ptr + part + n * length + time
-                    before = tl.load(at, inside & (block > 0), 0.0)  # (S, 1, E)
-                    tl.store(at, before + tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
+                    tl.store(at, gC + tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
+            if not ONE_STATE:
+                # Again rather than in registers through the loop over the states.
+                u = tl.load(u_row + time * u_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
+                s = tl.load(delta_row + time * delta_l, inside & mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
+                if bias_ptr is not None:
+                    s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
             gu = gx * (dt2 * LN2)
             if D_ptr is not None:
                 gu += skip * gy
@@ -873,7 +896,7 @@ def _entering(
     (B, D, N, chunks) that enter from behind.
     """
     lanes, per_lane = chunk
-    rows, options = _chunk_blocks(scan)
+    rows, stages, options = _chunk_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     adjoint = g is not None
     shape = (scan.batch, scan.channels, scan.states)
@@ -913,6 +936,7 @@ def _entering(
         ROWS=rows,
         LANES=lanes,
         PER_LANE=per_lane,
+        STAGES=stages,
         **options,
     )
     if not parallel:
@@ -952,26 +976,26 @@ def _launch(scan: _Scan, registers: int | None = None) -> dict:
     return options
 
 
-def _across_lanes(scan: _Scan, rows: int, steps: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "ONE_STATE": scan.states == 1}
+def _across_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
+    constants = {"STEPS": steps, "STAGES": stages, "ONE_STATE": scan.states == 1}
     return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
 
 
-def _along_lanes(scan: _Scan, rows: int, steps: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
+def _along_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
+    constants = {"STEPS": steps, "STAGES": stages, "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
     return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
 
 
 def _forward_blocks(scan: _Scan, align: int) -> tuple:
-    return _across_lanes(scan, 2, 256)
+    return _across_lanes(scan, 2, 256, 1)
 
 
-def _backward_blocks(scan: _Scan) -> tuple[int, int, dict]:
-    return 2, 8, _launch(scan)
+def _backward_blocks(scan: _Scan) -> tuple[int, int, int, dict]:
+    return 2, 8, 1, _launch(scan)
 
 
-def _chunk_blocks(scan: _Scan) -> tuple[int, dict]:
-    return 2, _launch(scan)
+def _chunk_blocks(scan: _Scan) -> tuple[int, int, dict]:
+    return 2, 1, _launch(scan)
 
 
 def _parallel(scan: _Scan, programs: int, chunks: int) -> bool:
@@ -998,11 +1022,14 @@ def forward(
     align = scan.alignment()
     kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
     programs = scan.programs(rows)
-    parallel = _parallel(scan, programs, triton.cdiv(scan.length, chunk))
+    chunks = triton.cdiv(scan.length, chunk)
+    parallel = _parallel(scan, programs, chunks)
+    if kernel is selective_scan_fwd_kernel:
+        constants["EXACT"] = not parallel and (scan.states == 1 or chunks > 16)
     carry = state
     if parallel:
         carry = _entering(scan, (32, chunk // 32), True)
-        programs *= triton.cdiv(scan.length, chunk)
+        programs *= chunks
     kernel[(programs,)](
         scan.u,
         scan.delta,
@@ -1061,7 +1088,7 @@ def backward(
     gz = None if z is None else torch.empty_like(scan.z)
     align = scan.alignment(g, gu, gdelta, gz)
     lanes, per_lane = steps = _steps(scan, align)
-    rows, blocks, options = _backward_blocks(scan)
+    rows, blocks, stages, options = _backward_blocks(scan)
     chunks = triton.cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
@@ -1122,6 +1149,7 @@ def backward(
         BLOCKS=blocks,
         LANES=lanes,
         PER_LANE=per_lane,
+        STAGES=stages,
         **options,
     )
 
