@@ -78,28 +78,27 @@ def _before(x, y, decay, x0, y0, rows):
 
 
 @triton.jit
-def _at(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr):
-    """Where the tiles `j` (W, 1) of a sequence are, (W, L, C), and which of their tokens exist."""
-    pointer += j.to(tl.int64) * L * stride
-    return pointer[:, None] + rows * stride, ((j * L)[:, None] + rows < length) & mask[:, None]
+def _start(j, length, L: tl.constexpr):
+    """First tokens of the tiles `j` (W, 1), and how many of their tokens belong to the tile before.
+
+    A sequence's last tile begins early instead of ending late, so that loads need no mask: with one they would wait for
+    each other.
+    """
+    start = tl.minimum(j * L, length - L)
+    return start, tl.minimum(j * L - start, L)
 
 
 @triton.jit
-def _load(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr, DTYPE: tl.constexpr):
-    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
-    return tl.load(pointer, mask=valid, other=0.0).to(DTYPE)
+def _load(pointer, start, stride: tl.constexpr, rows, DTYPE: tl.constexpr):
+    """Tiles (W, L, C) of a sequence."""
+    pointer += start.to(tl.int64) * stride
+    return tl.load(pointer[:, None] + rows * stride).to(DTYPE)
 
 
 @triton.jit
-def _load_keys(pointer, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr, DTYPE: tl.constexpr):
-    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
-    return tl.where(valid, tl.load(pointer, mask=valid, other=0.0).to(DTYPE), NOTHING)
-
-
-@triton.jit
-def _store(pointer, value, j, length, stride: tl.constexpr, rows, mask, L: tl.constexpr):
-    pointer, valid = _at(pointer, j, length, stride, rows, mask, L)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=valid)
+def _store(pointer, value, start, stride: tl.constexpr, rows, mask):
+    pointer += start.to(tl.int64) * stride
+    tl.store(pointer[:, None] + rows * stride, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,15 +112,12 @@ def _join(m, a, n, d, n1, d1, m2, a2, n2, d2, n3, d3, w):
 
 
 @triton.jit
-def _load_state(pointer, stride, mask, SLOPE: tl.constexpr):
+def _load_state(pointer, stride, SLOPE: tl.constexpr):
     """Exponent and sums."""
-    m = tl.load(pointer, mask=mask, other=NOTHING)
-    n = tl.load(pointer + stride, mask=mask, other=0.0)
-    d = tl.load(pointer + 2 * stride, mask=mask, other=0.0)
+    m, n, d = tl.load(pointer), tl.load(pointer + stride), tl.load(pointer + 2 * stride)
     n1, d1 = n, d
     if SLOPE:
-        n1 = tl.load(pointer + 3 * stride, mask=mask, other=0.0)
-        d1 = tl.load(pointer + 4 * stride, mask=mask, other=0.0)
+        n1, d1 = tl.load(pointer + 3 * stride), tl.load(pointer + 4 * stride)
     return m, n, d, n1, d1
 
 
@@ -161,32 +157,31 @@ def _weigh(weight, v, between, SLOPE: tl.constexpr):
 
 @triton.jit
 def _place(segments, channels, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Sequence, segments (W, 1) and channels (1, C) of a program, and which of them exist."""
-    blocks, groups = tl.cdiv(channels, BLOCK), tl.cdiv(segments, W)
+    """Sequence, segments (W, 1) and channels (1, C) of a program, and which channels are not another program's too."""
+    blocks, groups = tl.cdiv(channels, BLOCK), segments // W
     pid = tl.program_id(0)
     b = (pid // blocks // groups).to(tl.int64)
     segment = pid // blocks % groups * W + tl.arange(0, W)[:, None]
-    channel = pid % blocks * BLOCK + tl.arange(0, BLOCK)[None]
-    return b, segment, channel, (segment < segments) & (channel < channels)
+    channel = tl.minimum(pid % blocks * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)[None]
+    return b, segment, channel, channel >= pid % blocks * BLOCK
 
 
 @triton.jit
-def _load_parameter(pointer, channel, channels, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    value = tl.load(pointer + channel, mask=channel < channels, other=0.0).to(DTYPE)
-    return tl.broadcast_to(value, [W, BLOCK])
+def _load_parameter(pointer, channel, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.broadcast_to(tl.load(pointer + channel).to(DTYPE), [W, BLOCK])
 
 
 @triton.jit
 def _is_near(w_ptr, u_ptr, channels, L: tl.constexpr, BLOCK: tl.constexpr):
-    channel = tl.program_id(0) % tl.cdiv(channels, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    block = tl.program_id(0) % tl.cdiv(channels, BLOCK)
+    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)
+    w, u = tl.load(w_ptr + channel).to(tl.float32), tl.load(u_ptr + channel).to(tl.float32)
     return tl.max(tl.maximum(tl.abs(w) * L, tl.abs(u)), 0) <= NEAR_LIMIT
 
 
 @triton.jit
 def _attend(
-    k, v, e, top, w, u, decay, fade, m, a, n, d, n1, d1, fm, fn, fd, fn1, fd1, rows,
+    k, v, e, top, w, u, decay, fade, m, a, n, d, n1, d1, fm, fn, fd, fn1, fd1, rows, valid,
     NEAR: tl.constexpr, SLOPE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """One tile, from the states of its past (seen from its first token) and of its future (from its last).
@@ -209,7 +204,7 @@ def _attend(
         ev, e_ = _flip(ev), _flip(e)
         future_n, future_d = _before(ev, e_, decay, future_lift * fn, future_lift * fd, rows)
         own = e * tl.exp(u)[:, None]
-        inverse = 1.0 / (past_d + _flip(future_d) + own)
+        inverse = tl.where(valid, 1.0 / (past_d + _flip(future_d) + own), 0.0)
         y = (past_n + _flip(future_n) + own * v) * inverse
         if SLOPE:
             # One more token between for every token passed.
@@ -240,14 +235,13 @@ def _attend(
             # Rounded together, so that exponents relative to k and c still agree.
             above = cr - kr
             left, right = tl.exp(left - above), tl.exp(right - above)
-            # At most 1, but for the rounding beyond the sequence's end.
+            # At most 1, but for the rounding where no token is.
             own = tl.exp(tl.minimum(u - above, 0.0))
-            # Beyond the sequence's end: nothing.
-            valid = kr > 0.5 * NOTHING
-            dr = 1.0 / tl.where(valid, left * _row(past_d, rows, r) + right * fd + own, 1.0)
-            yr = (left * _row(past_n, rows, r) + right * fn + own * vr) * dr
-            inverse, y = _put(inverse, rows, r, dr), _put(y, rows, r, yr)
-            c = _put(c, rows, r, tl.where(valid, cr, -NOTHING))
+            exists = kr > 0.5 * NOTHING
+            dr = tl.where(exists, left * _row(past_d, rows, r) + right * fd + own, 1.0)
+            yr = (left * _row(past_n, rows, r) + right * fn + own * vr) / dr
+            inverse, y = _put(inverse, rows, r, tl.where(exists, 1.0 / dr, 0.0)), _put(y, rows, r, yr)
+            c = _put(c, rows, r, tl.where(exists, cr, -NOTHING))
             if SLOPE:
                 sn, sd = left * _row(past_n1, rows, r) + right * fn1, left * _row(past_d1, rows, r) + right * fd1
                 slope = _put(slope, rows, r, sn - yr * sd)
@@ -272,7 +266,7 @@ def _outside(
 ):  # fmt: skip
     """Writes the states of all segments before this one, and of all after it, from what each has."""
     b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
+    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
     zero = w * 0
     fields: tl.constexpr = 5 if SLOPE else 3
     stride = channels.to(tl.int64) * fields
@@ -283,9 +277,9 @@ def _outside(
         for first in range(0, segments, L):
             s = first + tl.arange(0, L)[None, :, None]
             between = (segment[:, None] - s if side == 0 else s - segment[:, None]) - 1
-            valid = (between >= 0) & (s < segments) & mask[:, None]
-            p = totals_ptr[:, None] + (2 * s + side).to(tl.int64) * stride
-            sm, sn, sd, sn1, sd1 = _load_state(p, channels, valid, SLOPE)
+            valid = (between >= 0) & (s < segments)
+            p = totals_ptr[:, None] + (2 * tl.minimum(s, segments - 1) + side).to(tl.int64) * stride
+            sm, sn, sd, sn1, sd1 = _load_state(p, channels, SLOPE)
             between = (between * (count * L)).to(DTYPE)
             sm = tl.where(valid, sm - between * w[:, None], NOTHING)
             top = tl.max(sm, 1)
@@ -309,13 +303,13 @@ def _walk_back(
     """Writes the future of every tile, inside its segment, and with TOTALS the segment's sums to both sides."""
     b, segment, channel, mask = _place(segments, channels, W, BLOCK)
     rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
+    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
     fields: tl.constexpr = 5 if SLOPE else 3
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     centre = w * 0
     if SLOPE:
-        centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
+        centre = tl.load(v_ptr).to(DTYPE)
     stride_s = channels.to(tl.int64) * fields
     states_ptr += b * tiles * stride_s + channel
     totals_ptr += (b * segments + segment) * 2 * stride_s + channel
@@ -326,16 +320,17 @@ def _walk_back(
     pm, pa, pn, pd, pn1, pd1 = m, zero, zero, zero, zero, zero
     for i in range(count):
         j = first + count - 1 - i
-        exists = mask & (j < tiles)
-        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
-        _store_state(states_ptr + j.to(tl.int64) * stride_s, m - a * w, n, d, n1, d1, channels, exists, SLOPE)
+        start, extra = _start(j, length, L)
+        valid, back = rows >= extra[:, None], zero + extra
+        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
+        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
+        _store_state(states_ptr + j.to(tl.int64) * stride_s, m - a * w, n, d, n1, d1, channels, mask, SLOPE)
         if NEAR:
             top = tl.max(k, 1)
             e = tl.exp(k - top[:, None])
             x, y, x1, y1 = _weigh(e * fade, v, rows, SLOPE)
             m, a, n, d, n1, d1 = _join(
-                m, a + L, n, d, n1 + L * n, d1 + L * d, top, zero, x, y, x1, y1, w,
+                m, a + L, n, d, n1 + L * n, d1 + L * d, top, -back, x, y, x1 - back * x, y1 - back * y, w,
             )  # fmt: skip
             if TOTALS:
                 x, y, x1, y1 = _weigh(e * past_fade, v, L - 1 - rows, SLOPE)
@@ -352,6 +347,7 @@ def _walk_back(
                     pm, pa, pn, pd, pn1, pd1 = _join(
                         pm, pa, pn, pd, pn1, pd1, key, after, x, zero + 1, after * x, after, w,
                     )  # fmt: skip
+            a, n1, d1 = a - back, n1 - back * n, d1 - back * d
     if TOTALS:
         _store_state(totals_ptr, pm - pa * w, pn, pd, pn1, pd1, channels, mask, SLOPE)
         _store_state(totals_ptr + fields * channels, m - a * w, n, d, n1, d1, channels, mask, SLOPE)
@@ -367,8 +363,8 @@ def _walk_outputs(
     """Writes the outputs of a segment."""
     b, segment, channel, mask = _place(segments, channels, W, BLOCK)
     rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
+    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     y_ptr += b * stride_yb + channel
@@ -382,15 +378,16 @@ def _walk_outputs(
     m, a, n, d = zero + NOTHING, zero, zero, zero
     fm, fn, fd = m, n, d
     if not ONE:
-        m, n, d, _, _ = _load_state(outside_ptr, channels, mask, False)
-        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
+        m, n, d, _, _ = _load_state(outside_ptr, channels, False)
+        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, False)
     decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
     for i in range(count):
         j = first + i
-        exists = mask & (j < tiles)
-        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, exists, False)
+        start, extra = _start(j, length, L)
+        valid, back = rows >= extra[:, None], zero + extra
+        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
+        v = _load(v_ptr, start, stride_vt, rows, DTYPE)
+        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, False)
         if not ONE:
             jm, ja, jn, jd, jn1, jd1 = _join(
                 jm, zero, jn, jd, jn, jd, fm, zero + (count - 1 - i) * L, fn, fd, fn, fd, w
@@ -399,12 +396,12 @@ def _walk_outputs(
         top = tl.max(k, 1)
         e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
-            k, v, e, top, w, u, decay, fade, m, a, n, d, n, d, jm, jn, jd, jn, jd, rows, NEAR, False, L,
+            k, v, e, top, w, u, decay, fade, m, a - back, n, d, n, d, jm, jn, jd, jn, jd, rows, valid, NEAR, False, L,
         )  # fmt: skip
         if GATED:
-            gate = _load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE)
+            gate = _load(gate_ptr, start, stride_gt, rows, DTYPE)
             y *= _sigmoid(gate)
-        _store(y_ptr, y, j, length, stride_yt, rows, mask, L)
+        _store(y_ptr, y, start, stride_yt, rows, valid & mask[:, None])
 
 
 @triton.jit(noinline=True)
@@ -419,13 +416,13 @@ def _walk_gradients(
     """Writes the past of every tile and the gradients' states there, and what a segment gives to gw and gu."""
     b, segment, channel, mask = _place(segments, channels, W, BLOCK)
     rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
+    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     gy_ptr += b * stride_gyb + channel * stride_gyc
     # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
+    centre = tl.load(v_ptr).to(DTYPE)
     if GATED:
         gate_ptr += b * stride_gb + channel * stride_gc
     gw_ptr += (b * segments + segment) * channels + channel
@@ -441,8 +438,8 @@ def _walk_gradients(
     m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
     fm, fn, fd, fn1, fd1 = m, n, d, n1, d1
     if not ONE:
-        m, n, d, n1, d1 = _load_state(outside_ptr, channels, mask, True)
-        fm, fn, fd, fn1, fd1 = _load_state(outside_ptr + stride_s, channels, mask, True)
+        m, n, d, n1, d1 = _load_state(outside_ptr, channels, True)
+        fm, fn, fd, fn1, fd1 = _load_state(outside_ptr + stride_s, channels, True)
     decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
     before_fade = _fade(w[:, None], rows)
     gw, gu = zero, zero
@@ -450,17 +447,18 @@ def _walk_gradients(
     tm, ta, tn, td = gm, zero, zero, zero
     for i in range(count):
         j = first + i
-        exists = mask & (j < tiles)
-        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
-        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, L, DTYPE)
+        start, extra = _start(j, length, L)
+        valid, back = rows >= extra[:, None], zero + extra
+        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
+        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
+        gy = _load(gy_ptr, start, stride_gyt, rows, DTYPE)
         if GATED:
-            gy *= _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE))
+            gy *= _sigmoid(_load(gate_ptr, start, stride_gt, rows, DTYPE))
         p = past_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, m - a * w, n, d, n, d, channels, exists, False)
+        _store_state(p, m - a * w, n, d, n, d, channels, mask, False)
         p = grads_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, gm - ga * w, gn, gd, gn, gd, channels, exists, False)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, exists, True)
+        _store_state(p, gm - ga * w, gn, gd, gn, gd, channels, mask, False)
+        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, True)
         if not ONE:
             after = zero + (count - 1 - i) * L
             jm, ja, jn, jd, jn1, jd1 = _join(
@@ -470,7 +468,8 @@ def _walk_gradients(
         top = tl.max(k, 1)
         e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
-            k, v, e, top, w, u, decay, fade, m, a, n, d, n1, d1, jm, jn, jd, jn1, jd1, rows, NEAR, True, L,
+            k, v, e, top, w, u, decay, fade, m, a - back, n, d, n1 - back * n, d1 - back * d, jm, jn, jd, jn1, jd1,
+            rows, valid, NEAR, True, L,
         )  # fmt: skip
         g = gy * inverse
         h = g * y
@@ -486,13 +485,13 @@ def _walk_gradients(
             gm, ga, gn, gd, _, _ = _join(gm, ga + L, gn, gd, gn, gd, key, zero, x, z, x, z, w)
             if not ONE:
                 x, z = tl.sum(before_fade * g, 1), tl.sum(before_fade * h, 1)
-                tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, zero + i * L, x, z, x, z, w)
+                tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, i * L - back, x, z, x, z, w)
         else:
             for r in range(L):
                 key, x, z = -_row(c, rows, r), _row(g, rows, r), _row(h, rows, r)
                 gm, ga, gn, gd, _, _ = _join(gm, ga + 1, gn, gd, gn, gd, key, zero, x, z, x, z, w)
                 if not ONE:
-                    before = zero + (i * L + r)
+                    before = i * L + r - back
                     tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, before, x, z, x, z, w)
     tl.store(gw_ptr, gw, mask=mask)
     tl.store(gu_ptr, gu, mask=mask)
@@ -514,13 +513,13 @@ def _walk_inputs(
     """Writes the gradients of k, v and gate."""
     b, segment, channel, mask = _place(segments, channels, W, BLOCK)
     rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, channels, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, channels, W, BLOCK, DTYPE)
+    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
+    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
     k_ptr += b * stride_kb + channel * stride_kc
     v_ptr += b * stride_vb + channel * stride_vc
     gy_ptr += b * stride_gyb + channel * stride_gyc
     # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr, mask=channel < channels, other=0.0).to(DTYPE)
+    centre = tl.load(v_ptr).to(DTYPE)
     if GATED:
         gate_ptr += b * stride_gb + channel * stride_gc
         ggate_ptr += b * stride_ggb + channel
@@ -539,22 +538,23 @@ def _walk_inputs(
     fm, fn, fd = m, n, d
     pm, pn, pd = m, n, d
     if not ONE:
-        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, mask, False)
-        pm, pn, pd, _, _ = _load_state(grad_outside_ptr, channels, mask, False)
-        m, n, d, _, _ = _load_state(grad_outside_ptr + stride_p, channels, mask, False)
+        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, False)
+        pm, pn, pd, _, _ = _load_state(grad_outside_ptr, channels, False)
+        m, n, d, _, _ = _load_state(grad_outside_ptr + stride_p, channels, False)
     decay, fade = _fade(w, 1), _fade(w[:, None], rows)
     for i in range(count):
         j = first + count - 1 - i
-        exists = mask & (j < tiles)
-        k = _load_keys(k_ptr, j, length, stride_kt, rows, mask, L, DTYPE)
-        v = _load(v_ptr, j, length, stride_vt, rows, mask, L, DTYPE) - centre[:, None]
-        gy = _load(gy_ptr, j, length, stride_gyt, rows, mask, L, DTYPE)
+        start, extra = _start(j, length, L)
+        valid, back = rows >= extra[:, None], zero + extra
+        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
+        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
+        gy = _load(gy_ptr, start, stride_gyt, rows, DTYPE)
         pointer = past_ptr + j.to(tl.int64) * stride_p
-        bm, bn, bd, _, _ = _load_state(pointer, channels, exists, False)
+        bm, bn, bd, _, _ = _load_state(pointer, channels, False)
         pointer = grads_ptr + j.to(tl.int64) * stride_p
-        gm, gn, gd, _, _ = _load_state(pointer, channels, exists, False)
+        gm, gn, gd, _, _ = _load_state(pointer, channels, False)
         pointer = states_ptr + j.to(tl.int64) * stride_s
-        jm, jn, jd, _, _ = _load_state(pointer, channels, exists, False)
+        jm, jn, jd, _, _ = _load_state(pointer, channels, False)
         if not ONE:
             jm, ja, jn, jd, _, _ = _join(jm, zero, jn, jd, jn, jd, fm, zero + i * L, fn, fd, fn, fd, w)
             jm -= ja * w
@@ -564,12 +564,12 @@ def _walk_inputs(
         top = tl.max(k, 1)
         e = tl.exp(k - top[:, None])
         y, inverse, slope, c, over, bm, ba, bn, bd, _, _ = _attend(
-            k, v, e, top, w, u, decay, fade, bm, zero, bn, bd, bn, bd, jm, jn, jd, jn, jd, rows, NEAR, False, L,
+            k, v, e, top, w, u, decay, fade, bm, -back, bn, bd, bn, bd, jm, jn, jd, jn, jd, rows, valid, NEAR, False, L,
         )  # fmt: skip
         if GATED:
-            s = _sigmoid(_load(gate_ptr, j, length, stride_gt, rows, mask, L, DTYPE))
+            s = _sigmoid(_load(gate_ptr, start, stride_gt, rows, DTYPE))
             ggate = gy * (y + centre[:, None]) * (s * (1.0 - s))
-            _store(ggate_ptr, ggate, j, length, stride_ggt, rows, mask, L)
+            _store(ggate_ptr, ggate, start, stride_ggt, rows, valid & mask[:, None])
             gy *= s
         g = gy * inverse
         h = g * y
@@ -580,14 +580,14 @@ def _walk_inputs(
         gv = own * g
         gk = gv * (v - y)
         if NEAR:
-            lift, future_lift = tl.exp(gm + top), tl.exp((m + top) - a * w)
+            lift, future_lift = tl.exp((gm + top) + back * w), tl.exp((m + top) - a * w)
             x, z = _before(g, h, decay, lift * gn, lift * gd, rows)
             fx, fz = _before(_flip(g), _flip(h), decay, future_lift * n, future_lift * d, rows)
             x, z = x + _flip(fx), z + _flip(fz)
             gv += e * x
             gk += e * (v * x - z)
             x, z = tl.sum(fade * g, 1), tl.sum(fade * h, 1)
-            m, a, n, d, _, _ = _join(m, a + L, n, d, n, d, _minus(top, over), zero, x, z, x, z, w)
+            m, a, n, d, _, _ = _join(m, a + L, n, d, n, d, _minus(top, over), -back, x, z, x, z, w)
         else:
             for r in range(L - 1, -1, -1):
                 kr, vr = _row(k, rows, r), _row(v, rows, r)
@@ -596,7 +596,8 @@ def _walk_inputs(
                 gv = _put(gv, rows, r, _row(gv, rows, r) + weight * n)
                 gk = _put(gk, rows, r, _row(gk, rows, r) + weight * (vr * n - d))
                 m, a, n, d, _, _ = _join(m, a + 1, n, d, n, d, key, zero, x, z, x, z, w)
-            ga = zero
+            a -= back
+            ga = -back
             for r in range(L):
                 kr, vr = _row(k, rows, r), _row(v, rows, r)
                 key, x, z = -_row(c, rows, r), _row(g, rows, r), _row(h, rows, r)
@@ -604,8 +605,8 @@ def _walk_inputs(
                 gv = _put(gv, rows, r, _row(gv, rows, r) + weight * gn)
                 gk = _put(gk, rows, r, _row(gk, rows, r) + weight * (vr * gn - gd))
                 gm, ga, gn, gd, _, _ = _join(gm, ga + 1, gn, gd, gn, gd, key, zero, x, z, x, z, w)
-        _store(gk_ptr, gk, j, length, stride_gkt, rows, mask, L)
-        _store(gv_ptr, gv, j, length, stride_gvt, rows, mask, L)
+        _store(gk_ptr, gk, start, stride_gkt, rows, valid & mask[:, None])
+        _store(gv_ptr, gv, start, stride_gvt, rows, valid & mask[:, None])
 
 
 # Strides over tokens are compiled in: addresses inside a tile are constants then. Were those over batch entries known
@@ -763,24 +764,26 @@ _SEGMENT, _SOLO, _ENOUGH = 4, 64, 4096
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _segments(batch: int, tiles: int, channels: int) -> tuple[int, int]:
-    """How many segments a sequence has, and how many tiles each."""
-    most = _WARPS
-    if tiles > _SOLO:
-        most = max(most, _ENOUGH // max(1, batch * triton.cdiv(channels, _BLOCK)))
-    count = triton.cdiv(tiles, max(1, min(most, tiles // _SEGMENT)))
-    return triton.cdiv(tiles, count), count
+def _power_of_two(n: int) -> int:
+    """The largest one up to `n`."""
+    return 1 << (n.bit_length() - 1)
 
 
 def _plan(k: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int], dict]:
     """Sizes, grid and options of the kernels."""
     batch, length, channels = k.shape
-    tiles = triton.cdiv(length, _TILE)
-    segments, count = _segments(batch, tiles, channels)
-    warps = min(_WARPS, triton.next_power_of_2(segments))
-    grid = (batch * triton.cdiv(segments, warps) * triton.cdiv(channels, _BLOCK),)
-    options = dict(L=_TILE, W=warps, BLOCK=_BLOCK, DTYPE=_TYPES[dtype], num_warps=max(1, warps * _BLOCK // 32))
-    return (length, channels, tiles, segments, count), grid, options
+    tile, block = min(_TILE, _power_of_two(length)), min(_BLOCK, _power_of_two(channels))
+    tiles = triton.cdiv(length, tile)
+    rows = batch * triton.cdiv(channels, block)
+    # Segments of a sequence: a power of two up to the warps of a program, or a multiple of these.
+    segments = warps = _power_of_two(max(1, min(_WARPS, tiles // _SEGMENT)))
+    if tiles > _SOLO:
+        wanted = max(1, min(_ENOUGH // rows, tiles // _SEGMENT))
+        segments = triton.cdiv(triton.cdiv(tiles, triton.cdiv(tiles, wanted)), warps) * warps
+    count = triton.cdiv(tiles, segments)
+    grid = (rows * (segments // warps),)
+    options = dict(L=tile, W=warps, BLOCK=block, DTYPE=_TYPES[dtype], num_warps=max(1, warps * block // 32))
+    return (length, channels, segments * count, segments, count), grid, options
 
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
