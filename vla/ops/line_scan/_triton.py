@@ -428,8 +428,9 @@ def _half(tile, R: tl.constexpr, W: tl.constexpr, right: tl.constexpr):
 
 
 @triton.jit
-def _line(tile, R: tl.constexpr, W: tl.constexpr, j: tl.constexpr):
-    """Line `j` of lines (R, W) as float32 (R,). A thread holds all lines of its rows, so nothing moves."""
+def _line(tile, n: tl.constexpr, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """The sweep's `n`-th line of lines (R, W), float32 (R,). A thread holds all lines of its rows: nothing moves."""
+    j: tl.constexpr = W - 1 - n if REVERSE else n
     if W == 8:
         tile = _half(tile, R, 8, j // 4 == 1)
     if W >= 4:
@@ -440,8 +441,9 @@ def _line(tile, R: tl.constexpr, W: tl.constexpr, j: tl.constexpr):
 
 
 @triton.jit
-def _put(tile, line, W: tl.constexpr, j: tl.constexpr):
-    """Lines (R, W) with line `j` replaced."""
+def _put(tile, line, n: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """Lines (R, W) with the sweep's `n`-th replaced."""
+    j: tl.constexpr = W - 1 - n if REVERSE else n
     return tl.where(tl.arange(0, W)[None, :] == j, line[:, None], tile)
 
 
@@ -492,6 +494,15 @@ def _exchange(
 
 
 @triton.jit
+def _next(tile, before, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
+    """Lines (R, W) as float32 moved on by one, the first one from `before` (R, 1)."""
+    out = tl.zeros([R, W], tl.float32) + before.to(tl.float32)
+    for n in tl.static_range(W - 1):
+        out = _put(out, _line(tile, n, R, W, REVERSE), n + 1, W, REVERSE)
+    return out
+
+
+@triton.jit
 def _stored_lines(
     x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
     R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -500,22 +511,28 @@ def _stored_lines(
     """States of the last of W lines, and outputs (R, W) of all, from lines (R, W) of everything."""
     out = tl.zeros([R, W], tl.float32)
     for n in tl.static_range(W):
-        h, y = _stored_line(
+        h, y, _, _ = _stored_line(
             x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
-            W - 1 - n if REVERSE else n, R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-        out = _put(out, y, W, W - 1 - n if REVERSE else n)
+            n, R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
+        out = _put(out, y, n, W, REVERSE)
     return h, out
 
 
 @triton.jit
 def _stored_line(
     x, lam, l, m, r, u, skip, h, w, rows, lines, chunk, place, index, has_left, has_right,
-    j: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
+    n: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """States and outputs (R,) of line `j` of lines (R, W)."""
-    xj, l, m, r = _line(x, R, W, j), _line(l, R, W, j), _line(m, R, W, j), _line(r, R, W, j)
-    above, below = _exchange(h, h, place, w + j, index, has_left, has_right, R, ROW, GATHER, True)
+    """States and outputs (R,) of the sweep's `n`-th of lines (R, W), and states before it, one row up and down."""
+    wn = w + (W - 1 - n if REVERSE else n)
+    xj, l, m, r = (
+        _line(x, n, R, W, REVERSE),
+        _line(l, n, R, W, REVERSE),
+        _line(m, n, R, W, REVERSE),
+        _line(r, n, R, W, REVERSE),
+    )
+    above, below = _exchange(h, h, place, wn, index, has_left, has_right, R, ROW, GATHER, True)
     if NORMALIZE:
         l, m, r, share, _, _, _, _, _ = _open_gates(
             l * -LOG2E, m * -LOG2E, r * -LOG2E, has_left | (rows == 1), has_right
@@ -523,37 +540,38 @@ def _stored_line(
         mixed = (l * above + m * h + r * below) * share
     else:
         mixed = l * above + m * h + r * below
-    t = lines - 1 - w - j if REVERSE else w + j
-    h = _line(lam, R, W, j) * xj + tl.where(t % chunk == 0, 0.0, mixed)
+    t = lines - 1 - wn if REVERSE else wn
+    h = _line(lam, n, R, W, REVERSE) * xj + tl.where(t % chunk == 0, 0.0, mixed)
     y = h
     if HAS_U:
-        y *= _line(u, R, W, j)
+        y *= _line(u, n, R, W, REVERSE)
     if HAS_SKIP:
-        y += _line(skip, R, W, j) * xj
-    return h, y
+        y += _line(skip, n, R, W, REVERSE) * xj
+    return h, y, above, below
 
 
 @triton.jit
 def _stored_line_gradients(
     x, lam, l, m, r, u, skip, gy, h, above, below, carry, w, rows, lines, chunk, place, index, has_left, has_right,
-    j: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
+    n: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, REVERSE: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients (R,) of the states before line `j` of lines (R, W), and of its x, lambda, gates, u and skip.
+    """Gradients (R,) of the states before the sweep's `n`-th of lines (R, W), and of its x, lambda, gates, u and skip.
 
     `h`, `above` and `below` (R,) are the states of the line before, one row up and one row down.
     """
-    xj, lamj, gy = _line(x, R, W, j), _line(lam, R, W, j), _line(gy, R, W, j)
-    l, m, r = _line(l, R, W, j), _line(m, R, W, j), _line(r, R, W, j)
+    wn = w + (W - 1 - n if REVERSE else n)
+    xj, lamj, gy = _line(x, n, R, W, REVERSE), _line(lam, n, R, W, REVERSE), _line(gy, n, R, W, REVERSE)
+    l, m, r = _line(l, n, R, W, REVERSE), _line(m, n, R, W, REVERSE), _line(r, n, R, W, REVERSE)
     g = carry
     if HAS_U:
-        g += gy * _line(u, R, W, j)
+        g += gy * _line(u, n, R, W, REVERSE)
     else:
         g += gy
     g_x = g * lamj
     if HAS_SKIP:
-        g_x += gy * _line(skip, R, W, j)
-    t = lines - 1 - w - j if REVERSE else w + j
+        g_x += gy * _line(skip, n, R, W, REVERSE)
+    t = lines - 1 - wn if REVERSE else wn
     fresh = t % chunk == 0
     handed = tl.where(fresh, 0.0, g)
     if NORMALIZE:
@@ -573,7 +591,7 @@ def _stored_line_gradients(
         g_l, g_m, g_r = handed * above, handed * h, handed * below
         l, m, r = l * handed, m * handed, r * handed
     value = lamj * xj + tl.where(fresh, 0.0, mixed)
-    from_above, from_below = _exchange(r, l, place, w + j, index, has_left, has_right, R, ROW, GATHER, False)
+    from_above, from_below = _exchange(r, l, place, wn, index, has_left, has_right, R, ROW, GATHER, False)
     return m + from_above + from_below, g_x, g * xj, g_l, g_m, g_r, gy * value, gy * xj
 
 
@@ -621,12 +639,21 @@ def line_scan_fwd_kernel(
     skip += (b * skip_b + d * skip_d + i * skip_i) * W
     y += (b * y_b + d * y_d + i * y_i) * W
     h = tl.zeros([R], tl.float32)
-    for n in range(segment * span, tl.minimum((segment + 1) * span, blocks)):
+    start, stop = segment * span, tl.minimum((segment + 1) * span, blocks)
+    w1 = blocks - 1 - start if REVERSE else start
+    gp = _block(gates, g_w, w1, W)
+    # (R, W); the next block is read with this one: they share sectors of memory.
+    xn, an = tl.load(_block(x, x_w, w1, W), mask, 0.0), tl.load(_block(lam, lam_w, w1, W), mask, 0.0)
+    ln, mn, rn = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+    for n in range(start, stop):
         w0 = blocks - 1 - n if REVERSE else n
-        gp, yp = _block(gates, g_w, w0, W), _block(y, y_w, w0, W)
-        # (R, W)
-        xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
-        l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+        xt, at, l, m, r = xn, an, ln, mn, rn
+        n_next = tl.minimum(n + 1, stop - 1)
+        w1 = blocks - 1 - n_next if REVERSE else n_next
+        gp = _block(gates, g_w, w1, W)
+        xn, an = tl.load(_block(x, x_w, w1, W), mask, 0.0), tl.load(_block(lam, lam_w, w1, W), mask, 0.0)
+        ln, mn, rn = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+        yp = _block(y, y_w, w0, W)
         ut, st = xt, xt
         if HAS_U:
             ut = tl.load(_block(u, u_w, w0, W), mask, 0.0)
@@ -655,10 +682,12 @@ def line_scan_bwd_kernel(
     gg_b, gg_n, gg_d, gg_i, gg_w, gc_b, gc_d, gc_i, gc_w,
     N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, ROWS_INNER: tl.constexpr, REVERSE: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, ADD: tl.constexpr, GATHER: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one sweep over the lines of one segment of N maps; arguments as in the forward.
 
-    States are recomputed and written to `hs`, from where every thread reads also those of the rows next to its own.
+    States are recomputed and written to `hs`, from where every thread reads also those of the rows next to its own;
+    KEEP, where blocks of W lines are whole chunks, has no need of that.
     """
     R: tl.constexpr = N * P
     ROW: tl.constexpr = 1 if ROWS_INNER else N
@@ -678,33 +707,53 @@ def line_scan_bwd_kernel(
     part = (b * gc_b + d * gc_d + i * gc_i) * W
     start, stop = segment * span, tl.minimum((segment + 1) * span, blocks)
     h = tl.zeros([R], tl.float32)
-    for n in range(start, stop):
-        w0 = blocks - 1 - n if REVERSE else n
-        gp = _block(gates, g_w, w0, W)
-        xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
-        l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
-        h, states = _stored_lines(
-            xt, at, l, m, r, xt, xt, h, w0 * W, rows, blocks * W, chunk, place, index, has_left, has_right,
-            R, W, ROW, REVERSE, NORMALIZE, False, False, GATHER)  # fmt: skip
-        tl.store(_block(hs, h_w, w0, W), states.to(hs.dtype.element_ty), mask)
-    tl.debug_barrier()
+    if not KEEP:
+        for n in range(start, stop):
+            w0 = blocks - 1 - n if REVERSE else n
+            gp = _block(gates, g_w, w0, W)
+            xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
+            l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
+            h, states = _stored_lines(
+                xt, at, l, m, r, xt, xt, h, w0 * W, rows, blocks * W, chunk, place, index, has_left, has_right,
+                R, W, ROW, REVERSE, NORMALIZE, False, False, GATHER)  # fmt: skip
+            tl.store(_block(hs, h_w, w0, W), states.to(hs.dtype.element_ty), mask)
+        tl.debug_barrier()
     carry = tl.zeros([R], tl.float32)
     for back in range(stop - start):
         n = stop - 1 - back
         w0 = blocks - 1 - n if REVERSE else n
-        gp, hp, gxp = _block(gates, g_w, w0, W), _block(hs, h_w, w0, W), _block(gx, gx_w, w0, W)
+        gp, gxp = _block(gates, g_w, w0, W), _block(gx, gx_w, w0, W)
         ggp, gcp = _block(g_gates, gg_w, w0, W), _block(part, gc_w, w0, W)
         # (R, W)
         xt, at = tl.load(_block(x, x_w, w0, W), mask, 0.0), tl.load(_block(lam, lam_w, w0, W), mask, 0.0)
         l, m, r = tl.load(gp, mask, 0.0), tl.load(gp + g_n * W, mask, 0.0), tl.load(gp + 2 * g_n * W, mask, 0.0)
-        yt, ht = tl.load(_block(gy, gy_w, w0, W), mask, 0.0), tl.load(hp, mask, 0.0)
-        above, below = tl.load(hp - h_i * W, above_mask, 0.0), tl.load(hp + h_i * W, below_mask, 0.0)
-        # (R, 1), of the line before these, which a segment's first line does not have
-        hp = hs + h_w.to(tl.int64) * (w0 * W + (W if REVERSE else -1))
-        exists = n + tl.arange(0, 1)[None, :] > start
-        h0 = tl.reshape(tl.load(hp, mask & exists, 0.0), [R]).to(tl.float32)
-        above0 = tl.reshape(tl.load(hp - h_i * W, above_mask & exists, 0.0), [R]).to(tl.float32)
-        below0 = tl.reshape(tl.load(hp + h_i * W, below_mask & exists, 0.0), [R]).to(tl.float32)
+        yt = tl.load(_block(gy, gy_w, w0, W), mask, 0.0)
+        if KEEP:
+            # Every block starts from zero.
+            tl.debug_barrier()
+            # (R, W), at each line the states of the line before
+            h = tl.zeros([R], tl.float32)
+            ht = tl.zeros([R, W], tl.float32)
+            above, below = ht, ht
+            for early in tl.static_range(W):
+                ht = _put(ht, h, early, W, REVERSE)
+                h, _, aj, bj = _stored_line(
+                    xt, at, l, m, r, xt, xt, h, w0 * W, rows, blocks * W, chunk, place, index, has_left, has_right,
+                    early, R, W, ROW, REVERSE, NORMALIZE, False, False, GATHER)  # fmt: skip
+                above, below = _put(above, aj, early, W, REVERSE), _put(below, bj, early, W, REVERSE)
+            tl.debug_barrier()
+        else:
+            hp = _block(hs, h_w, w0, W)
+            # (R, W), and (R, 1) of the line before these, which a segment's first line does not have
+            ht = tl.load(hp, mask, 0.0)
+            above, below = tl.load(hp - h_i * W, above_mask, 0.0), tl.load(hp + h_i * W, below_mask, 0.0)
+            hp = hs + h_w.to(tl.int64) * (w0 * W + (W if REVERSE else -1))
+            exists = n + tl.arange(0, 1)[None, :] > start
+            h0 = tl.load(hp, mask & exists, 0.0)
+            above0 = tl.load(hp - h_i * W, above_mask & exists, 0.0)
+            below0 = tl.load(hp + h_i * W, below_mask & exists, 0.0)
+            ht = _next(ht, h0, R, W, REVERSE)
+            above, below = _next(above, above0, R, W, REVERSE), _next(below, below0, R, W, REVERSE)
         ut, st = xt, xt
         if HAS_U:
             ut = tl.load(_block(u, u_w, w0, W), mask, 0.0)
@@ -713,30 +762,17 @@ def line_scan_bwd_kernel(
         gxt = tl.zeros([R, W], tl.float32)
         ga, gl, gm, gr, gu, gs = gxt, gxt, gxt, gxt, gxt, gxt
         for late in tl.static_range(W):
-            if late < W - 1:
-                hj = _line(ht, R, W, late + 1 if REVERSE else W - 2 - late)
-                aj = _line(above, R, W, late + 1 if REVERSE else W - 2 - late)
-                bj = _line(below, R, W, late + 1 if REVERSE else W - 2 - late)
-            else:
-                hj, aj, bj = h0, above0, below0
+            hj = _line(ht, W - 1 - late, R, W, REVERSE)
+            aj = _line(above, W - 1 - late, R, W, REVERSE)
+            bj = _line(below, W - 1 - late, R, W, REVERSE)
             carry, g_x, g_a, g_l, g_m, g_r, g_v, g_s = _stored_line_gradients(
                 xt, at, l, m, r, ut, st, yt, hj, aj, bj, carry, w0 * W, rows, blocks * W, chunk, place, index,
-                has_left, has_right,
-                late if REVERSE else W - 1 - late,
+                has_left, has_right, W - 1 - late,
                 R, W, ROW, REVERSE, NORMALIZE, HAS_U, HAS_SKIP, GATHER)  # fmt: skip
-            gxt, ga = (
-                _put(gxt, g_x, W, late if REVERSE else W - 1 - late),
-                _put(ga, g_a, W, late if REVERSE else W - 1 - late),
-            )
-            gl, gm = (
-                _put(gl, g_l, W, late if REVERSE else W - 1 - late),
-                _put(gm, g_m, W, late if REVERSE else W - 1 - late),
-            )
-            gr = _put(gr, g_r, W, late if REVERSE else W - 1 - late)
-            gu, gs = (
-                _put(gu, g_v, W, late if REVERSE else W - 1 - late),
-                _put(gs, g_s, W, late if REVERSE else W - 1 - late),
-            )
+            gxt, ga = _put(gxt, g_x, W - 1 - late, W, REVERSE), _put(ga, g_a, W - 1 - late, W, REVERSE)
+            gl, gm = _put(gl, g_l, W - 1 - late, W, REVERSE), _put(gm, g_m, W - 1 - late, W, REVERSE)
+            gr, gu = _put(gr, g_r, W - 1 - late, W, REVERSE), _put(gu, g_v, W - 1 - late, W, REVERSE)
+            gs = _put(gs, g_s, W - 1 - late, W, REVERSE)
         if ADD:
             gxt += tl.load(gxp, mask, 0.0).to(tl.float32)
         tl.store(gxp, gxt.to(gx.dtype.element_ty), mask)
@@ -985,8 +1021,10 @@ class _Sweep:
         self.warps = max(1, min(32 if self.P > 1024 else 16, self.N * self.P // 32))
         self.rows_inner = self.x.stride(1) != 1 or self.channels == 1
         self.blocks = self.lines // self.W
-        # Segments of whole chunks, so that they can be scanned at the same time.
-        self.span = min(self.blocks, self.chunk // math.gcd(self.chunk, self.W))
+        # Segments of whole chunks, no more than there are processors for.
+        whole = self.chunk // math.gcd(self.chunk, self.W)
+        segments = triton.cdiv(32 * _processors(self.x), max(1, self.sequences // self.N))
+        self.span = min(self.blocks, triton.cdiv(triton.cdiv(self.blocks, segments), whole) * whole)
         self.segments = triton.cdiv(self.blocks, self.span)
         self.programs = triton.cdiv(self.sequences, self.N) * self.segments
         row = 1 if self.rows_inner else self.N
@@ -1021,7 +1059,7 @@ class _Sweep:
         u, skip, g_u, g_skip = (nothing if t is None else t for t in (self.u, self.skip, g_u, g_skip))
         line_scan_bwd_kernel[(self.programs,)](
             self.x, self.gates, self.lam, u, skip, gy, hs, gx_k, g_gates, g_lam, g_u, g_skip, *self.arguments,
-            ADD=add and self.in_place, **self.constants,
+            ADD=add and self.in_place, KEEP=self.W % self.chunk == 0, **self.constants,
         )  # fmt: skip
         if not self.in_place:
             turned = from_map_frame(gx_k, self.direction)
