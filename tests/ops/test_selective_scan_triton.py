@@ -26,9 +26,11 @@ def schedule(request, monkeypatch):
 
 @pytest.fixture(params=["across lanes", "along lanes"])
 def forward_kernel(request, monkeypatch):
-    choice = {"across lanes": lambda scan, align: kernels._across_lanes(scan, 2, 64)}.get(
-        request.param, lambda scan, align: kernels._along_lanes(scan, 32, 4, 128)
-    )
+    def choice(scan, align):
+        if request.param == "across lanes":
+            return kernels._across_lanes(scan, 2, 64, 2)
+        return kernels._along_lanes(scan, 32, 4, 1)
+
     monkeypatch.setattr(kernels, "_forward_blocks", choice)
 
 
