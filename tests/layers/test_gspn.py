@@ -33,10 +33,23 @@ class MODEL:
     norms = ()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (None, torch.float64),
+        (None, torch.float32),
+        ("torch", torch.float64),
+        ("torch", torch.float32),
+        ("naive", torch.float64),
+        ("naive", torch.float32),
+        ("triton", torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", INDEX["op_mixer"]["cases"])
-def test_mixer(name, dtype, backend):
+def test_mixer(name, backend, dtype):
+    if backend == "triton":
+        pytest.importorskip("triton")
     case, data = INDEX["op_mixer"]["cases"][name], arrays("op_mixer.npz", name)
     mixer = GSPNMixer(
         case["dim"],
