@@ -160,8 +160,13 @@ class GSPNMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.scan(self.conv(x)).permute(0, 2, 3, 1)
-        y = self.out_proj(self.grn(self.out_norm(y)))
-        return self.drop(y).permute(0, 3, 1, 2)
+        y = self.out_norm(y)
+        # Global response normalisation as one weight for each picture and channel: the maps are passed over twice, and
+        # by the layer's own forward six times.
+        energy = y.norm(p=2, dim=(1, 2), keepdim=True)
+        energy = energy / (energy.mean(dim=-1, keepdim=True) + self.grn.eps)
+        y = torch.addcmul(self.grn.bias, y, 1 + self.grn.weight * energy)
+        return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
 
 
 class GSPNBlock(ResidualBlock):
