@@ -691,9 +691,9 @@ def selective_scan_bwd_kernel(
     # Parts of gradients that are summed over rows: one for each program of a sequence.
     part = program.to(tl.int64) * states * length
     if not B_CONSTANT:
-        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + first_channel // B_channels * _aligned(B_g, ALIGN)
+        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * _aligned(B_g, ALIGN)
     if not C_CONSTANT:
-        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + first_channel // C_channels * _aligned(C_g, ALIGN)
+        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + (first_channel // C_channels).to(tl.int64) * _aligned(C_g, ALIGN)
 
     for number in range(first_chunk, last_chunk):
         chunk = chunks - 1 - number
