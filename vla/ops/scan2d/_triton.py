@@ -186,7 +186,7 @@ def scan2d_fwd_kernel(
                 dt_ptr + k * ps_k, p_at, mask, d, d_mask, weight, bias, dt_s, R, T, S, R_PAD, SOFTPLUS, PRECISION
             )
             y = skip[None, None, :] * x
-            for n in range(0, N):
+            for n in range(N):
                 A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
                 b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
                 c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S)
@@ -258,7 +258,7 @@ def scan2d_states_kernel(
         _, step = _time_step(
             dt_ptr, p_at, mask, d, d_mask, weight, bias, dt_s, R, T, S, R_PAD, SOFTPLUS, PRECISION
         )  # fmt: skip
-        for n in range(0, N):
+        for n in range(N):
             A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
             b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
             entry = pick(carry, n_index, n)
@@ -350,7 +350,7 @@ def scan2d_bwd_kernel(
             gx = skip[None, None, :] * gy
             g_skip += tl.sum(gy * x, axis=0)
             g_step = tl.zeros_like(step)
-            for n in range(0, N):
+            for n in range(N):
                 A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
                 b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
                 c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
