@@ -63,6 +63,22 @@ def test_slow_gpu_path_warns_once(monkeypatch):
         assert ssd.backend_for(CUDA) == "torch"
 
 
+def test_too_old_triton(monkeypatch):
+    monkeypatch.setattr("vla.ops._registry._triton_version", lambda: (3, 1))
+    monkeypatch.setattr(scan2d, "_warned", False)
+    with pytest.warns(UserWarning, match="scan2d: backend 'triton' needs Triton 3.4 or newer, 3.1 is installed; using"):
+        assert scan2d.backend_for(CUDA) == "torch"
+    with use_backend("triton"), pytest.raises(RuntimeError, match="needs Triton 3.4 or newer"):
+        scan2d.backend_for(CUDA)
+
+
+def test_float64_and_triton():
+    assert scan2d.backend_for(CUDA) == "triton"
+    assert scan2d.backend_for(CUDA, torch.float64) == "torch"
+    with use_backend("triton"), pytest.raises(RuntimeError, match="computes in float32, the tensors are float64"):
+        scan2d.backend_for(CUDA, torch.float64)
+
+
 def test_environment_variable():
     code = "import torch; from vla.ops.scan2d import operator; print(operator.backend_for(torch.device('cpu')))"
     environment = {**os.environ, "VLA_BACKEND": "naive"}

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("naive", "torch", "numba", "triton")
+# The first version, that of torch 2.8, which compiles all kernels (`tl.flip` along the first axis, `tl.gather`).
+MIN_TRITON = (3, 4)
 
 _override: str | None = None
 
@@ -148,6 +150,8 @@ class Operator:
             return f"needs the package {backend}, which is not installed"
         if backend == "numba" and device.type != "cpu":
             return f"runs on the CPU, the tensors are on {device}"
+        if backend == "triton" and _triton_version() < MIN_TRITON:
+            return "needs Triton {}.{} or newer, {}.{} is installed".format(*MIN_TRITON, *_triton_version())
         if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
         if backend == "triton" and dtype == torch.float64:
@@ -232,6 +236,12 @@ class Operator:
 @cache
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@cache
+def _triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
