@@ -1005,7 +1005,9 @@ def _backward_blocks(scan: _Scan) -> tuple[int, int, int, dict]:
     """Rows of a pass, passes of a program, stages and launch options, as measured on an H200."""
     if scan.states > 1:
         return 2, 16, 1, _launch(scan)
-    return 2, 8, 3, _launch(scan, 168 if scan.u.element_size() > 2 else None)
+    if scan.u.element_size() > 2:
+        return 2, 8, 3, _launch(scan, 168)
+    return 2, 8, 1, _launch(scan)
 
 
 def _chunk_blocks(scan: _Scan) -> tuple[int, int, dict]:
