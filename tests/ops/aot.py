@@ -41,7 +41,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # A100; H100 and H200; RTX 50, which Triton knows since 3.3. Bytes of shared memory that a program can have there.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 TARGETS = tuple(t for t in SHARED_MEMORY if t < 120 or VERSION >= (3, 3))
-# Compiled for in every case; the others once per kernel and dtype, unless chosen by hand.
+# Compiled for in every case; the others once per kernel, unless chosen by hand.
 MAIN_TARGET = 90
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
 
@@ -115,7 +115,6 @@ class Compiler:
 
     Attributes:
         case: What the launches belong to, for messages.
-        dtype: dtype of its activations.
         compiled: (module, kernel, target) of what was compiled.
         errors: Everything that went wrong.
     """
@@ -127,8 +126,7 @@ class Compiler:
         self.thorough = thorough
         self.dump = dump
         self.case = ""
-        self.dtype = torch.float32
-        self.met: set[tuple[JITFunction, torch.dtype, int]] = set()
+        self.met: set[tuple[JITFunction, int]] = set()
         self.compiled: set[tuple[str, str, int]] = set()
         self.seen: set[str] = set()
         self.seconds: list[float] = []
@@ -142,10 +140,9 @@ class Compiler:
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             self._check_grid(kernel, grid(arguments) if callable(grid) else grid)
             for target in self.targets:
-                key = (kernel, self.dtype, target)
-                if key in self.met and target not in self.thorough:
+                if (kernel, target) in self.met and target not in self.thorough:
                     continue
-                self.met.add(key)
+                self.met.add((kernel, target))
                 driver.set_active(Device(target))
                 start = time.perf_counter()
                 try:
@@ -290,7 +287,6 @@ def main() -> int:
         for case in CASES[operator]:
             for dtype in case.dtypes:
                 if options.case in case.name:
-                    compiler.dtype = dtype
                     compiler.case = f"{operator}/{case.name}/{str(dtype).removeprefix('torch.')}"
                     run_case(compiler, case, dtype)
         if not options.case:

@@ -137,12 +137,10 @@ def _bi_wkv() -> Iterator[Case]:
 
     f = ops.bi_wkv
     yield Case("vrwkv_tiny, gated", f, arguments(128, 196, 192, gated=True), (BF16,))
-    yield Case("vrwkv_tiny", f, arguments(128, 196, 192))
-    yield Case("vrwkv_base", f, arguments(128, 196, 768), (BF16,))
+    yield Case("vrwkv_tiny", f, arguments(128, 196, 192), (FP32,))
     yield Case("896", f, arguments(16, 3136, 192), (BF16,))
-    yield Case("2048", f, arguments(4, 16384, 384), (BF16,))
     yield Case("one row", f, arguments(1, 65536, 192), (BF16,))
-    yield Case("odd", f, arguments(3, 197, 33), (FP32, FP16))
+    yield Case("odd", f, arguments(3, 197, 33), (FP16,))
 
 
 def _wkv6() -> Iterator[Case]:
