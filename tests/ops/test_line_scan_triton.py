@@ -107,8 +107,8 @@ def test_extreme_logits(rank, offset):
 @pytest.mark.parametrize("rank", [0, 2], ids=["stored", "proxy"])
 def test_long_sweep_is_stable(rank):
     """Normalised gates neither grow nor shrink a constant state."""
-    arguments = make((1, 1, 3, 300), rank, ["right"], dtype=FP32)
-    arguments["x"] = torch.zeros(1, 1, 3, 300)
+    arguments = make((1, 1, 3, 120), rank, ["right"], dtype=FP32)
+    arguments["x"] = torch.zeros(1, 1, 3, 120)
     arguments["x"][..., 0] = 1
     for name, value in (("lam", 1), ("u", 1), ("skip", 0)):
         arguments[name] = torch.full_like(arguments[name], value / max(rank, 1))

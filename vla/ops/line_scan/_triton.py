@@ -404,7 +404,9 @@ def line_scan_proxy_bwd_kernel(
                         zt, xt, gyt, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, True, EXACT
                     )
                 gw3, gw4, gw5, g_z = _contract(z_own, g3, g4, g5, v3, v4, v5, gw3, gw4, gw5, g_z, TWICE)
-                gx_ptr = gx + k * gx_k + (source + t * st)[:, None] * channels + c[None, :]
+                gx_ptr = (
+                    gx + ((source + t * st) * channels + (tl.zeros([P], tl.int64) + k) * gx_k)[:, None] + c[None, :]
+                )
                 tl.store(gx_ptr, g_x.to(gx.dtype.element_ty), own_mask)
                 if not EXACT:
                     g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
@@ -634,6 +636,7 @@ def line_scan_fwd_kernel(
     place = exchange + tl.program_id(0).to(tl.int64) * (4 * (R + 2 * ROW)) + (ROW + index * one)
     x += (b * x_b + d * x_d + i * x_i) * W
     gates += (b * g_b + d * g_d + i * g_i) * W
+    g_n = g_n.to(tl.int64)
     lam += (b * lam_b + d * lam_d + i * lam_i) * W
     u += (b * u_b + d * u_d + i * u_i) * W
     skip += (b * skip_b + d * skip_d + i * skip_i) * W
@@ -697,6 +700,7 @@ def line_scan_bwd_kernel(
     above_mask, below_mask = mask & has_left[:, None], mask & has_right[:, None]
     x += (b * x_b + d * x_d + i * x_i) * W
     gates += (b * g_b + d * g_d + i * g_i) * W
+    g_n = g_n.to(tl.int64)
     lam += (b * lam_b + d * lam_d + i * lam_i) * W
     u += (b * u_b + d * u_d + i * u_i) * W
     skip += (b * skip_b + d * skip_d + i * skip_i) * W
@@ -704,6 +708,7 @@ def line_scan_bwd_kernel(
     hs += (b * h_b + d * h_d + i * h_i) * W
     gx += (b * gx_b + d * gx_d + i * gx_i) * W
     g_gates += (b * gg_b + d * gg_d + i * gg_i) * W
+    gg_n = gg_n.to(tl.int64)
     part = (b * gc_b + d * gc_d + i * gc_i) * W
     start, stop = segment * span, tl.minimum((segment + 1) * span, blocks)
     h = tl.zeros([R], tl.float32)
@@ -1027,8 +1032,8 @@ class _Sweep:
         self.span = min(self.blocks, triton.cdiv(triton.cdiv(self.blocks, segments), whole) * whole)
         self.segments = triton.cdiv(self.blocks, self.span)
         self.programs = triton.cdiv(self.sequences, self.N) * self.segments
-        row = 1 if self.rows_inner else self.N
-        self.exchange = self.x.new_empty(self.programs * 4 * (self.N * self.P + 2 * row), dtype=torch.float32)
+        size = 4 * (self.N * self.P + 2 * (1 if self.rows_inner else self.N))
+        self.exchange = self.x.new_empty(0 if _GATHER else self.programs * size, dtype=torch.float32)
         sizes = [self.sequences, self.channels, self.rows, self.blocks, self.chunk, self.segments, self.span, 1]
         flat = []
         for t, s in zip(maps, strides, strict=True):
