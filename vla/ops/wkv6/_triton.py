@@ -402,14 +402,15 @@ def _rows(x: Tensor) -> Tensor:
 
 def _tiling(length: int, precision: str) -> tuple[int, tuple, tuple]:
     """Logarithm of the tokens in a chunk; tiles (BLOCK_K, BLOCK_V) and warps of states, forward, backward."""
+    # Two warps, or 32 rows, keep to the matrix instructions of Ampere. Hopper's are no faster here, and where tiles have
+    # two widths, ptxas 12.8 mixes up the addresses of their operands.
     if precision == "bf16":
-        # Square tiles: of tiles of two widths, ptxas 12.8 reads some on Hopper from where they are not.
-        levels, blocks = 6, ((64, 64), (64, 64), (32, 32))
+        levels, blocks, warps = 5, ((64, 64), (64, 64), (64, 64)), (2, 2, 4)
     else:
-        levels, blocks = 5, ((32, 64), (32, 64), (32, 64))
+        levels, blocks, warps = 5, ((32, 64), (32, 64), (32, 64)), (4, 4, 4)
     while levels > 4 and length <= 1 << (levels - 1):
         levels -= 1
-    return levels, blocks, (4, 4, 4)
+    return levels, blocks, warps
 
 
 def _segments(chunks: int, walks: int) -> int:
