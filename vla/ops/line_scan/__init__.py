@@ -105,7 +105,7 @@ def line_scan(
     The coefficients `gates`, `lam`, `u`, `skip` are maps; or, with `proxy`, weights: every coefficient is then the
     linear function `<weight[k, d], proxy[:, i, w]>` of a few channels shared by all (what GSPN does), expanded
     where it is used and never stored. State and reductions are float32 (float64 for float64 inputs). Every tensor
-    argument is differentiable. Strides are free; `torch.channels_last` is the fastest memory format on CPUs.
+    argument is differentiable. Strides are free; with a proxy `torch.channels_last` is the fastest memory format.
 
     Args:
         x: Map, (B, D, H, W).

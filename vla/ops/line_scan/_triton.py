@@ -967,10 +967,8 @@ def _processors(x: Tensor) -> int:
 
 
 def _suits_proxy_kernel(args: tuple) -> bool:
-    x, gates, lam, u, skip, proxy, _, chunk, normalize, aligned = args
+    x, _, _, u, skip, proxy, _, chunk, normalize, aligned = args
     if proxy is None or u is None or skip is None or not normalize or not 1 <= proxy.shape[1] <= 32:
-        return False
-    if any(t.dtype == torch.float64 for t in (x, gates, lam, u, skip, proxy)):
         return False
     sizes = {x.shape[2:], x.shape[:1:-1] if aligned else x.shape[2:]}
     return all(_tile(rows, min(chunk or lines, lines)) is not None for rows, lines in sizes)
@@ -990,9 +988,9 @@ class _Sweep:
             self.gates, self.lam = gates[:, :, k], lam[:, k]
             self.u, self.skip = (None if t is None else t[:, k] for t in (u, skip))
         else:
-            z = proxy.to(torch.float32).flatten(2)
+            z = proxy.float().flatten(2)
             weights = [gates[:, k].flatten(0, 1), *(t[k] for t in (lam, u, skip) if t is not None)]
-            maps = (torch.cat(weights).to(torch.float32) @ z).unflatten(-1, x.shape[2:]).unflatten(1, (-1, x.shape[1]))
+            maps = (torch.cat(weights).float() @ z).unflatten(-1, x.shape[2:]).unflatten(1, (-1, x.shape[1]))
             self.gates, self.lam = maps[:, :3], maps[:, 3]
             self.u = None if u is None else maps[:, 4]
             self.skip = None if skip is None else maps[:, -1]
@@ -1074,11 +1072,18 @@ class _Sweep:
 def forward(*args) -> Tensor:
     if _suits_proxy_kernel(args):
         return _ProxyLaunch(args, with_gradients=False).forward()
-    x, directions = args[0], args[6]
-    y = torch.empty_like(x, dtype=x.dtype if len(directions) == 1 else torch.float32)
+    x, proxy, directions = args[0], args[5], args[6]
+    y = torch.empty_like(
+        x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
+    )
     for k in range(len(directions)):
         _Sweep(args, k).forward(y, add=k > 0)
-    return y.to(x.dtype)
+    return y.to(x.dtype) if proxy is None else torch.empty_like(x).copy_(y)
+
+
+def _layout_of_coefficients(proxy: Tensor | None) -> torch.memory_format:
+    """Memory format for maps beside coefficients: those expanded from a proxy are contiguous."""
+    return torch.preserve_format if proxy is None else torch.contiguous_format
 
 
 def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
@@ -1086,7 +1091,10 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
     if _suits_proxy_kernel(args):
         g_x, g_proxy, g_w = _ProxyLaunch(args, with_gradients=True).backward(grads[0])
         return [g_x, g_w[:3] * -LOG2E.value, g_w[3], g_w[4], g_w[5], g_proxy]
-    g_x = torch.empty_like(x, dtype=x.dtype if len(directions) == 1 else torch.float32)
+    g_x = torch.empty_like(
+        x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
+    )
+    gy = grads[0] if proxy is None else grads[0].contiguous()
     if proxy is None:
         results = [None if t is None else torch.empty_like(t) for t in (gates, lam, u, skip)]
     else:
@@ -1096,12 +1104,12 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
         sweep = _Sweep(args, k)
         if proxy is None:
             g_gates, *others = results
-            sweep.backward(grads[0], g_x, k > 0, [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)])
+            sweep.backward(gy, g_x, k > 0, [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)])
             continue
         # (B, coefficients, D, H, W)
         maps = torch.empty_like(sweep.lam.unsqueeze(1).expand(-1, 4 + (u is not None) + (skip is not None), -1, -1, -1))
         g_u, g_skip = None if u is None else maps[:, 4], None if skip is None else maps[:, -1]
-        sweep.backward(grads[0], g_x, k > 0, [maps[:, :3], maps[:, 3], g_u, g_skip])
+        sweep.backward(gy, g_x, k > 0, [maps[:, :3], maps[:, 3], g_u, g_skip])
         weights = torch.cat([gates[:, k], *(t[k, None] for t in (lam, u, skip) if t is not None)]).float()
         g_proxy = g_proxy + torch.einsum("bcdhw,cds->bshw", maps, weights)
         g_weights = torch.einsum("bcdhw,bshw->cds", maps, proxy.float())
