@@ -402,8 +402,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _tiling(length: int, precision: str) -> tuple[int, tuple, tuple]:
     """Logarithm of the tokens in a chunk; tiles (BLOCK_K, BLOCK_V) and warps of states, forward, backward."""
-    # Two warps, or 32 rows, keep to the matrix instructions of Ampere. Hopper's are no faster here, and where tiles have
-    # two widths, ptxas 12.8 mixes up the addresses of their operands.
+    # Two warps, or 32 rows, keep to the matrix instructions of Ampere. Hopper's are no faster here, and where tiles
+    # have two widths, ptxas 12.8 mixes up the addresses of their operands.
     if precision == "bf16":
         levels, blocks, warps = 5, ((64, 64), (64, 64), (64, 64)), (2, 2, 4)
     else:
