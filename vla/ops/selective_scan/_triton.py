@@ -11,6 +11,8 @@ from .._triton import LN2, LOG2E, compose, softplus2
 
 # Programs that keep a GPU busy. Fewer rows than that, and chunks run in parallel.
 _MIN_PROGRAMS = 1024
+# Before 3.3, Triton cannot compile these loops with loads ahead of time.
+_PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 @triton.jit
@@ -976,13 +978,17 @@ def _launch(scan: _Scan, registers: int | None = None) -> dict:
     return options
 
 
+def _stages(stages: int) -> int:
+    return stages if _PIPELINES else 1
+
+
 def _across_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": stages, "ONE_STATE": scan.states == 1}
+    constants = {"STEPS": steps, "STAGES": _stages(stages), "ONE_STATE": scan.states == 1}
     return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
 
 
 def _along_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": stages, "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
+    constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
     return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
 
 
@@ -1006,7 +1012,7 @@ def _backward_blocks(scan: _Scan) -> tuple[int, int, int, dict]:
     if scan.states > 1:
         return 2, 16, 1, _launch(scan)
     if scan.u.element_size() > 2:
-        return 2, 8, 3, _launch(scan, 168)
+        return 2, 8, _stages(3), _launch(scan, 168)
     return 2, 8, 1, _launch(scan)
 
 
