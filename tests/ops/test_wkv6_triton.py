@@ -10,7 +10,7 @@ from tests.tolerance import assert_close
 from vla.ops import use_backend, wkv6
 from vla.ops.wkv6 import _triton
 
-# One token; chunks of 16, 32 and 64 tokens, one and several; heads of 16 channels, fewer, more, and of two tiles.
+# One token; chunks of 16 and 32 tokens, one and several; heads of 16 channels, fewer, more, and of two tiles.
 SHAPES = [
     (1, 1, 1, 1),
     (2, 2, 1, 4),
