@@ -28,6 +28,7 @@ def small(monkeypatch):
     """Less for the interpreter to do."""
     monkeypatch.setattr(kernels, "_BLOCK", 8)
     monkeypatch.setattr(kernels, "_WARPS", 2)
+    monkeypatch.setattr(kernels, "_FEW", 0)
     monkeypatch.setattr(kernels, "_ENOUGH", 6)
 
 

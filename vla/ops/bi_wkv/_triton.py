@@ -756,10 +756,11 @@ def bi_wkv_bwd_kernel(
 
 
 # Tokens of a tile; channels of a program, one for each thread of a warp; warps of a program, each with its segment.
-_TILE, _BLOCK, _WARPS = 8, 32, 4
-# The fewest tiles that a segment is worth, and the most of a sequence that one program walks alone; longer ones are
-# spread over so many programs that there are about this many warps.
-_SEGMENT, _SOLO, _ENOUGH = 4, 64, 4096
+# More warps were no faster where there are many programs, and newer versions of Triton put tokens across them.
+_TILE, _BLOCK, _WARPS = 8, 32, 1
+# Sequences of more than `_SOLO` tiles, or of fewer than `_FEW` blocks of channels in all, are spread over programs:
+# over so many that there are about `_ENOUGH`, none with fewer than `_SEGMENT` tiles.
+_SOLO, _FEW, _ENOUGH, _SEGMENT = 64, 256, 2048, 4
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -777,7 +778,7 @@ def _plan(k: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int], d
     rows = batch * triton.cdiv(channels, block)
     # Segments of a sequence: a power of two up to the warps of a program, or a multiple of these.
     segments = warps = _power_of_two(max(1, min(_WARPS, tiles // _SEGMENT)))
-    if tiles > _SOLO:
+    if tiles > _SOLO or rows < _FEW:
         wanted = max(1, min(_ENOUGH // rows, tiles // _SEGMENT))
         segments = triton.cdiv(triton.cdiv(tiles, triton.cdiv(tiles, wanted)), warps) * warps
     count = triton.cdiv(tiles, segments)
