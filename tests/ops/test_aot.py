@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from vla.ops._registry import MIN_TRITON
+
+pytest.importorskip("triton", minversion="{}.{}".format(*MIN_TRITON), reason="kernels need a newer Triton")
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = sorted({file.parent.name for file in (ROOT / "vla" / "ops").glob("*/_triton*.py")})
