@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import product, product_precision
 from ..q_shift._triton import groups, load_shifted, place, shifted
-from ..wkv6._triton import product, product_precision
 
 
 @triton.jit

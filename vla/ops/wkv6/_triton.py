@@ -12,30 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E
-
-
-@triton.jit
-def leading(x):
-    """The leading 11 bits of a float32 number, as many as TF32 has."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32 from operands in bfloat16 ("bf16"), TF32 ("tf32"), or TF32 numbers and their rests ("tf32x3").
-
-    The last is `tl.dot`'s own `input_precision`, which Triton 3.1 and 3.2 fail to compile here.
-    """
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    if PRECISION == "tf32":
-        return tl.dot(a, b, input_precision="tf32")
-    a_lead, b_lead = leading(a), leading(b)
-    out = tl.dot(a - a_lead, b_lead, input_precision="tf32")
-    out = tl.dot(a_lead, b - b_lead, out, input_precision="tf32")
-    return tl.dot(a_lead, b_lead, out, input_precision="tf32")
+from .._triton import LOG2E, leading, product, product_precision
 
 
 @triton.jit
@@ -381,18 +358,6 @@ def wkv6_bwd_kernel(
     tl.store(gw + out, (-decay_rate(w_chunk) * g_log).to(gw.dtype.element_ty), inside_k)
     # (sequences, chunks, N)
     tl.store(gu + (sequence.to(tl.int64) * chunks + chunk) * N + row, gu_chunk, row < N)
-
-
-def product_precision(*operands: Tensor) -> str:
-    """`PRECISION` for operands that come as they are and as products with numbers up to 1.
-
-    bfloat16 if they all are, TF32 if they are of 16 bits (float16's range is too small for sums over a sequence), else
-    three TF32 products for one in float32.
-    """
-    if all(x.dtype == torch.bfloat16 for x in operands):
-        # Triton's interpreter cannot multiply bfloat16.
-        return "bf16" if operands[0].device.type != "cpu" else "tf32"
-    return "tf32" if all(x.dtype.itemsize == 2 for x in operands) else "tf32x3"
 
 
 def _rows(x: Tensor) -> Tensor:
