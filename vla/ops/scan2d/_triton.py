@@ -127,7 +127,7 @@ def scan2d_fwd_kernel(
     begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
     xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p,
     N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
+    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a picture (or, with PER_LINE, of its i-th lines), through directions in turn."""
@@ -169,7 +169,8 @@ def scan2d_fwd_kernel(
         # The width of a thread's loads decides how many lanes the channels of a pixel take.
         vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
         carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
-        for chunk in tl.range(0, chunks, num_stages=STAGES):
+        # Loads of the next chunk under way would take registers, which are what is short.
+        for chunk in tl.range(0, chunks, num_stages=1):
             start = chunk * (T * S)
             mask = start + o < length
             full_mask = mask[:, None] & d_mask[None, :]
@@ -212,7 +213,7 @@ def scan2d_states_kernel(
     begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
     xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s,
     N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
+    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The states with which one direction enters its chunks, for BLOCK_D channels of a picture."""
@@ -245,7 +246,7 @@ def scan2d_states_kernel(
     state_at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
     tl.store(state_ptr + state_at, carry, mask=n_index < N)
-    for chunk in tl.range(0, chunks - 1, num_stages=STAGES):
+    for chunk in tl.range(0, chunks - 1, num_stages=1):
         start = chunk * (T * S)
         mask = start + o < length
         pixel = _pixels(o, start, length, first_line, height, width, column_major, flip)
@@ -274,7 +275,7 @@ def scan2d_bwd_kernel(
     begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
     gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, ls_block, ls_k, qs_block,
     N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
+    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
     SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a picture through directions in turn: of x summed over directions, of the
@@ -326,7 +327,7 @@ def scan2d_bwd_kernel(
         g_skip = tl.zeros((S, BLOCK_D), tl.float32)
         g_bias = tl.zeros((S, BLOCK_D), tl.float32)
         g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
-        for back in tl.range(0, chunks, num_stages=STAGES):
+        for back in tl.range(0, chunks, num_stages=1):
             chunk = chunks - 1 - back
             start = chunk * (T * S)
             mask = start + o < length
@@ -421,7 +422,6 @@ class Config(NamedTuple):
         BLOCK_D: Channels of a tile.
         VECTOR: Neighbouring channels of a thread.
         num_warps: Warps of a program.
-        num_stages: Chunks whose loads are under way at the same time.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
     """
 
@@ -429,7 +429,6 @@ class Config(NamedTuple):
     BLOCK_D: int
     VECTOR: int
     num_warps: int
-    num_stages: int = 1
     maxnreg: int | None = None
 
     @property
@@ -438,19 +437,20 @@ class Config(NamedTuple):
         return max(1, 32 * self.num_warps * self.VECTOR // self.BLOCK_D)
 
 
-def _programs(problem: "_Problem", block: int) -> int:
-    return problem.batch * problem.sequences * triton.cdiv(problem.channels, block)
+def _programs(problem: "_Problem") -> int:
+    """Programs of 32 channels each."""
+    return problem.batch * problem.sequences * triton.cdiv(problem.channels, 32)
 
 
 def _fwd_config(problem: "_Problem") -> Config:
     # As measured on an H200: with enough programs to fill it, one warp each needs no barriers.
-    if _programs(problem, 32) >= 1024:
+    if _programs(problem) >= 1024:
         return Config(4, 32, 4, 1)
     return Config(8, 32, 2, 4, maxnreg=128)
 
 
 def _bwd_config(problem: "_Problem") -> Config:
-    if _programs(problem, 32) < 256:
+    if _programs(problem) < 256:
         return Config(8, 32, 2, 4)
     return Config(8, 32, 2, 2) if problem.channels <= 128 else Config(4, 64, 4, 2)
 
@@ -545,7 +545,7 @@ class _Problem:
             kernel[grid](
                 *tensors, begin, end, count, *self.codes, self.height, self.width, self.channels, self.rank, blocks,
                 self.sequences, chunks, *strides,
-                T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR, STAGES=config.num_stages,
+                T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR,
                 WIDE=wide, num_warps=config.num_warps, **self.constants, **options,
             )  # fmt: skip
 
