@@ -15,7 +15,14 @@ from tests.models.official import Official, check
 from tests.tolerance import assert_close
 from vla.layers.block import DEFAULT_NORM
 from vla.layers.downsample import ConvDownsample
-from vla.layers.groupmamba import ConvMlp, GroupedSS2D, GroupMambaBlock, GroupMambaMixer
+from vla.layers.groupmamba import (
+    ConvMlp,
+    GroupedSS2D,
+    GroupMambaBlock,
+    GroupMambaMixer,
+    block_diagonal,
+    grouped_linear,
+)
 from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn
 from vla.ops import cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
@@ -320,3 +327,10 @@ def test_bad_arguments():
         GroupMamba(global_pool="max")
     with pytest.raises(ValueError, match="global_pool is '' with 1000 classes"):
         GroupMamba(global_pool="")
+
+
+def test_grouped_linear_as_one_matrix():
+    """How GPUs compute it."""
+    x, weight = torch.randn(2, 12, 5, 3, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
+    expected = grouped_linear(x, weight)
+    assert_close("output", torch.einsum("bchw,oc->bohw", x, block_diagonal(weight)), expected)

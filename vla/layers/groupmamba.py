@@ -17,8 +17,18 @@ from .ss2d import SelectiveScan2d
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
 
 
+def block_diagonal(weight: Tensor) -> Tensor:
+    """One matrix (K * O, K * I) that applies the K matrices (K, O, I) to their groups of channels."""
+    return torch.diag_embed(weight.permute(1, 2, 0), dim1=0, dim2=2).flatten(2, 3).flatten(0, 1)
+
+
+@torch.fx.wrap
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Every group of channels through its own matrix: x (B, K * I, H, W), weight (K, O, I) -> (B, K * O, H, W)."""
+    if x.is_cuda:
+        # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
+        # grouped convolution.
+        return F.linear(x.permute(0, 2, 3, 1), block_diagonal(weight)).permute(0, 3, 1, 2)
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return F.conv2d(x, weight.flatten(0, 1)[:, :, None, None], groups=weight.shape[0])
 
