@@ -1,14 +1,39 @@
-"""Settings for every test: two threads at most, and uninitialised memory that shows."""
+"""Settings for every test: the device, two threads at most, and uninitialised memory that shows."""
 
 import os
+import warnings
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton's kernels run on CPU tensors then, interpreted; it is read when a kernel is defined.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors are made, e.g. cuda, which runs the Triton kernels")
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    if device == "cpu":
+        # Triton's kernels run on CPU tensors then, interpreted; it is read when a kernel is defined.
+        os.environ["TRITON_INTERPRET"] = "1"
+        return
+    torch.set_default_device(device)
+    from_numpy = torch.from_numpy
+    torch.from_numpy = lambda array: from_numpy(array).to(device)
+    # Without it, cuBLAS says at every product that it is not deterministic.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        return
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") == "numba":
+            item.add_marker(pytest.mark.skip(reason="runs on CPU tensors"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,14 @@ Tensors = dict[str, Tensor | None]
 
 
 def randn(seed: int) -> Callable[..., Tensor]:
-    """A source of reproducible standard normal float64 tensors."""
+    """A source of reproducible standard normal float64 tensors, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda *size: torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    def draw(*size: int) -> Tensor:
+        values = torch.randn(*size, dtype=torch.float64, device="cpu", generator=generator)
+        return values.to(torch.get_default_device())
+
+    return draw
 
 
 def run(backend: str | None, function: Callable, tensors: Tensors, **options) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""What only a GPU can show in reasonable time: long sequences, equal bits, addresses beyond 32 bits.
+
+python -m pytest --device cuda tests/ops             every operator's tests, with its kernels
+python -m pytest --device cuda -m large tests/ops    also more than 2^31 elements (80 GB)
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import test_bi_wkv, test_line_scan, test_q_shift_mix, test_scan2d, test_selective_scan, test_wkv6
+from tests.ops.harness import randn, run
+from tests.tolerance import RELATIVE, assert_close
+from vla.ops import bi_wkv, line_scan, q_shift, q_shift_mix, scan2d, wkv6
+
+if torch.get_default_device().type != "cuda":
+    pytest.skip("run with --device cuda", allow_module_level=True)
+
+CROSS = test_scan2d.CROSS
+SWEEPS = test_line_scan.ALL
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Function, maker of float64 tensors, options.
+Case = tuple[Callable, Callable[[], dict], dict]
+
+
+def scan(batch: int, channels: int, length: int, states: int, groups: int = 1, **kwargs) -> Case:
+    return (
+        test_selective_scan.full,
+        lambda: test_selective_scan.make(batch, channels, length, states, groups=groups, **kwargs),
+        dict(delta_softplus=True),
+    )
+
+
+def directional(shape: tuple[int, ...], states: int = 1, rank: int = 6, **options) -> Case:
+    grouped = options.get("grouped", False)
+    return (
+        scan2d,
+        lambda: test_scan2d.make(shape, states, rank, grouped=grouped),
+        dict(directions=CROSS) | options,
+    )
+
+
+def lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
+    return line_scan, lambda: test_line_scan.make(shape, rank), dict(directions=SWEEPS) | options
+
+
+CASES: dict[str, Case] = {
+    "selective_scan L1": scan(2, 5, 1, 3),
+    "selective_scan L7 N16": scan(3, 7, 7, 16),
+    "selective_scan L49 windows": scan(300, 33, 49, 8),
+    "selective_scan L196 windows": scan(300, 32, 196, 8),
+    "selective_scan L197 N8": scan(2, 37, 197, 8),
+    "selective_scan L3136 grouped": scan(2, 44, 3136, 1, 4),
+    "selective_scan L16385": scan(1, 3, 16385, 3),
+    "selective_scan L16384 N16": scan(1, 64, 16384, 16),
+    "selective_scan many rows N16": scan(64, 96, 257, 16),
+    "scan2d 56x56": directional((2, 96, 56, 56)),
+    "scan2d 61x67": directional((1, 33, 61, 67), states=2),
+    "scan2d 14x14": directional((64, 48, 14, 14), rank=24),
+    "scan2d windows": directional((300, 40, 7, 7), states=8, directions=CROSS[:1] * 4),
+    "scan2d grouped": directional((3, 29, 21, 17), rank=3, grouped=True),
+    "scan2d per line": directional((2, 40, 30, 19), per_line=True),
+    "scan2d 129x128": directional((1, 16, 129, 128), rank=0),
+    "bi_wkv T197": (bi_wkv, lambda: test_bi_wkv.make(5, 197, 192), {}),
+    "bi_wkv T3136": (bi_wkv, lambda: test_bi_wkv.make(2, 3136, 33), {}),
+    "bi_wkv T16385 strong": (bi_wkv, lambda: test_bi_wkv.make(1, 16385, 40, decay=50.0), {}),
+    "wkv6 T196": (wkv6, lambda: test_wkv6.make(5, 196, 3, 64), {}),
+    "wkv6 T4097": (wkv6, lambda: test_wkv6.make(1, 4097, 2, 32), {}),
+    "line_scan 56x56": lines((2, 144, 56, 56), chunk=2),
+    "line_scan 14x14": lines((8, 96, 14, 14)),
+    "line_scan 67x130": lines((1, 18, 67, 130), aligned=True),
+    "line_scan stored": lines((2, 24, 56, 56), rank=0, chunk=2),
+    "line_scan stored long": lines((1, 6, 257, 200), rank=0, aligned=True),
+    "q_shift": (q_shift, lambda: {"x": randn(0)(3, 70, 33, 17)}, {}),
+    "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((8, 192, 14, 14), 3), {}),
+    "q_shift_mix low": (q_shift_mix, lambda: test_q_shift_mix.make((4, 192, 15, 13), 5, 32), dict(head_dim=64)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name, dtype):
+    """The reference is PyTorch's path, which every operator's tests compare with the definition."""
+    function, make, options = CASES[name]
+    tensors = {n: t if t is None else t.to(dtype) for n, t in make().items()}
+    expected = run("torch", function, {n: t if t is None else t.double() for n, t in tensors.items()}, **options)
+    actual = run("triton", function, tensors, **options)
+    again = run("triton", function, tensors, **options)
+    for key, value in actual.items():
+        assert torch.equal(value, again[key]), f"{key} differs between two runs"
+        # Sums over ten thousands of float32 terms.
+        relative = 5e-5 if dtype == torch.float32 else RELATIVE[dtype]
+        assert_close(key, value, expected[key], relative)
+
+
+HUGE: dict[str, Case] = {
+    "selective_scan": scan(1, 64, 4096, 1, optional=False),
+    "selective_scan N8": scan(1, 64, 4096, 8, optional=False),
+    "scan2d": directional((1, 64, 64, 64), rank=2),
+    "bi_wkv": (bi_wkv, lambda: test_bi_wkv.make(1, 4096, 64), {}),
+    "line_scan": lines((1, 64, 64, 64), chunk=2),
+    "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2), {}),
+}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", HUGE)
+def test_more_than_two_billion_elements(name):
+    """The last of many equal batch entries has the output and the gradients of one alone."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    function, make, options = HUGE[name]
+    alone = {n: None if t is None else t.bfloat16() for n, t in make().items()}
+    batched = [n for n in alone if n in ("x", "u", "delta", "dt", "B", "C", "k", "v", "proxy") and alone[n].dim() > 1]
+    count = 2**31 // max(alone[n].numel() for n in batched) + 1
+
+    def outcome(tensors: dict[str, Tensor | None]) -> list[Tensor]:
+        leaves = {n: None if t is None else t.requires_grad_() for n, t in tensors.items()}
+        y = function(**leaves, **options)
+        y = y if isinstance(y, Tensor) else y[0]
+        axis = 1 if function is q_shift_mix else 0
+        last = y.narrow(axis, y.shape[axis] - 1, 1).detach().clone()
+        grads = torch.autograd.grad(y, [leaves[n] for n in batched], torch.ones_like(y))
+        return [last, *(g[-1:].clone() for g in grads)]
+
+    expected = outcome(dict(alone))
+    repeated = {n: t.detach().expand(count, *t.shape[1:]).contiguous() if n in batched else t for n, t in alone.items()}
+    for what, a, e in zip(["output", *batched], outcome(repeated), expected, strict=True):
+        assert_close(what, a, e.double())
