@@ -7,7 +7,7 @@ import torch
 
 from vla.timing import Timing
 
-# How a model runs; the graphs are CUDA graphs, of which only latency is of interest.
+# How a model runs; the graphs are CUDA graphs, with which the host's time is gone.
 MODES = ("eager", "graph", "compiled", "compiled+graph")
 
 

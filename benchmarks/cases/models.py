@@ -173,8 +173,9 @@ def chosen(options: Options, default: tuple[str, ...], peers: tuple[str, ...] = 
 
 @case()
 def models(options: Options) -> Iterator[Measurement]:
-    """Pictures a second at 224 pixels in batches, evaluation and training, eager and compiled."""
-    for mode in (mode for mode in options.modes if mode in ("eager", "compiled")):
+    """Pictures a second at 224 pixels in batches, evaluation and training: eager, compiled, compiled with CUDA graphs."""
+    graphs = ("compiled+graph",) if options.device.type == "cuda" else ()
+    for mode in (mode for mode in options.modes if mode in ("eager", "compiled", *graphs)):
         for size in options.sizes or (224,):
             for name in chosen(options, tuple(OURS)):
                 for train in (False, True):
