@@ -185,6 +185,21 @@ def _q_shift_mix() -> Iterator[Case]:
     yield Case("odd", f, arguments(rows, 2, 5, 1, 33, 7, 9, shift=2, gamma=0.2), (FP32, FP16))
 
 
+def _layer_norm_grn() -> Iterator[Case]:
+    def arguments(layout, *size, **options):
+        def make(dtype: torch.dtype) -> dict:
+            channels = size[1]
+            parameters = {name: weight(channels) for name in ("norm_weight", "norm_bias", "weight", "bias")}
+            return dict(x=layout(dtype, *size), **parameters, **options)
+
+        return make
+
+    f = ops.layer_norm_grn
+    yield Case("gspn stage 1", f, arguments(maps, 128, 144, 56, 56))
+    yield Case("gspn stage 4", f, arguments(maps, 128, 1152, 7, 7, dtype=BF16), (BF16,))
+    yield Case("odd", f, arguments(rows, 1, 33, 7, 9), (FP32, FP16))
+
+
 def _line_scan() -> Iterator[Case]:
     def gspn(batch, channels, height, width, **options):
         """All four sweeps with coefficients expanded from a proxy of 8 channels."""
@@ -240,5 +255,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "wkv6": tuple(_wkv6()),
     "q_shift": tuple(_q_shift()),
     "q_shift_mix": tuple(_q_shift_mix()),
+    "layer_norm_grn": tuple(_layer_norm_grn()),
     "line_scan": tuple(_line_scan()),
 }

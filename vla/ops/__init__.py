@@ -2,6 +2,7 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
 from .q_shift import q_shift
 from .q_shift_mix import q_shift_mix
@@ -14,6 +15,7 @@ __all__ = [
     "bi_wkv",
     "cross_merge",
     "cross_scan",
+    "layer_norm_grn",
     "line_scan",
     "q_shift",
     "q_shift_mix",

@@ -1,0 +1,124 @@
+"""LayerNorm with global response normalisation against its definition, and PyTorch's machinery around it."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from tests.tolerance import assert_close
+from vla.ops import layer_norm_grn, use_backend
+
+BACKENDS = ["torch", "triton"]
+SHAPES = [(1, 5, 1, 1), (2, 3, 1, 7), (1, 33, 5, 4), (3, 16, 7, 7), (1, 144, 9, 8)]
+
+
+def make(shape, dtype=torch.float64, channels_last=True):
+    """Tensor arguments by name."""
+    normal = randn(0)
+    channels = shape[1]
+    tensors = {
+        "x": 2 * normal(*shape) + 1,
+        "norm_weight": 1 + 0.3 * normal(channels),
+        "norm_bias": normal(channels),
+        "weight": normal(channels),
+        "bias": normal(channels),
+    }
+    if channels_last:
+        tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_against_naive_in_float64(shape):
+    compare("torch", layer_norm_grn, make(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_naive(backend, shape, dtype):
+    compare(backend, layer_norm_grn, make(shape, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_a_picture(backend, monkeypatch):
+    """As with large batches, where a program sums many tiles of pixels."""
+    if backend == "triton":
+        monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton"), "_PROGRAMS", 1)
+    compare(backend, layer_norm_grn, make((2, 130, 11, 13), torch.float32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_stay_float32(backend):
+    """As in mixed precision: activations of 16 bits, parameters of 32, the result in a dtype of its own."""
+    tensors = make((2, 8, 3, 4), torch.float32)
+    tensors["x"] = tensors["x"].bfloat16()
+    compare(backend, layer_norm_grn, tensors, relative=2e-2, dtype=torch.float16)
+    with use_backend(backend):
+        assert layer_norm_grn(**tensors, dtype=torch.float16).dtype is torch.float16
+        assert layer_norm_grn(**tensors).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_constant_pixels(backend):
+    """Channels without response have no direction to grow in: a finite gradient of zero."""
+    tensors = make((1, 4, 2, 2), torch.float32) | {"x": torch.ones(1, 4, 2, 2), "norm_bias": torch.zeros(4)}
+    with use_backend(backend):
+        y = layer_norm_grn(**tensors)
+    assert_close("output", y, tensors["bias"].double()[:, None, None].expand(1, 4, 2, 2))
+    assert all(value.isfinite().all() for value in run(backend, layer_norm_grn, tensors).values())
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_empty_batch(backend):
+    results = run(backend, layer_norm_grn, make((0, 8, 3, 4), torch.float32))
+    assert results["output 0"].shape == (0, 8, 3, 4)
+    assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """A crop of a map, channels first; the result is channels last."""
+    tensors = make((2, 8, 6, 7), torch.float32, channels_last=False)
+    tensors["x"] = tensors["x"][:, :, 1:5, 2:]
+    compare(backend, layer_norm_grn, tensors)
+    with use_backend(backend):
+        assert layer_norm_grn(**tensors).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradcheck():
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(layer_norm_grn, [t.requires_grad_() for t in make((2, 4, 2, 3)).values()])
+
+
+class Norm(nn.Module):
+    def forward(self, x, norm_weight, norm_bias, weight, bias):
+        return layer_norm_grn(x, norm_weight, norm_bias, weight, bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    tensors = tuple(make((2, 16, 3, 5)).values())
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-6, None)
+    check_machinery(Norm(), tensors, torch.ops.vla.layer_norm_grn.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 8, 4)}, r"x has shape \(2, 8, 4\), expected \(B, C, H, W\)"),
+        ({"x": torch.ones(2, 0, 4, 4)}, r"x has shape \(2, 0, 4, 4\), expected at least one channel"),
+        ({"norm_weight": torch.ones(7)}, r"norm_weight has shape \(7,\), expected \(C,\) = \(8,\)"),
+        ({"bias": torch.ones(8, 1)}, r"bias has shape \(8, 1\)"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^layer_norm_grn: {message}"):
+        layer_norm_grn(**(make((1, 8, 3, 4)) | change))
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match=r"^layer_norm_grn: dtype is torch.int64"):
+        layer_norm_grn(**make((1, 8, 3, 4)), dtype=torch.int64)
