@@ -173,7 +173,7 @@ def chosen(options: Options, default: tuple[str, ...], peers: tuple[str, ...] = 
 
 @case()
 def models(options: Options) -> Iterator[Measurement]:
-    """Pictures a second at 224 pixels in batches, evaluation and training: eager, compiled, compiled with CUDA graphs."""
+    """Pictures a second at 224 pixels in batches, evaluation and training: eager, compiled, with CUDA graphs too."""
     graphs = ("compiled+graph",) if options.device.type == "cuda" else ()
     for mode in (mode for mode in options.modes if mode in ("eager", "compiled", *graphs)):
         for size in options.sizes or (224,):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from ..ops import line_scan
+from ..ops import layer_norm_grn, line_scan
 from .block import DEFAULT_NORM, ResidualBlock
+from .norm import autocast_dtype
 
 # Order of the parameter groups in released weights.
 DIRECTIONS = ["right", "down", "left", "up"]
@@ -159,14 +160,17 @@ class GSPNMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        y = self.scan(self.conv(x)).permute(0, 2, 3, 1)
-        y = self.out_norm(y)
-        # Global response normalisation as one weight for each picture and channel: the maps are passed over twice, and
-        # by the layer's own forward six times.
-        energy = y.norm(p=2, dim=(1, 2), keepdim=True)
-        energy = energy / (energy.mean(dim=-1, keepdim=True) + self.grn.eps)
-        y = torch.addcmul(self.grn.bias, y, 1 + self.grn.weight * energy)
-        return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
+        y = layer_norm_grn(
+            self.scan(self.conv(x)),
+            self.out_norm.weight,
+            self.out_norm.bias,
+            self.grn.weight,
+            self.grn.bias,
+            self.out_norm.eps,
+            self.grn.eps,
+            autocast_dtype(x),
+        )
+        return self.drop(self.out_proj(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 class GSPNBlock(ResidualBlock):
