@@ -136,16 +136,18 @@ def test_the_clock():
     assert measure_latency(run, FAST, calls=100, seconds=0).calls == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["selective_scan", "scan2d", "bi_wkv", "wkv6", "q_shift", "q_shift_mix", "line_scan", "mixers"]
-)
+OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}
+OWN = {"scan2d", "wkv6", "q_shift", "q_shift_mix", "layer_norm", "layer_norm_grn"}
+
+
+@pytest.mark.parametrize("name", sorted(OFFICIAL | OWN))
 def test_gpu_cases_have_whole_descriptions(name):
     measurements = list(CASES[name].measurements(Options(torch.device("cuda"), batch=1)))
     assert len({m.name for m in measurements}) == len(measurements) > 1
     for measurement in measurements:
         assert measurement.details["dtype"] and measurement.details["pass"] and measurement.official_ms is None
     official = [m.official_ms for m in CASES[name].measurements(Options(torch.device("cuda")))]
-    assert any(official) == (name not in ("scan2d", "wkv6", "q_shift", "q_shift_mix"))
+    assert any(official) == (name in OFFICIAL)
 
 
 def test_models_run_small(tmp_path):

@@ -296,6 +296,51 @@ def q_shift_mix(options: Options) -> Iterator[Measurement]:
 
 
 @case()
+def layer_norm(options: Options) -> Iterator[Measurement]:
+    """LayerNorm in the shapes of the models' stages, also of groups of channels with a gate."""
+
+    def problem(channels, side, dtype, groups=1) -> Problem:
+        def make() -> dict[str, Tensor]:
+            x = torch.randn(batch, side, side, channels, dtype=dtype)
+            tensors = dict(x=x, weight=torch.rand(channels), bias=torch.randn(channels))
+            return tensors | (dict(gate=torch.randn_like(x)) if groups > 1 else {})
+
+        batch = options.batch or 128
+        label = f"B{batch} {side}x{side} C{channels}" + (f" {groups} groups, gated" if groups > 1 else "")
+        first = {0: 1}
+        cuts = dict(x=first, gate=first)
+        return Problem(label, ops.layer_norm, dtype, make, "x", dict(groups=groups), cuts, first)
+
+    problems = [
+        problem(96, 56, FP32),
+        problem(96, 56, BF16),
+        problem(384, 14, FP32),
+        problem(768, 7, FP32),
+        problem(348, 14, FP32),
+        problem(64, 56, BF16, groups=4),
+        problem(192, 14, BF16, groups=3),
+    ]
+    yield from _measure_all(problems, options)
+
+
+@case()
+def layer_norm_grn(options: Options) -> Iterator[Measurement]:
+    """LayerNorm with global response normalisation in the shapes of GSPN-T."""
+
+    def problem(channels, side) -> Problem:
+        def make() -> dict[str, Tensor]:
+            parameters = {n: torch.randn(channels) for n in ("norm_weight", "norm_bias", "weight", "bias")}
+            return dict(x=_maps(BF16, batch, channels, side, side), **parameters)
+
+        batch = options.batch or 128
+        label = f"B{batch} C{channels} {side}x{side}"
+        return Problem(label, ops.layer_norm_grn, BF16, make, "x", {}, dict(x={0: 1}), {0: 1})
+
+    problems = [problem(144, 56), problem(288, 28), problem(576, 14), problem(1152, 7)]
+    yield from _measure_all(problems, options)
+
+
+@case()
 def line_scan(options: Options) -> Iterator[Measurement]:
     """Line scan with coefficients from memory, as the official kernel has them, and expanded from a proxy."""
 
