@@ -296,6 +296,34 @@ def q_shift_mix(options: Options) -> Iterator[Measurement]:
 
 
 @case()
+def layer_norm(options: Options) -> Iterator[Measurement]:
+    """Layer norm in the shapes of the T models."""
+
+    def problem(batch, tokens, channels, groups=1) -> Problem:
+        def make() -> dict[str, Tensor]:
+            tensors = dict(x=torch.randn(batch, tokens, channels, dtype=BF16))
+            if groups > 1:
+                tensors["gate"] = torch.randn(batch, tokens, channels, dtype=BF16)
+            return tensors | dict(weight=torch.randn(channels), bias=torch.randn(channels))
+
+        batch = options.batch or batch
+        label = f"B{batch} T{tokens} C{channels}" + (f" gated, {groups} groups" if groups > 1 else "")
+        cuts = dict(x={0: 1}, gate={0: 1})
+        return Problem(label, ops.layer_norm, BF16, make, "x", dict(groups=groups), cuts, {0: 1})
+
+    problems = [
+        problem(128, 3136, 96),
+        problem(128, 784, 192),
+        problem(128, 196, 384),
+        problem(128, 49, 768),
+        problem(128, 3136, 64, groups=4),
+        problem(128, 196, 348, groups=4),
+        problem(128, 196, 192, groups=3),
+    ]
+    yield from _measure_all(problems, options)
+
+
+@case()
 def line_scan(options: Options) -> Iterator[Measurement]:
     """Line scan with coefficients from memory, as the official kernel has them, and expanded from a proxy."""
 

@@ -185,6 +185,36 @@ def _q_shift_mix() -> Iterator[Case]:
     yield Case("odd", f, arguments(rows, 2, 5, 1, 33, 7, 9, shift=2, gamma=0.2), (FP32, FP16))
 
 
+def _layer_norm() -> Iterator[Case]:
+    def arguments(*size, branch=None, affine=True, gate=False, dtype=BF16, **options):
+        def make(x_dtype: torch.dtype) -> dict:
+            return dict(
+                x=rows(x_dtype, *size),
+                weight=weight(size[-1]) if affine else None,
+                bias=weight(size[-1]) if affine else None,
+                gate=rows(x_dtype, *size) if gate else None,
+                dtype=dtype,
+                **(dict(branch=rows(branch, *size)) if branch else {}),
+                **options,
+            )
+
+        return make
+
+    f = ops.layer_norm
+    for channels, side in ((48, 112), (96, 56), (192, 28), (384, 14), (768, 7)):
+        yield Case(f"vmamba {channels}", f, arguments(128, side, side, channels))
+    yield Case("groupmamba", f, arguments(128, 14, 14, 348))
+    yield Case("groupmamba, groups", f, arguments(128, 56, 56, 64, groups=4, gate=True), (BF16,))
+    yield Case("groupmamba stage 3, groups", f, arguments(128, 14, 14, 348, groups=4, gate=True), (BF16,))
+    yield Case("vrwkv6", f, arguments(128, 196, 192, groups=3, gate=True), (BF16,))
+    yield Case("wide", f, arguments(5, 24576, affine=False, dtype=None), (FP16,))
+    yield Case("narrow", f, arguments(5, 3, dtype=None), (FP16,))
+    f = ops.add_layer_norm
+    yield Case("residual", f, arguments(128, 56, 56, 96, branch=BF16), (FP32,))
+    yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
+    yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
+
+
 def _line_scan() -> Iterator[Case]:
     def gspn(batch, channels, height, width, **options):
         """All four sweeps with coefficients expanded from a proxy of 8 channels."""
@@ -240,5 +270,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "wkv6": tuple(_wkv6()),
     "q_shift": tuple(_q_shift()),
     "q_shift_mix": tuple(_q_shift_mix()),
+    "layer_norm": tuple(_layer_norm()),
     "line_scan": tuple(_line_scan()),
 }

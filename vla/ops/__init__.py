@@ -2,6 +2,7 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .layer_norm import add_layer_norm, layer_norm
 from .line_scan import line_scan
 from .q_shift import q_shift
 from .q_shift_mix import q_shift_mix
@@ -11,9 +12,11 @@ from .ssd import ssd
 from .wkv6 import wkv6
 
 __all__ = [
+    "add_layer_norm",
     "bi_wkv",
     "cross_merge",
     "cross_scan",
+    "layer_norm",
     "line_scan",
     "q_shift",
     "q_shift_mix",

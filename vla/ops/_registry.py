@@ -158,14 +158,16 @@ class Operator:
             return "computes in float32, the tensors are float64"
         return None
 
-    def _module(self, first: Tensor) -> ModuleType:
+    def module(self, first: Tensor) -> ModuleType:
+        """The backend module that serves tensors like `first`."""
         backend = self.backend_for(first.device, first.dtype)
         if backend not in self._modules:
             module = backend if backend == "naive" else f"_{backend}"
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
         return self._modules[backend]
 
-    def _check_devices(self, args: tuple) -> torch.device:
+    def check_devices(self, args: tuple) -> torch.device:
+        """The device of the first tensor; raises `ValueError` unless all others are there too."""
         first = args[self.tensor_arguments[0]].device
         for i in self.tensor_arguments[1:]:
             if args[i] is not None and args[i].device != first:
@@ -176,13 +178,13 @@ class Operator:
         return first
 
     def _forward(self, *args):
-        device = self._check_devices(args)
+        device = self.check_devices(args)
         self.infer(*args)
         with _full_precision(device), _current(device):
-            return self._module(args[self.tensor_arguments[0]]).forward(*args)
+            return self.module(args[self.tensor_arguments[0]]).forward(*args)
 
     def _fake(self, *args):
-        self._check_devices(args)
+        self.check_devices(args)
         return self.infer(*args)
 
     def _setup_context(self, ctx, inputs, output) -> None:
@@ -202,7 +204,7 @@ class Operator:
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
-        module = self._module(tensors[0])
+        module = self.module(tensors[0])
         with _full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)

@@ -1,0 +1,204 @@
+"""Layer norm: all backends against the definition in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from vla.ops import add_layer_norm, layer_norm, use_backend
+
+BACKENDS = ["torch", "triton"]
+
+
+def make(shape, dtype=torch.float64, branch=False, weight=True, bias=True, gate=False):
+    """Tensor arguments by name."""
+    normal = randn(0)
+    tensors = {"x": 2 * normal(*shape) + 1}
+    if branch:
+        tensors["branch"] = normal(*shape)
+    if weight:
+        tensors["weight"] = normal(shape[-1])
+    if bias:
+        tensors["bias"] = normal(shape[-1])
+    if gate:
+        tensors["gate"] = normal(*shape)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+CASES = [
+    ((2, 3, 5, 96), {}, {}),
+    ((7, 348), dict(bias=False), dict(eps=1e-6)),
+    ((2, 3, 33), dict(weight=False, bias=False), {}),
+    ((1, 1), {}, dict(eps=1e-2)),
+    ((40, 144), dict(weight=False), dict(eps=1e-3)),
+    ((3, 2000), {}, {}),
+    ((37, 64), dict(gate=True), dict(groups=4)),
+    ((2, 5, 60), dict(gate=True, weight=False, bias=False), dict(groups=3)),
+    ((41, 84), dict(gate=True, bias=False), dict(groups=12)),
+    ((5, 348), {}, dict(groups=4)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, kinds, options", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_naive(backend, shape, kinds, options, dtype):
+    compare(backend, layer_norm, make(shape, dtype, **kinds), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, kinds, options", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_against_naive(backend, shape, kinds, options, dtype):
+    compare(backend, add_layer_norm, make(shape, dtype, branch=True, **kinds), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_mixed_precision(backend, groups):
+    """As under autocast: a stream and parameters of 32 bits, branch and gate of 16, the norm in a dtype of its own."""
+    tensors = make((37, 60), torch.float32, branch=True, gate=True)
+    tensors |= {name: tensors[name].bfloat16() for name in ("branch", "gate")}
+    compare(backend, add_layer_norm, tensors, relative=2e-2, groups=groups, dtype=torch.bfloat16)
+    with use_backend(backend):
+        total, y = add_layer_norm(**tensors, groups=groups, dtype=torch.bfloat16)
+        assert (total.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(total, tensors["x"] + tensors["branch"])
+        del tensors["branch"]
+        assert layer_norm(**tensors, groups=groups, dtype=torch.bfloat16).dtype is torch.bfloat16
+        assert layer_norm(**tensors, groups=groups).dtype is torch.float32
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 8])
+def test_many_tiles_for_one_program(groups, monkeypatch):
+    """Sums of the parameters' gradients over all tiles of a program, whose rows are of the same groups every time."""
+    from vla.ops.layer_norm import _triton
+
+    monkeypatch.setattr(_triton, "_PROGRAMS", 4)
+    shape = (333, 48)
+    compare("triton", layer_norm, make(shape, torch.float32, gate=True), groups=groups)
+    compare("triton", add_layer_norm, make(shape, torch.float32, branch=True), groups=groups)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (3, 0)])
+def test_empty(backend, shape):
+    results = run(backend, layer_norm, make(shape, torch.float32, gate=True))
+    assert results["output 0"].shape == shape
+    assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows(backend):
+    """A row without variance is normalised to zero; without eps its neighbours' gradients stay as they are."""
+    tensors = make((5, 24), torch.float32)
+    tensors["x"][2] = 3.0
+    compare(backend, layer_norm, tensors)
+    with use_backend(backend):
+        assert torch.equal(layer_norm(tensors["x"], eps=1e-5)[2], torch.zeros(24))
+    tensors = make((5, 24), torch.float32)
+    compare(backend, layer_norm, tensors, eps=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_large_mean(backend, offset):
+    """The variance is that of the differences from the mean, not one of large numbers that cancel."""
+    tensors = make((9, 96), torch.float32)
+    tensors["x"] += offset
+    compare(backend, layer_norm, tensors, relative=1e-5 + 1e-7 * offset)
+
+
+def _map(tensor):
+    """A contiguous map (B, C, H, W), its channels last by a view."""
+    return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+def _crop(tensor):
+    """Part of a larger map."""
+    return F.pad(tensor, (0, 0, 1, 2, 1, 1))[:, 1:-1, 1:-2]
+
+
+def _slice(tensor):
+    """Channels of what a wider layer returned."""
+    return F.pad(tensor, (8, 16))[..., 8:-16]
+
+
+def _odd_slice(tensor):
+    return F.pad(tensor, (1, 2))[..., 1:-2]
+
+
+@pytest.mark.parametrize("layout", [_map, _crop, _slice, _odd_slice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function, branch", [(layer_norm, False), (add_layer_norm, True)])
+def test_strides(layout, function, branch):
+    shape = (2, 3, 4, 24)
+    tensors = make(shape, torch.float32, branch=branch, gate=True)
+    expected = run("triton", function, tensors, groups=2)
+
+    def of_views(**tensors):
+        tensors |= {name: layout(t) for name, t in tensors.items() if t.dim() == 4}
+        return function(**tensors, groups=2)
+
+    for name, value in run("triton", of_views, tensors).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_deterministic():
+    tensors = make((301, 40), torch.bfloat16, gate=True)
+    first, second = (run("triton", layer_norm, tensors, groups=4) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("function, branch", [(layer_norm, False), (add_layer_norm, True)])
+def test_gradcheck(function, branch):
+    tensors = make((3, 12), branch=branch, gate=True)
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(partial(function, groups=2), [t.requires_grad_() for t in tensors.values()])
+
+
+class Norm(nn.Module):
+    def forward(self, x, weight, bias, gate):
+        return layer_norm(x, weight, bias, gate, 2, 1e-5)
+
+
+class AddNorm(nn.Module):
+    def forward(self, x, branch, weight, bias):
+        total, y = add_layer_norm(x, branch, weight, bias)
+        return total + y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("module, branch, gate", [(Norm(), False, True), (AddNorm(), True, False)])
+def test_machinery(module, branch, gate):
+    tensors = make((2, 3, 12), branch=branch, gate=gate)
+    leaves = [t.clone().requires_grad_() for t in tensors.values()]
+    arguments = (leaves[0], leaves[1] if branch else None, *leaves[1 + branch : 3 + branch])
+    arguments += (leaves[-1] if gate else None, 2, 1e-5, None)
+    check_machinery(module, tuple(tensors.values()), torch.ops.vla.layer_norm.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(())}, r"x has shape \(\), expected \(..., C\)"),
+        ({"branch": torch.ones(2, 8)}, r"branch has shape \(2, 8\), expected that of x = \(3, 8\)"),
+        ({"weight": torch.ones(7)}, r"weight has shape \(7,\), expected \(C,\) = \(8,\)"),
+        ({"bias": torch.ones(1, 8)}, "bias has shape"),
+        ({"gate": torch.ones(3, 4)}, "gate has shape"),
+        ({"groups": 3}, "groups is 3, expected a divisor of the 8 channels"),
+        ({"groups": 0}, "groups is 0"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^layer_norm: {message}"):
+        add_layer_norm(**(make((3, 8), branch=True, gate=True) | change))
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match=r"^layer_norm: dtype is torch.int64"):
+        layer_norm(**make((3, 8)), dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^layer_norm: x has dtype torch.int64"):
+        layer_norm(torch.ones(3, 8, dtype=torch.int64))

@@ -1,0 +1,199 @@
+"""Layer norm over channels, with the addition before it and the gate after it: https://arxiv.org/abs/1607.06450."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .._checks import FLOAT_DTYPES, check_float, check_shape
+from .._registry import Operator
+
+__all__ = ["add_layer_norm", "layer_norm"]
+
+_OP = "layer_norm"
+
+
+def _check(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{_OP}: x has shape (), expected (..., C)")
+    channels = x.shape[-1]
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"{_OP}: groups is {groups}, expected a divisor of the {channels} channels")
+    for name, tensor, shape, pattern in (
+        ("branch", branch, x.shape, "that of x"),
+        ("weight", weight, (channels,), "(C,)"),
+        ("bias", bias, (channels,), "(C,)"),
+        ("gate", gate, x.shape, "that of x"),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            check_shape(_OP, name, tensor, shape, pattern)
+    check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+
+
+def _infer(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    _check(x, branch, weight, bias, gate, groups, eps, dtype)
+    if branch is None:
+        return x.new_empty(x.shape, dtype=dtype), x.new_empty(0)
+    total_dtype = torch.promote_types(x.dtype, branch.dtype)
+    return x.new_empty(x.shape, dtype=dtype or total_dtype), x.new_empty(x.shape, dtype=total_dtype)
+
+
+def _flops(x, branch, weight, bias, gate, groups, eps, dtype) -> int:
+    # Two sums, a difference and a product, and one operation for each of the optional arguments; a SiLU counts as four.
+    per_entry = 5 + sum(size is not None for size in (branch, weight, bias)) + (0 if gate is None else 5)
+    return per_entry * x.numel()
+
+
+operator = Operator(
+    _OP,
+    "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gate, int groups, float eps, ScalarType? dtype)"
+    " -> (Tensor, Tensor)",
+    package=__name__,
+    backends=("naive", "torch", "triton"),
+    infer=_infer,
+    flops=_flops,
+)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's kernels without its dispatch, which takes the host several times as long as to launch them."""
+
+    # Not with a `setup_context`: `apply` would spend more time on its signature than on all the rest.
+    @staticmethod
+    def forward(ctx, kernels, x, branch, weight, bias, gate, groups, eps, dtype):
+        ctx.save_for_backward(x, branch, weight, bias, gate)
+        ctx.kernels, ctx.groups, ctx.eps = kernels, groups, eps
+        return kernels.launch_forward(x, branch, weight, bias, gate, groups, eps, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, g_total):
+        grads = ctx.kernels.launch_backward(g, g_total, *ctx.saved_tensors, ctx.groups, ctx.eps)
+        return None, *grads, None, None, None
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The module with the kernels for x, if no compiler, tracer or mode needs to see the operator."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None
+    if x.numel() == 0 or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
+        return None
+    module = operator.module(x)
+    return module if hasattr(module, "launch_forward") else None
+
+
+def _run(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    args = (x, branch, weight, bias, gate, groups, eps, dtype)
+    kernels = _kernels(x)
+    if kernels is None:
+        return torch.ops.vla.layer_norm(*args)
+    operator.check_devices(args)
+    _check(*args)
+    return _Eager.apply(kernels, *args) if torch.is_grad_enabled() else kernels.launch_forward(*args)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    groups: int = 1,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Layer norm over the last dimension, in one pass over memory.
+
+        n = (x - mean(x)) / sqrt(var(x) + eps)
+        y = (n * weight + bias) * silu(gate)                (each only if given)
+
+    Computed in float32 (float64 for float64 inputs) whatever the inputs are. Every tensor argument is differentiable.
+
+    Args:
+        x: Tokens or a map with its channels last, (..., C); fastest where these are next to each other in memory.
+        weight: Scale per channel, (C,).
+        bias: Shift per channel, (C,).
+        gate: Multiplies the result with its SiLU, (..., C).
+        groups: Normalise every one of so many groups of C / groups channels by itself.
+        eps: Added to the variance.
+        dtype: dtype of the result, under autocast that of the layer which follows; None for that of `x`.
+
+    Returns:
+        Contiguous (..., C).
+
+    Raises:
+        ValueError: For a shape, device or option that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    if torch.jit.is_scripting():
+        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype)
+        return y
+    else:
+        return _run(x, None, weight, bias, gate, groups, eps, dtype)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    groups: int = 1,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A residual connection and the norm that follows it, in one pass over memory.
+
+    Args:
+        x: Residual stream, (..., C).
+        branch: What is added to it, (..., C).
+        weight: See `layer_norm`, like all that follow.
+        bias: Scale per channel.
+        gate: Multiplies the result with its SiLU.
+        groups: Groups of channels.
+        eps: Added to the variance.
+        dtype: dtype of the norm; None for that of the sum.
+
+    Returns:
+        `x + branch` in the dtype that PyTorch gives it, and its norm, both contiguous (..., C).
+
+    Raises:
+        ValueError: For a shape, device or option that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    if torch.jit.is_scripting():
+        y, total = torch.ops.vla.layer_norm(x, branch, weight, bias, gate, groups, eps, dtype)
+        return total, y
+    else:
+        y, total = _run(x, branch, weight, bias, gate, groups, eps, dtype)
+        return total, y

@@ -1,0 +1,32 @@
+"""The definition of the layer norm, as close to the equation as code can be."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import state_dtype
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    total = x if branch is None else x + branch
+    rows = total.to(state_dtype(x, branch, weight, bias, gate)).unflatten(-1, (groups, -1))
+    mean = rows.mean(-1, keepdim=True)
+    variance = (rows - mean).square().mean(-1, keepdim=True)
+    y = ((rows - mean) / torch.sqrt(variance + eps)).flatten(-2)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    if gate is not None:
+        y = y * F.silu(gate.to(y.dtype))
+    y = y.to(dtype or total.dtype).contiguous()
+    return y, (x[..., :0].flatten().clone() if branch is None else total.contiguous())
