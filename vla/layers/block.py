@@ -1,13 +1,13 @@
 """The residual block that every family shares."""
 
 from collections.abc import Callable
-from functools import partial
 
-from timm.layers import DropPath, GluMlp, LayerNorm2d, LayerScale2d, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, GluMlp, LayerScale2d, Mlp, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
-# timm's LayerNorm2d has eps 1e-6; the families' LayerNorms are PyTorch's, with 1e-5.
-DEFAULT_NORM = partial(LayerNorm2d, eps=1e-5)
+from .norm import LayerNorm2d, narrow
+
+DEFAULT_NORM = LayerNorm2d
 # Norms by the names that released configurations have for them.
 NORMS = {"ln": DEFAULT_NORM, "ln2d": DEFAULT_NORM, "bn": nn.BatchNorm2d}
 
@@ -64,23 +64,34 @@ class ResidualBlock(nn.Module):
         def stochastic_depth() -> nn.Module:
             return DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
+        def norm() -> nn.Module:
+            # The sums stay in float32 under autocast; what goes into mixer and MLP needs its dtype only.
+            return norm_layer(dim) if post_norm else narrow(norm_layer(dim))
+
         self.post_norm = post_norm
-        self.norm1 = norm_layer(dim)
+        self.norm1 = norm()
         self.mixer = mixer
         self.ls1 = scale()
         self.drop_path1 = stochastic_depth()
         self.mlp = mlp
         if mlp is not None:
-            self.norm2 = norm_layer(dim)
+            self.norm2 = norm()
             self.ls2 = scale()
             self.drop_path2 = stochastic_depth()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.mixer(x)) if self.post_norm else self.mixer(self.norm1(x))
-        x = x + self.drop_path1(self.ls1(y))
-        if self.mlp is not None:
-            y = x if self.post_norm else self.norm2(x)
-            y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            y = self.norm2(y) if self.post_norm else y
-            x = x + self.drop_path2(self.ls2(y))
-        return x
+        y = self.drop_path1(self.ls1(y))
+        if self.mlp is None:
+            return x + y
+        x, y = self.between(x, y)
+        y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.norm2(y) if self.post_norm else y
+        return x + self.drop_path2(self.ls2(y))
+
+    def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual connection of the first half, and the input of the second half's MLP."""
+        if isinstance(self.norm2, LayerNorm2d) and not self.post_norm:
+            return self.norm2.add(x, y)
+        x = x + y
+        return x, x if self.post_norm else self.norm2(x)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm import narrow
+
 
 class PatchStem(nn.Module):
     """Patch embedding by one convolution, (B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
@@ -30,7 +32,7 @@ class ConvStem(nn.Module):
         super().__init__()
         stride = patch_size // 2
         self.conv1 = nn.Conv2d(in_chans, dim // 2, stride + 1, stride=stride, padding=1)
-        self.norm1 = norm_layer(dim // 2)
+        self.norm1 = narrow(norm_layer(dim // 2))
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, stride + 1, stride=stride, padding=1)
         self.norm2 = norm_layer(dim)
@@ -49,7 +51,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module]):
         super().__init__()
-        self.norm = norm_layer(4 * dim)
+        self.norm = narrow(norm_layer(4 * dim))
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,15 +6,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, get_act_layer, trunc_normal_
+from timm.layers import get_act_layer, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import scan2d
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
+from .norm import LayerNorm2d, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
+
+# Tracing wraps a function by its name in the module that calls it.
+torch.fx.wrap("normalize")
 
 
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedLayerNorm(nn.Module):
-    """Layer norm over the channels of each group, for (B, groups * dim, H, W) maps.
+    """Layer norm over the channels of each group, and a gate, for (B, groups * dim, H, W) maps.
 
     Args:
         groups: Number of groups.
@@ -52,15 +56,16 @@ class GroupedLayerNorm(nn.Module):
 
     def __init__(self, groups: int, dim: int, eps: float = 1e-5):
         super().__init__()
-        self.shape = (groups, dim)
+        self.groups = groups
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(groups, dim))
         self.bias = nn.Parameter(torch.zeros(groups, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1).unflatten(-1, self.shape)
-        x = F.layer_norm(x, self.shape[1:], eps=self.eps) * self.weight + self.bias
-        return x.flatten(-2).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Norm of x times SiLU of `gate`."""
+        x, gate = x.permute(0, 2, 3, 1), gate.permute(0, 2, 3, 1)
+        y = normalize(x, self.weight.flatten(), self.bias.flatten(), self.eps, True, self.groups, gate)
+        return y.permute(0, 3, 1, 2)
 
 
 class GroupedScan2d(SelectiveScan2d):
@@ -130,7 +135,7 @@ class GroupedSS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.scan(F.silu(self.conv(self.in_proj(x))))
-        return self.out_proj(self.out_norm(y) * F.silu(self.gate_proj(x)))
+        return self.out_proj(self.out_norm(y, self.gate_proj(x)))
 
 
 class GroupMambaMixer(nn.Module):
@@ -159,7 +164,7 @@ class GroupMambaMixer(nn.Module):
         super().__init__()
         if dim % 4 != 0:
             raise ValueError(f"GroupMambaMixer: dim is {dim}, expected a multiple of 4, one group per direction")
-        self.norm = DEFAULT_NORM(dim)
+        self.norm = narrow(DEFAULT_NORM(dim))
         hidden = max(1, dim // reduction)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import line_scan
 from .block import DEFAULT_NORM, ResidualBlock
+from .norm import LayerNorm
 
 # Order of the parameter groups in released weights.
 DIRECTIONS = ["right", "down", "left", "up"]
@@ -152,7 +153,7 @@ class GSPNMixer(nn.Module):
         self.in_proj = nn.Linear(dim, inner, bias=False)
         self.conv = nn.Conv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
         self.scan = LineScan2d(inner, d_state, chunk, aligned, shared_gates)
-        self.out_norm = nn.LayerNorm(inner)
+        self.out_norm = LayerNorm(inner, narrow=True)
         self.grn = GlobalResponseNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.drop = nn.Dropout(drop)
@@ -163,9 +164,11 @@ class GSPNMixer(nn.Module):
         y = self.out_norm(y)
         # Global response normalisation as one weight for each picture and channel: the maps are passed over twice, and
         # by the layer's own forward six times.
-        energy = y.norm(p=2, dim=(1, 2), keepdim=True)
+        # Not `norm`, which autocast computes in float32 from a copy of the maps.
+        energy = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)
         energy = energy / (energy.mean(dim=-1, keepdim=True) + self.grn.eps)
-        y = torch.addcmul(self.grn.bias, y, 1 + self.grn.weight * energy)
+        scale = 1 + self.grn.weight * energy
+        y = torch.addcmul(self.grn.bias.to(y.dtype), y, scale.to(y.dtype))
         return self.drop(self.out_proj(y)).permute(0, 3, 1, 2)
 
 

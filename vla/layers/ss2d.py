@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import cross_merge, scan2d, ssd
 from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
+from .norm import narrow
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
 SCANS = {
@@ -241,7 +242,7 @@ def create_out_norm(name: str, dim: int) -> nn.Module:
         return nn.Sigmoid()
     layers = OrderedDict()
     if name in ("ln", "lndwconv3"):
-        layers["norm"] = DEFAULT_NORM(dim)
+        layers["norm"] = narrow(DEFAULT_NORM(dim))
     if name in ("dwconv3", "lndwconv3"):
         layers["conv"] = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
     return layers["norm"] if name == "ln" else nn.Sequential(layers)

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from ..ops import bi_wkv, q_shift, q_shift_mix, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
+from .norm import LayerNorm, autocast_dtype, normalize
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
+
+# Tracing wraps a function by its name in the module that calls it.
+torch.fx.wrap("autocast_dtype")
+torch.fx.wrap("normalize")
 
 # In the signatures of TorchScript-able methods: `X | None` of a tuple is not understood there.
 Grid = Optional[tuple[int, int]]  # noqa: UP045
@@ -27,15 +32,6 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """(B, H * W, C) -> (B, C, H, W), a view in channels-last memory."""
     return tokens.unflatten(1, [height, width]).permute(0, 3, 1, 2)
-
-
-@torch.fx.wrap
-def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
-    """dtype of the linear layers that follow x under autocast, None without it."""
-    if torch.jit.is_scripting() or x.is_meta:
-        return None
-    else:
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 class TokenShift(nn.Module):
@@ -200,7 +196,7 @@ class SpatialMix(nn.Module):
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
-        self.wkv_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.wkv_norm = LayerNorm(dim, narrow=True) if key_norm else nn.Identity()
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
@@ -276,7 +272,7 @@ class SpatialMix6(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
-        self.wkv_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.wkv_norm = LayerNorm(dim, narrow=True) if key_norm else nn.Identity()
         self.group_norm = nn.GroupNorm(heads, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
@@ -288,9 +284,8 @@ class SpatialMix6(nn.Module):
         y = self.wkv_norm(wkv6(self.receptance(r), self.key(k), self.value(v), w, self.bonus))
         # GroupNorm of single tokens as LayerNorm of heads, whose kernels are many times faster at it.
         norm = self.group_norm
-        y = F.layer_norm(y.unflatten(2, self.bonus.shape), self.bonus.shape[1:], eps=norm.eps).flatten(2)
-        y = torch.addcmul(norm.bias, y, norm.weight)
-        return to_map(self.output(y * F.silu(self.gate(g))), x.shape[2], x.shape[3])
+        y = normalize(y, norm.weight, norm.bias, norm.eps, True, norm.num_groups, self.gate(g))
+        return to_map(self.output(y), x.shape[2], x.shape[3])
 
 
 class ChannelMix(nn.Module):
@@ -338,7 +333,7 @@ class ChannelMix(nn.Module):
             self.mix_r = _parameter(mix.clone())
         self.key = nn.Linear(dim, hidden, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
-        self.hidden_norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
+        self.hidden_norm = LayerNorm(hidden, narrow=True) if key_norm else nn.Identity()
         self.value = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
@@ -429,6 +424,7 @@ class VRWKVBlock(ResidualBlock):
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
         y = self.norm1(self.mixer(x, grid)) if self.post_norm else self.mixer(self.norm1(x), grid)
-        x = x + self.drop_path1(self.ls1(y))
-        y = self.norm2(self.mlp(x, grid)) if self.post_norm else self.mlp(self.norm2(x), grid)
+        x, y = self.between(x, self.drop_path1(self.ls1(y)))
+        y = self.mlp(y, grid)
+        y = self.norm2(y) if self.post_norm else y
         return x + self.drop_path2(self.ls2(y))

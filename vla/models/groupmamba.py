@@ -10,13 +10,14 @@ from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
+from ..layers.norm import LayerNorm2d, narrow
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
@@ -58,7 +59,7 @@ class ClassBlock(nn.Module):
         super().__init__()
         self.mixer = GroupMambaMixer(dim)
         self.norm1 = norm_layer(dim)
-        self.norm2 = norm_layer(dim)
+        self.norm2 = narrow(norm_layer(dim))
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""Layer norm over channels, in the dtype of the layer which follows."""
+
+from typing import Optional
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+__all__ = ["LayerNorm", "LayerNorm2d", "autocast_dtype", "narrow", "normalize"]
+
+
+@torch.fx.wrap
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
+    """dtype of the linear layers that follow x under autocast, None without it."""
+    if torch.jit.is_scripting() or x.is_meta:
+        return None
+    else:
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+
+# Numbers from which a layer norm takes a GPU longer than its launch takes the host, of which PyTorch's own takes less.
+_LARGE = 2**20
+
+
+def _uses_operator(x: Tensor) -> bool:
+    # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
+    return x.device.type in ("cuda", "xpu") and x.numel() >= _LARGE and not torch.compiler.is_compiling()
+
+
+def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
+        return x.dtype
+    return dtype if narrow else torch.float32
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    groups: int,
+    gate: Optional[Tensor],  # noqa: UP045
+) -> Tensor:
+    """`vla.ops.layer_norm` of PyTorch's own operators, in the dtype that comes of them."""
+    if groups == 1:
+        y = F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
+    else:
+        rows = x.unflatten(-1, [groups, x.shape[-1] // groups])
+        y = F.layer_norm(rows, [rows.shape[-1]], eps=eps).flatten(-2)
+        y = torch.addcmul(bias, y, weight)
+    return y if gate is None else y * F.silu(gate)
+
+
+@torch.fx.wrap
+def normalize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    narrow: bool,
+    groups: int = 1,
+    gate: Optional[Tensor] = None,  # noqa: UP045
+) -> Tensor:
+    """`vla.ops.layer_norm` of x (..., C), by PyTorch's own layer norm where that is as fast.
+
+    Args:
+        x: Tokens, (..., C).
+        weight: Scale per channel, (C,).
+        bias: Shift per channel, (C,).
+        eps: Added to the variance.
+        narrow: Under autocast return its dtype, for a linear layer or a mixer; otherwise float32, for a sum.
+        groups: Groups of channels that are normalised each by itself.
+        gate: Multiplies the result with its SiLU, (..., C).
+    """
+    if torch.jit.is_scripting():
+        return _plain(x, weight, bias, eps, groups, gate)
+    else:
+        dtype = _result_dtype(x, narrow)
+        if _uses_operator(x):
+            return ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
+        return _plain(x, weight, bias, eps, groups, gate).to(dtype)
+
+
+@torch.fx.wrap
+def add_normalize(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
+) -> tuple[Tensor, Tensor]:
+    """`x + branch`, and its `normalize`."""
+    if torch.jit.is_scripting():
+        x = x + branch
+        return x, _plain(x, weight, bias, eps, 1, None)
+    else:
+        if _uses_operator(x):
+            dtype = _result_dtype(x, narrow)
+            return ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=dtype)
+        x = x + branch
+        return x, normalize(x, weight, bias, eps, narrow)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of tokens (..., C).
+
+    Args:
+        dim: Channels C.
+        eps: Added to the variance.
+        narrow: Under autocast return its dtype, for a linear layer or a mixer; otherwise float32, for a sum.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, narrow: bool = False):
+        super().__init__(dim, eps)
+        self.narrow = narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, self.weight, self.bias, self.eps, self.narrow)
+
+
+class LayerNorm2d(timm.layers.LayerNorm2d):
+    """Layer norm over the channels of maps (B, C, H, W).
+
+    Args:
+        dim: Channels C.
+        eps: Added to the variance.
+        narrow: Under autocast return its dtype, for a linear layer or a mixer; otherwise float32, for a sum.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, narrow: bool = False):
+        super().__init__(dim, eps)
+        self.narrow = narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = normalize(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, self.narrow)
+        return y.permute(0, 3, 1, 2)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """A residual connection and the norm of its result, in one pass over memory: `x + branch` and its norm."""
+        x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
+        x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
+        return x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
+
+
+def narrow(norm: nn.Module) -> nn.Module:
+    """The same norm, which returns autocast's dtype if it is one of those above."""
+    if isinstance(norm, (LayerNorm, LayerNorm2d)):
+        norm.narrow = True
+    return norm
