@@ -297,28 +297,28 @@ def q_shift_mix(options: Options) -> Iterator[Measurement]:
 
 @case()
 def layer_norm(options: Options) -> Iterator[Measurement]:
-    """LayerNorm in the shapes of the models' stages, also of groups of channels with a gate."""
+    """Layer norm in the shapes of the T models."""
 
-    def problem(channels, side, dtype, groups=1) -> Problem:
+    def problem(batch, tokens, channels, groups=1) -> Problem:
         def make() -> dict[str, Tensor]:
-            x = torch.randn(batch, side, side, channels, dtype=dtype)
-            tensors = dict(x=x, weight=torch.rand(channels), bias=torch.randn(channels))
-            return tensors | (dict(gate=torch.randn_like(x)) if groups > 1 else {})
+            tensors = dict(x=torch.randn(batch, tokens, channels, dtype=BF16))
+            if groups > 1:
+                tensors["gate"] = torch.randn(batch, tokens, channels, dtype=BF16)
+            return tensors | dict(weight=torch.randn(channels), bias=torch.randn(channels))
 
-        batch = options.batch or 128
-        label = f"B{batch} {side}x{side} C{channels}" + (f" {groups} groups, gated" if groups > 1 else "")
-        first = {0: 1}
-        cuts = dict(x=first, gate=first)
-        return Problem(label, ops.layer_norm, dtype, make, "x", dict(groups=groups), cuts, first)
+        batch = options.batch or batch
+        label = f"B{batch} T{tokens} C{channels}" + (f" gated, {groups} groups" if groups > 1 else "")
+        cuts = dict(x={0: 1}, gate={0: 1})
+        return Problem(label, ops.layer_norm, BF16, make, "x", dict(groups=groups), cuts, {0: 1})
 
     problems = [
-        problem(96, 56, FP32),
-        problem(96, 56, BF16),
-        problem(384, 14, FP32),
-        problem(768, 7, FP32),
-        problem(348, 14, FP32),
-        problem(64, 56, BF16, groups=4),
-        problem(192, 14, BF16, groups=3),
+        problem(128, 3136, 96),
+        problem(128, 784, 192),
+        problem(128, 196, 384),
+        problem(128, 49, 768),
+        problem(128, 3136, 64, groups=4),
+        problem(128, 196, 348, groups=4),
+        problem(128, 196, 192, groups=3),
     ]
     yield from _measure_all(problems, options)
 

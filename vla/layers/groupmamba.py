@@ -17,6 +17,9 @@ from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
 
+# Tracing wraps a function by its name in the module that calls it.
+torch.fx.wrap("normalize")
+
 
 def block_diagonal(weight: Tensor) -> Tensor:
     """One matrix (K * O, K * I) that applies the K matrices (K, O, I) to their groups of channels."""

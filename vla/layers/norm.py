@@ -21,9 +21,13 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
+# Numbers from which a layer norm takes a GPU longer than its launch takes the host, of which PyTorch's own takes less.
+_LARGE = 2**20
+
+
 def _uses_operator(x: Tensor) -> bool:
     # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
-    return x.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
+    return x.device.type in ("cuda", "xpu") and x.numel() >= _LARGE and not torch.compiler.is_compiling()
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:

@@ -14,6 +14,10 @@ from .norm import LayerNorm, autocast_dtype, normalize
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
 
+# Tracing wraps a function by its name in the module that calls it.
+torch.fx.wrap("autocast_dtype")
+torch.fx.wrap("normalize")
+
 # In the signatures of TorchScript-able methods: `X | None` of a tuple is not understood there.
 Grid = Optional[tuple[int, int]]  # noqa: UP045
 

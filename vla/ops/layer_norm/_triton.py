@@ -236,7 +236,7 @@ def _store_sums(
     _store(sums + row * CHANNELS, total, row >= 0, CHANNELS, WIDTH)
 
 
-# Enough to fill a GPU, few enough that their sums are quickly added.
+# Of the backward: enough to fill a GPU, few enough that their sums are quickly added. Twice as many up to 128 channels.
 _PROGRAMS = 264
 
 
@@ -315,7 +315,8 @@ def launch_backward(
     rows = x.numel() // channels
     constants, sums_of_program, period = _config(channels, groups)
     tiles = -(-rows // constants["BLOCK_R"])
-    programs = min(-(-tiles // period), max(1, _PROGRAMS // period)) * period
+    limit = 2 * _PROGRAMS if x.shape[-1] <= 128 else _PROGRAMS
+    programs = min(-(-tiles // period), max(1, limit // period)) * period
     gx, g_branch, g_gate = _empty(x), _empty(branch), _empty(gate)
     sums = g_weight = g_bias = None
     if weight is not None or bias is not None:
