@@ -84,11 +84,11 @@ def _adjoints_against_time(decay, inject, total_decay, entering, position, steps
     product, _, local = tl.associative_scan((one, tl.flip(decay, 2), tl.flip(inject, 2)), 2, _compose_left)
     product, local = tl.flip(product, 2), tl.flip(local, 2)
     first = steps == 0
-    lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), lanes - 1 - position)
-    lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), lanes - 1 - position)
+    lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), -position + (lanes - 1))
+    lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), -position + (lanes - 1))
     lane_product, lane_local = tl.associative_scan((lane_product, lane_local), 0, compose)
     leaving = tl.sum(tl.where(position == lanes - 1, lane_local, 0.0), 0) + total_decay * entering
-    following = _take(lane_local + lane_product * entering[None, :], tl.maximum(lanes - 2 - position, 0))
+    following = _take(lane_local + lane_product * entering[None, :], tl.maximum(-position + (lanes - 2), 0))
     following = tl.where(position == lanes - 1, entering[None, :], following)
     return local + product * following[:, :, None], leaving
 
@@ -98,8 +98,8 @@ def _sum_after(x, position):
     """Sum over the later steps of (S, R, E): added up, as a difference of sums would lose the digits of small terms."""
     lanes: tl.constexpr = x.shape[0]
     first, rest = tl.associative_scan((tl.flip(x, 2), tl.full(x.shape, 0.0, x.dtype)), 2, _add_left)
-    lane = _take(tl.sum(x, 2), lanes - 1 - position)
-    after = _take(tl.cumsum(lane, 0), tl.maximum(lanes - 2 - position, 0))
+    lane = _take(tl.sum(x, 2), -position + (lanes - 1))
+    after = _take(tl.cumsum(lane, 0), tl.maximum(-position + (lanes - 2), 0))
     after = tl.where(position == lanes - 1, 0.0, after)
     return tl.flip(rest, 2) + after[:, :, None]
 
