@@ -69,6 +69,9 @@ def _selective_scan() -> Iterator[Case]:
 
         return make
 
+    def constant(dtype: torch.dtype) -> dict:
+        return arguments(1024, 160, 196, 8, 1, gate=True)(dtype) | dict(B=weight(160, 8))
+
     def bare(dtype: torch.dtype) -> dict:
         u = rows(dtype, 3, 5, 197)
         return dict(u=u, delta=u.clone(), A=weight(5, 3), B=weight(5, 3), C=rows(dtype, 3, 3, 197))
@@ -76,6 +79,7 @@ def _selective_scan() -> Iterator[Case]:
     f = ops.selective_scan
     yield Case("vmamba", f, arguments(128, 384, 3136, 1, 4))
     yield Case("mambavision", f, arguments(1024, 160, 196, 8, 1), (BF16,))
+    yield Case("mambavision, gated, constant B", f, constant, (FP16,))
     yield Case("mambavision tokens", f, arguments(1024, 160, 49, 8, 1, tokens=True), (BF16,))
     yield Case("language", f, arguments(8, 1536, 4096, 16, 1, gate=True), (BF16,))
     yield Case("one row", f, arguments(1, 1536, 65536, 16, 1), (BF16,))

@@ -34,6 +34,12 @@ def forward_kernel(request, monkeypatch):
     monkeypatch.setattr(kernels, "_forward_blocks", choice)
 
 
+@pytest.fixture(params=["time along lanes", "rows along lanes"])
+def backward_kernel(request, monkeypatch):
+    rows = request.param == "rows along lanes"
+    monkeypatch.setattr(kernels, "_rows_backward", lambda scan, align: rows)
+
+
 @pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
 def test_against_naive(length, states, schedule):
     compare("triton", full, single(2, 6, length, states, groups=2), delta_softplus=True)
@@ -54,21 +60,29 @@ def test_forward_kernels(length, states, channels, schedule, forward_kernel):
 @pytest.mark.parametrize(
     "b, c", [("constant", "grouped"), ("per-channel", "constant"), ("shared", "per-channel"), ("grouped", "shared")]
 )
-def test_forms_of_projections(b, c, forward_kernel):
+def test_forms_of_projections(b, c, forward_kernel, backward_kernel):
     compare("triton", full, single(2, 3, 9, 2, b, c, 1, optional=b == "shared"), delta_softplus=b != "constant")
 
 
-def test_rows_beyond_a_program():
-    """Gradients of B and C add up over the rows of a program, which come one pair after the other."""
-    compare("triton", full, single(1, 19, 6, 2), delta_softplus=True)
+@pytest.mark.parametrize("channels", [19, 35])
+def test_rows_beyond_a_program(channels, backward_kernel):
+    """Gradients of B and C add up over the rows of a program, and over the programs of a group."""
+    compare("triton", full, single(1, channels, 6, 2), delta_softplus=True)
+
+
+@pytest.mark.parametrize("length, states", [(1, 2), (16, 16), (33, 1)])
+def test_rows_along_lanes(length, states, monkeypatch):
+    """Chunks of 16 steps, and as many states as their sums over the rows have lines."""
+    monkeypatch.setattr(kernels, "_rows_backward", lambda scan, align: True)
+    compare("triton", full, single(1, 3, length, states), delta_softplus=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
+def test_half_precision(dtype, backward_kernel):
     compare("triton", full, {n: t.to(dtype) for n, t in make(1, 4, 72, 2).items()}, delta_softplus=True)
 
 
-def test_mixed_precision():
+def test_mixed_precision(backward_kernel):
     """The form under autocast: maps in half precision, parameters in float32."""
     tensors = single(2, 4, 40, 1)
     tensors |= {name: tensors[name].bfloat16() for name in ("u", "delta", "B", "C", "z")}
@@ -76,7 +90,7 @@ def test_mixed_precision():
 
 
 @pytest.mark.parametrize("case", ["strong decay", "long memory", "mixed decay", "large input"])
-def test_extremes(case):
+def test_extremes(case, backward_kernel):
     tensors = single(1, 4, 160, 2)
     if case == "strong decay":
         tensors["delta"] = tensors["delta"] + 60
@@ -90,7 +104,7 @@ def test_extremes(case):
     compare("triton", full, tensors, 1e-4, delta_softplus=True)
 
 
-def test_strides():
+def test_strides(backward_kernel):
     tensors = single(2, 4, 12, 3)
     expected = run("triton", full, tensors, delta_softplus=True)
     strided = {
@@ -103,7 +117,7 @@ def test_strides():
         assert_close(name, actual[name], value)
 
 
-def test_repeated_runs_are_bit_equal():
+def test_repeated_runs_are_bit_equal(backward_kernel):
     tensors = single(1, 5, 40, 2)
     first, second = (run("triton", full, tensors, delta_softplus=True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

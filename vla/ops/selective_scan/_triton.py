@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, compose, softplus2
+from .._triton import LN2, LOG2E, compose
+from . import _triton_rows
+from ._triton_scan import Scan, aligned, exponent, place, steps_last, strides_of
 
 # Programs that keep a GPU busy. Fewer rows than that, and chunks run in parallel.
 _MIN_PROGRAMS = 1024
@@ -84,11 +86,11 @@ def _adjoints_against_time(decay, inject, total_decay, entering, position, steps
     product, _, local = tl.associative_scan((one, tl.flip(decay, 2), tl.flip(inject, 2)), 2, _compose_left)
     product, local = tl.flip(product, 2), tl.flip(local, 2)
     first = steps == 0
-    lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), lanes - 1 - position)
-    lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), lanes - 1 - position)
+    lane_product = _take(tl.sum(tl.where(first, product * decay, 0.0), 2), -position + (lanes - 1))
+    lane_local = _take(tl.sum(tl.where(first, local * decay, 0.0), 2), -position + (lanes - 1))
     lane_product, lane_local = tl.associative_scan((lane_product, lane_local), 0, compose)
     leaving = tl.sum(tl.where(position == lanes - 1, lane_local, 0.0), 0) + total_decay * entering
-    following = _take(lane_local + lane_product * entering[None, :], tl.maximum(lanes - 2 - position, 0))
+    following = _take(lane_local + lane_product * entering[None, :], tl.maximum(-position + (lanes - 2), 0))
     following = tl.where(position == lanes - 1, entering[None, :], following)
     return local + product * following[:, :, None], leaving
 
@@ -98,8 +100,8 @@ def _sum_after(x, position):
     """Sum over the later steps of (S, R, E): added up, as a difference of sums would lose the digits of small terms."""
     lanes: tl.constexpr = x.shape[0]
     first, rest = tl.associative_scan((tl.flip(x, 2), tl.full(x.shape, 0.0, x.dtype)), 2, _add_left)
-    lane = _take(tl.sum(x, 2), lanes - 1 - position)
-    after = _take(tl.cumsum(lane, 0), tl.maximum(lanes - 2 - position, 0))
+    lane = _take(tl.sum(x, 2), -position + (lanes - 1))
+    after = _take(tl.cumsum(lane, 0), tl.maximum(-position + (lanes - 2), 0))
     after = tl.where(position == lanes - 1, 0.0, after)
     return tl.flip(rest, 2) + after[:, :, None]
 
@@ -111,24 +113,6 @@ def _sum_until(x, position, steps):
     lane = tl.cumsum(tl.sum(tl.where(steps == x.shape[2] - 1, local, 0.0), 2), 0)
     before = tl.where(position == 0, 0.0, _take(lane, tl.maximum(position - 1, 0)))
     return local + before[:, :, None]
-
-
-@triton.jit
-def _exponent(s, inside, SOFTPLUS: tl.constexpr):
-    """`log2(e)` times the time step, from `log2(e)` times the biased `delta`: times `A` it is the exponent of `exp2`.
-
-    Padding neither decays nor adds, so that the states behind it are those in front of it. Under softplus it was loaded
-    as minus infinity.
-    """
-    if SOFTPLUS:
-        return softplus2(s)
-    return tl.where(inside, s, 0.0)
-
-
-@triton.jit
-def _aligned(stride, ALIGN: tl.constexpr):
-    """`stride`, a multiple of ALIGN as its caller knows: the compiler then may use wide loads."""
-    return stride // ALIGN * ALIGN
 
 
 @triton.jit
@@ -146,21 +130,9 @@ def _share(chunks, PARALLEL: tl.constexpr):
 
 
 @triton.jit
-def _first_row(program, span, channels, rows):
-    """Sequence of a program, the first channel of its span, and its first row there.
-
-    Rows of a span share a group of B and a group of C.
-    """
-    blocks = tl.cdiv(span, rows)
-    per_sequence = (channels // span) * blocks
-    block = program % per_sequence
-    return (program // per_sequence).to(tl.int64), (block // blocks) * span, (block % blocks) * rows
-
-
-@triton.jit
 def _rows(program, span, channels, ROWS: tl.constexpr):
     """Sequence, channels (ROWS,) and their mask of a program."""
-    batch, first_channel, first_row = _first_row(program, span, channels, ROWS)
+    batch, first_channel, first_row = place(program, span, channels, ROWS)
     row = first_row + tl.arange(0, ROWS)
     return batch, (first_channel + row).to(tl.int64), row < span
 
@@ -221,27 +193,27 @@ def selective_scan_fwd_kernel(
     `carry` (B, D, N, chunks + 1) has the states that enter each chunk if PARALLEL; else `carry` (B, D, N) is where the
     states go from chunk to chunk, and has the last ones in the end.
     """
-    length = _aligned(length, ALIGN)
+    length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, STEPS)
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
     step = tl.arange(0, STEPS)
     last = (step == STEPS - 1)[None, :]
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
-    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
-    out_row = out_ptr + batch * _aligned(out_b, ALIGN) + (channel * _aligned(out_d, ALIGN))[:, None]
+    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[:, None]
+    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[:, None]
+    out_row = out_ptr + batch * aligned(out_b, ALIGN) + (channel * aligned(out_d, ALIGN))[:, None]
     if z_ptr is not None:
-        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + (channel * _aligned(z_d, ALIGN))[:, None]
+        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[:, None]
     A_row = A_ptr + channel * A_d
     if B_CONSTANT:
         B_row = B_ptr + channel[:, None] * B_g
     else:
-        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
+        B_row = B_ptr + batch * aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * aligned(B_g, ALIGN)
     if C_CONSTANT:
         C_row = C_ptr + channel[:, None] * C_g
     else:
-        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
+        C_row = C_ptr + batch * aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * aligned(C_g, ALIGN)
     sequence = batch * channels + channel
     carry = tl.zeros([ROWS], tl.float32)
     if bias_ptr is not None:
@@ -260,7 +232,7 @@ def selective_scan_fwd_kernel(
             z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, L)
         if bias_ptr is not None:
             s += bias
-        dt2 = _exponent(s, inside, SOFTPLUS)
+        dt2 = exponent(s, inside, SOFTPLUS)
         if EXACT:
             total = tl.sum(dt2, 1)
         x = dt2 * u
@@ -276,11 +248,11 @@ def selective_scan_fwd_kernel(
             if B_CONSTANT:
                 B = tl.load(B_row + n * B_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
             else:
-                B = tl.load(B_row + n * _aligned(B_n, ALIGN) + time * B_l, inside, 0.0).to(tl.float32)  # (1, L)
+                B = tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0).to(tl.float32)  # (1, L)
             if C_CONSTANT:
                 C = tl.load(C_row + n * C_n, valid[:, None], 0.0).to(tl.float32)  # (R, 1)
             else:
-                C = tl.load(C_row + n * _aligned(C_n, ALIGN) + time * C_l, inside, 0.0).to(tl.float32)  # (1, L)
+                C = tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0).to(tl.float32)  # (1, L)
             if PARALLEL:
                 carry = tl.load(carry_ptr + (sequence * states + n) * (chunks + 1) + chunk, valid, 0.0)  # (R,)
             elif not ONE_STATE:
@@ -369,17 +341,17 @@ def selective_scan_fwd_lanes_kernel(
     `carry` (B, D, N, chunks + 1) has the states that enter each chunk of CHUNK steps if PARALLEL; else the last states
     go to `carry` (B, D, N).
     """
-    length = _aligned(length, ALIGN)
+    length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, CHUNK)
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
     step = tl.arange(0, STEPS)[None, :]
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    u_row = u_ptr + batch * _aligned(u_b, ALIGN) + (channel * _aligned(u_d, ALIGN))[:, None]
-    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + (channel * _aligned(delta_d, ALIGN))[:, None]
-    out_row = out_ptr + batch * _aligned(out_b, ALIGN) + (channel * _aligned(out_d, ALIGN))[:, None]
+    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[:, None]
+    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[:, None]
+    out_row = out_ptr + batch * aligned(out_b, ALIGN) + (channel * aligned(out_d, ALIGN))[:, None]
     if z_ptr is not None:
-        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + (channel * _aligned(z_d, ALIGN))[:, None]
+        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[:, None]
     n = tl.arange(0, STATES)[None, :]
     valid_state = valid[:, None] & (n < states)
     A = tl.load(A_ptr + (channel * A_d)[:, None] + n * A_n, valid_state, 0.0).to(tl.float32)  # (R, N)
@@ -389,13 +361,13 @@ def selective_scan_fwd_lanes_kernel(
     if B_CONSTANT:
         B = tl.load(B_ptr + (channel * B_g)[:, None] + n * B_n, valid_state, 0.0).to(tl.float32)  # (R, N)
     else:
-        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * _aligned(B_g, ALIGN)
-        B_row += state * _aligned(B_n, ALIGN)
+        B_row = B_ptr + batch * aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * aligned(B_g, ALIGN)
+        B_row += state * aligned(B_n, ALIGN)
     if C_CONSTANT:
         C = tl.load(C_ptr + (channel * C_g)[:, None] + n * C_n, valid_state, 0.0).to(tl.float32)  # (R, N)
     else:
-        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * _aligned(C_g, ALIGN)
-        C_row += state * _aligned(C_n, ALIGN)
+        C_row = C_ptr + batch * aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * aligned(C_g, ALIGN)
+        C_row += state * aligned(C_n, ALIGN)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
     if D_ptr is not None:
@@ -424,7 +396,7 @@ def selective_scan_fwd_lanes_kernel(
             C_tile = tl.load(C_row + time3 * C_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
         if bias_ptr is not None:
             s += bias
-        dt2 = _exponent(s, inside, SOFTPLUS)
+        dt2 = exponent(s, inside, SOFTPLUS)
         x = dt2 * LN2 * u
         if D_ptr is not None:
             y = skip * u
@@ -489,7 +461,7 @@ def selective_scan_chunk_kernel(
     `v` = u, or, if ADJOINT, to the adjoints before it, from `P` = C and `v` the gradient of the output; and the chunks'
     total time (B, D, chunks). Else, chunk after chunk, the states (B, D, N, chunks + 1) that enter each.
     """
-    length = _aligned(length, ALIGN)
+    length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
     batch, channel, valid = _rows(program, span, channels, ROWS)
@@ -499,16 +471,16 @@ def selective_scan_chunk_kernel(
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     row = channel[None, :, None]
     mask = valid[None, :, None]
-    delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
-    v_row = v_ptr + batch * _aligned(v_b, ALIGN) + row * _aligned(v_d, ALIGN)
+    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + row * aligned(delta_d, ALIGN)
+    v_row = v_ptr + batch * aligned(v_b, ALIGN) + row * aligned(v_d, ALIGN)
     if z_ptr is not None:
-        z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
+        z_row = z_ptr + batch * aligned(z_b, ALIGN) + row * aligned(z_d, ALIGN)
     if bias_ptr is not None:
         bias = (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
     if CONSTANT:
         P_row = P_ptr + channel * P_g
     else:
-        P_row = P_ptr + batch * _aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * _aligned(P_g, ALIGN)
+        P_row = P_ptr + batch * aligned(P_b, ALIGN) + tl.min(channel, 0) // P_channels * aligned(P_g, ALIGN)
     sequence = batch * channels + channel
     carry = tl.zeros([ROWS], tl.float32)
     for chunk in tl.range(first_chunk, last_chunk, num_stages=STAGES):
@@ -519,7 +491,7 @@ def selective_scan_chunk_kernel(
         v = tl.load(v_row + time * v_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
         if bias_ptr is not None:
             s += bias
-        dt2 = _exponent(s, inside, SOFTPLUS)
+        dt2 = exponent(s, inside, SOFTPLUS)
         if ADJOINT:
             if z_ptr is not None:
                 z = tl.load(z_row + time * z_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
@@ -539,7 +511,7 @@ def selective_scan_chunk_kernel(
             if CONSTANT:
                 P = tl.load(P_row + n * P_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
             else:
-                P = tl.load(P_row + n * _aligned(P_n, ALIGN) + time * P_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
+                P = tl.load(P_row + n * aligned(P_n, ALIGN) + time * P_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
             local = tl.sum(tl.sum(tl.exp2(A[None, :, None] * between) * (P * v), 2), 0)
             if PARALLEL:
                 tl.store(states_ptr + (sequence * states + n) * chunks + chunk, local, valid)  # (R,)
@@ -681,10 +653,10 @@ def selective_scan_bwd_kernel(
     chunk to the next. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD
     and gbias (B, chunks, D), else gB and gC (B, programs, N, L).
     """
-    length = _aligned(length, ALIGN)
+    length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
     program, first_chunk, last_chunk = _share(chunks, PARALLEL)
-    batch, first_channel, first_row = _first_row(program, span, channels, ROWS * BLOCKS)
+    batch, first_channel, first_row = place(program, span, channels, ROWS * BLOCKS)
     position = tl.arange(0, LANES)[:, None] + tl.zeros([LANES, ROWS], tl.int32)
     steps = tl.arange(0, PER_LANE)[None, None, :]
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
@@ -693,9 +665,9 @@ def selective_scan_bwd_kernel(
     # Parts of gradients that are summed over rows: one for each program of a sequence.
     part = program.to(tl.int64) * states * length
     if not B_CONSTANT:
-        B_row = B_ptr + batch * _aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * _aligned(B_g, ALIGN)
+        B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
     if not C_CONSTANT:
-        C_row = C_ptr + batch * _aligned(C_b, ALIGN) + (first_channel // C_channels).to(tl.int64) * _aligned(C_g, ALIGN)
+        C_row = C_ptr + batch * aligned(C_b, ALIGN) + (first_channel // C_channels).to(tl.int64) * aligned(C_g, ALIGN)
 
     for number in range(first_chunk, last_chunk):
         chunk = chunks - 1 - number
@@ -718,21 +690,21 @@ def selective_scan_bwd_kernel(
             channel = (first_channel + row).to(tl.int64)
             sequence = batch * channels + channel
             row = channel[None, :, None]
-            u_row = u_ptr + batch * _aligned(u_b, ALIGN) + row * _aligned(u_d, ALIGN)
+            u_row = u_ptr + batch * aligned(u_b, ALIGN) + row * aligned(u_d, ALIGN)
             u = tl.load(u_row + time * u_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
-            delta_row = delta_ptr + batch * _aligned(delta_b, ALIGN) + row * _aligned(delta_d, ALIGN)
+            delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + row * aligned(delta_d, ALIGN)
             s = tl.load(delta_row + time * delta_l, inside & mask, padding).to(tl.float32) * LOG2E  # (S, R, E)
-            g_row = g_ptr + batch * _aligned(g_b, ALIGN) + row * _aligned(g_d, ALIGN)
+            g_row = g_ptr + batch * aligned(g_b, ALIGN) + row * aligned(g_d, ALIGN)
             gy = tl.load(g_row + time * g_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
             if bias_ptr is not None:
                 s += (tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32) * LOG2E)[None, :, None]  # (R,)
             if D_ptr is not None:
                 skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
-            dt2 = _exponent(s, inside, SOFTPLUS)
+            dt2 = exponent(s, inside, SOFTPLUS)
             total = tl.sum(tl.sum(dt2, 2), 0)
             x = dt2 * LN2 * u
             if z_ptr is not None:
-                z_row = z_ptr + batch * _aligned(z_b, ALIGN) + row * _aligned(z_d, ALIGN)
+                z_row = z_ptr + batch * aligned(z_b, ALIGN) + row * aligned(z_d, ALIGN)
                 z = tl.load(z_row + time * z_l, inside & mask, 0.0).to(tl.float32)  # (S, R, E)
                 gate = tl.sigmoid(z)
                 g_gate = gy * gate * (1 + z * (1 - gate))
@@ -750,12 +722,12 @@ def selective_scan_bwd_kernel(
                 if B_CONSTANT:
                     B = tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
                 else:
-                    at = B_row + n * _aligned(B_n, ALIGN)
+                    at = B_row + n * aligned(B_n, ALIGN)
                     B = tl.load(at + time * B_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
                 if C_CONSTANT:
                     C = tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32)[None, :, None]  # (R,)
                 else:
-                    at = C_row + n * _aligned(C_n, ALIGN)
+                    at = C_row + n * aligned(C_n, ALIGN)
                     C = tl.load(at + time * C_l, inside, 0.0).to(tl.float32)  # (S, 1, E)
                 if entering_ptr is not None:
                     at = entering_ptr + (sequence * states + n) * (chunks + 1) + chunk
@@ -820,11 +792,11 @@ def selective_scan_bwd_kernel(
                 g_sum = tl.sum(tl.sum(gdelta, 2), 0)
                 tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
             if z_ptr is not None:
-                gz_row = gz_ptr + batch * _aligned(gz_b, ALIGN) + row * _aligned(gz_d, ALIGN)
+                gz_row = gz_ptr + batch * aligned(gz_b, ALIGN) + row * aligned(gz_d, ALIGN)
                 tl.store(gz_row + time * gz_l, g_gate * y, inside & mask)  # (S, R, E)
-            gu_row = gu_ptr + batch * _aligned(gu_b, ALIGN) + row * _aligned(gu_d, ALIGN)
+            gu_row = gu_ptr + batch * aligned(gu_b, ALIGN) + row * aligned(gu_d, ALIGN)
             tl.store(gu_row + time * gu_l, gu, inside & mask)  # (S, R, E)
-            gdelta_row = gdelta_ptr + batch * _aligned(gdelta_b, ALIGN) + row * _aligned(gdelta_d, ALIGN)
+            gdelta_row = gdelta_ptr + batch * aligned(gdelta_b, ALIGN) + row * aligned(gdelta_d, ALIGN)
             tl.store(gdelta_row + time * gdelta_l, gdelta, inside & mask)  # (S, R, E)
         if ONE_STATE and not B_CONSTANT:
             tl.store(gB_ptr + part + time, gB_sum, inside)  # (S, 1, E)
@@ -832,67 +804,8 @@ def selective_scan_bwd_kernel(
             tl.store(gC_ptr + part + time, gC_sum, inside)  # (S, 1, E)
 
 
-class _Scan:
-    """Arguments of one call as the kernels want them."""
-
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        bias: Tensor | None,
-        softplus: bool,
-    ):
-        self.u, self.delta, self.z, self.B, self.C = (_steps_last(x) for x in (u, delta, z, B, C))
-        self.A = A
-        self.softplus = softplus
-        self.batch, self.channels, self.length = u.shape
-        self.states = A.shape[1]
-        self.D = None if D is None else D.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-        self.B_strides, self.B_channels = self._projection(self.B)
-        self.C_strides, self.C_channels = self._projection(self.C)
-        # Rows of a program share a group of B and a group of C.
-        self.span = math.gcd(*(k for k in (self.B_channels, self.C_channels, self.channels) if k))
-
-    def _projection(self, x: Tensor) -> tuple[tuple[int, ...], int]:
-        """Strides (b, g, n, l) of B or C and the channels of a group, 0 if constant along the steps."""
-        if x.dim() == 2:
-            return (0, x.stride(0), x.stride(1), 0), 0
-        if x.dim() == 3:
-            return (x.stride(0), 0, x.stride(1), x.stride(2)), self.channels
-        return x.stride(), self.channels // x.shape[1]
-
-    def programs(self, rows: int) -> int:
-        return self.batch * (self.channels // self.span) * triton.cdiv(self.span, rows)
-
-    def alignment(self, *tensors: Tensor | None) -> int:
-        """Largest power of two up to 16 that divides the length and all strides between rows of equal steps."""
-        sizes = [self.length]
-        for x in (self.u, self.delta, self.z, self.B, self.C, *tensors):
-            if x is not None and x.dim() > 2:
-                sizes += x.stride()[:-1]
-        return next(k for k in (16, 8, 4, 2, 1) if all(size % k == 0 for size in sizes))
-
-    def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
-
-
-def _steps_last(x: Tensor | None) -> Tensor | None:
-    """`x` with its steps next to each other in memory, unless it is constant along them."""
-    return x if x is None or x.dim() == 2 or x.stride(-1) <= 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()
-
-
 def _entering(
-    scan: _Scan, chunk: tuple[int, int], parallel: bool, g: Tensor | None = None, g_state: Tensor | None = None
+    scan: Scan, chunk: tuple[int, int], parallel: bool, g: Tensor | None = None, g_state: Tensor | None = None
 ) -> Tensor:
     """States (B, D, N, chunks + 1) that enter each chunk; if the gradient `g` of the output is given, the adjoints
     (B, D, N, chunks) that enter from behind.
@@ -928,7 +841,7 @@ def _entering(
         *scan.A.stride(),
         *strides,
         *v.stride(),
-        *_strides(z),
+        *strides_of(z),
         SOFTPLUS=scan.softplus,
         CONSTANT=per_group == 0,
         ADJOINT=adjoint,
@@ -965,12 +878,12 @@ def _entering(
     return entering
 
 
-def _steps(scan: _Scan, align: int) -> tuple[int, int]:
+def _steps(scan: Scan, align: int) -> tuple[int, int]:
     """Lanes and steps of each: what a thread loads at once, 16 bytes if the alignment allows."""
     return 32, max(1, min(align, 16 // scan.u.element_size()))
 
 
-def _launch(scan: _Scan, registers: int | None = None) -> dict:
+def _launch(scan: Scan, registers: int | None = None) -> dict:
     """Options of every launch: one warp, which needs no barriers, and on NVIDIA at most so many registers a thread."""
     options = {"num_warps": 1}
     if registers is not None and torch.version.hip is None and scan.u.device.type != "xpu":
@@ -982,17 +895,17 @@ def _stages(stages: int) -> int:
     return stages if _PIPELINES else 1
 
 
-def _across_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
+def _across_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
     constants = {"STEPS": steps, "STAGES": _stages(stages), "ONE_STATE": scan.states == 1}
     return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
 
 
-def _along_lanes(scan: _Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
+def _along_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
     constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
     return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
 
 
-def _forward_blocks(scan: _Scan, align: int) -> tuple:
+def _forward_blocks(scan: Scan, align: int) -> tuple:
     """Kernel, rows of a program, steps of a chunk, constants and launch options, as measured on an H200."""
     rows = scan.batch * scan.channels
     if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * _MIN_PROGRAMS:
@@ -1007,7 +920,7 @@ def _forward_blocks(scan: _Scan, align: int) -> tuple:
     return _across_lanes(scan, 2, min(256, within), 1, 80)
 
 
-def _backward_blocks(scan: _Scan) -> tuple[int, int, int, dict]:
+def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
     """Rows of a pass, passes of a program, stages and launch options, as measured on an H200."""
     if scan.states > 1:
         return 2, 16, 1, _launch(scan)
@@ -1016,11 +929,17 @@ def _backward_blocks(scan: _Scan) -> tuple[int, int, int, dict]:
     return 2, 8, 1, _launch(scan)
 
 
-def _chunk_blocks(scan: _Scan) -> tuple[int, int, dict]:
+def _chunk_blocks(scan: Scan) -> tuple[int, int, dict]:
     return 2, 1, _launch(scan)
 
 
-def _parallel(scan: _Scan, programs: int, chunks: int) -> bool:
+def _rows_backward(scan: Scan, align: int) -> bool:
+    """Whether the backward has rows along the lanes: with a few states, and so many rows that they fill all lanes."""
+    few_states = 1 < scan.states <= 8 and scan.u.element_size() == 2 and align >= 4
+    return few_states and scan.span % 32 == 0 and scan.batch * scan.channels >= 4 * 32 * _MIN_PROGRAMS
+
+
+def _parallel(scan: Scan, programs: int, chunks: int) -> bool:
     """Whether chunks run in parallel, at the cost of reading the inputs twice: only where programs are few."""
     return chunks > 1 and programs < _MIN_PROGRAMS
 
@@ -1036,7 +955,7 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
     if out.numel() == 0:
@@ -1074,7 +993,7 @@ def forward(
         *A.stride(),
         *scan.B_strides,
         *scan.C_strides,
-        *_strides(scan.z),
+        *strides_of(scan.z),
         *out.stride(),
         SOFTPLUS=delta_softplus,
         B_CONSTANT=scan.B_channels == 0,
@@ -1102,10 +1021,12 @@ def backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor | None, ...]:
-    scan = _Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
-    g, g_state = _steps_last(grads[0]), grads[1].contiguous()
+    g, g_state = steps_last(grads[0]), grads[1].contiguous()
+    if _rows_backward(scan, scan.alignment(g)):
+        return _triton_rows.backward(scan, g, g_state)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)
     align = scan.alignment(g, gu, gdelta, gz)
@@ -1158,10 +1079,10 @@ def backward(
         *A.stride(),
         *scan.B_strides,
         *scan.C_strides,
-        *_strides(scan.z),
+        *strides_of(scan.z),
         *gu.stride(),
         *gdelta.stride(),
-        *_strides(gz),
+        *strides_of(gz),
         SOFTPLUS=delta_softplus,
         B_CONSTANT=scan.B_channels == 0,
         C_CONSTANT=scan.C_channels == 0,

@@ -1,0 +1,479 @@
+"""Triton kernels of the selective scan's backward with rows along the lanes: a lane walks the steps of its row.
+
+A chunk's steps are a lane's registers, so that neither scan exchanges anything between lanes. What is then left to them
+are the sums over the rows, which tensor cores form.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LN2, LOG2E, pick
+from ._triton_scan import Scan, aligned, exponent, place, strides_of
+
+# Steps that a lane holds in its registers, and rows of a program, one a lane.
+_CHUNK = 16
+_ROWS = 32
+
+
+@triton.jit
+def _unstack(tile):
+    """The rows of a float32 tile, as a tuple."""
+    index = tl.arange(0, tile.shape[0])[:, None]
+    rows = ()
+    for i in tl.static_range(tile.shape[0]):
+        rows = rows + (pick(tile, index, i),)
+    return rows
+
+
+@triton.jit
+def _stack(rows, COUNT: tl.constexpr):
+    """A tile of the COUNT rows of a tuple."""
+    index = tl.arange(0, COUNT)[:, None]
+    tile = tl.broadcast_to(rows[0][None, :], [COUNT, rows[0].shape[0]])
+    for i in tl.static_range(1, COUNT):
+        tile = tl.where(index == i, rows[i][None, :], tile)
+    return tile
+
+
+@triton.jit
+def _repeat(row, COUNT: tl.constexpr):
+    """A row COUNT times in a tuple."""
+    rows = ()
+    for _ in tl.static_range(COUNT):
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _to_lanes(tile):
+    """A tile (T, R) in float32, with the T entries of a column in one lane.
+
+    Triton keeps the layout of a load, with several lanes a column, for all that follows. What it splits has to be in
+    one lane, so that it hands all entries over.
+    """
+    half: tl.constexpr = tile.shape[0] // 2
+    first, second = tl.split(tl.permute(tl.reshape(tile, [2, half, tile.shape[1]]), (1, 2, 0)))
+    return _stack(_unstack(first.to(tl.float32)) + _unstack(second.to(tl.float32)), tile.shape[0])
+
+
+@triton.jit
+def _every_lane(steps, ROWS: tl.constexpr):
+    """Values (T,) in a tuple, each for all rows (R,)."""
+    return _unstack(tl.broadcast_to(steps.to(tl.float32)[:, None], [steps.shape[0], ROWS]))
+
+
+@triton.jit
+def _add_sums(sums, line, rows, COUNT: tl.constexpr):
+    """`sums` (16, T) with the sums over the lanes of COUNT = T rows (R,) in one line.
+
+    A product with ones: tensor cores add what would be five shuffles for each row. They round to TF32, which is no
+    coarser than inputs of 16 bits.
+    """
+    tile = tl.trans(_stack(rows, COUNT))
+    new = tl.dot(tl.full([16, tile.shape[0]], 1.0, tl.float32), tile, input_precision="tf32")
+    return tl.where(tl.arange(0, 16)[:, None] == line, new, sums)
+
+
+@triton.jit
+def selective_scan_states_rows_kernel(
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    bias_ptr,
+    state_ptr,
+    border_ptr,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """States `border` (B, chunks, N, D) that enter each chunk of ROWS rows.
+
+    `state` (B, N, D) is where they go from chunk to chunk: always through the same thread, which needs no barrier.
+    """
+    length = aligned(length, ALIGN)
+    chunks = tl.cdiv(length, CHUNK)
+    batch, first_channel, first_row = place(tl.program_id(0), span, channels, ROWS)
+    row = first_row + tl.arange(0, ROWS)
+    channel, valid = (first_channel + row).to(tl.int64), row < span
+    step = tl.arange(0, CHUNK)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[None, :]
+    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[None, :]
+    if not B_CONSTANT:
+        B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E  # (1, R)
+
+    for chunk in range(chunks):
+        time = chunk * CHUNK + step
+        inside = time < length
+        mask = valid[None, :] & inside[:, None]
+        time = time.to(tl.int64)
+        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
+        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
+        if bias_ptr is not None:
+            s += bias
+        dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
+        dt2 = _unstack(dt2_tile)
+        x = _unstack(dt2_tile * LN2 * u)
+        for n in range(states):
+            state_at = state_ptr + (batch * states + n) * channels + channel
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            h = tl.load(state_at, valid & (chunk > 0), 0.0)  # (R,)
+            if B_CONSTANT:
+                B = _repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+            else:
+                B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
+            tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
+            for t in tl.static_range(CHUNK):
+                h = tl.exp2(A * dt2[t]) * h + B[t] * x[t]
+            tl.store(state_at, h, valid)  # (R,)
+
+
+@triton.jit
+def selective_scan_bwd_rows_kernel(
+    g_ptr,
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    border_ptr,
+    carry_ptr,
+    gu_ptr,
+    gdelta_ptr,
+    gA_ptr,
+    gB_ptr,
+    gC_ptr,
+    sums_ptr,
+    gD_ptr,
+    gz_ptr,
+    gbias_ptr,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    C_channels,
+    g_b,
+    g_d,
+    g_l,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    C_b,
+    C_g,
+    C_n,
+    C_l,
+    z_b,
+    z_d,
+    z_l,
+    gu_b,
+    gu_d,
+    gu_l,
+    gdelta_b,
+    gdelta_d,
+    gdelta_l,
+    gz_b,
+    gz_d,
+    gz_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Gradients of ROWS rows with up to 16 states, chunk by chunk from the last to the first.
+
+    `border` (B, chunks, N, D) has the states that enter each chunk; `carry` (B, N, D) the adjoints that enter from
+    behind, and is where they go from chunk to chunk. Sums over rows or sequences are left in parts: gA, and gB or gC if
+    constant, (B, N, D), gD and gbias (B, D), and `sums` (B, programs, 1 or 2, N, L), those of B and C that are not.
+    """
+    length = aligned(length, ALIGN)
+    chunks = tl.cdiv(length, CHUNK)
+    program = tl.program_id(0)
+    batch, first_channel, first_row = place(program, span, channels, ROWS)
+    row = first_row + tl.arange(0, ROWS)
+    channel, valid = (first_channel + row).to(tl.int64), row < span
+    step = tl.arange(0, CHUNK)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
+    g_row = g_ptr + batch * aligned(g_b, ALIGN) + (channel * aligned(g_d, ALIGN))[None, :]
+    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[None, :]
+    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[None, :]
+    gu_row = gu_ptr + batch * aligned(gu_b, ALIGN) + (channel * aligned(gu_d, ALIGN))[None, :]
+    gdelta_row = gdelta_ptr + batch * aligned(gdelta_b, ALIGN) + (channel * aligned(gdelta_d, ALIGN))[None, :]
+    if z_ptr is not None:
+        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[None, :]
+        gz_row = gz_ptr + batch * aligned(gz_b, ALIGN) + (channel * aligned(gz_d, ALIGN))[None, :]
+    if not B_CONSTANT:
+        B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
+    if not C_CONSTANT:
+        C_row = C_ptr + batch * aligned(C_b, ALIGN) + (first_channel // C_channels).to(tl.int64) * aligned(C_g, ALIGN)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E  # (1, R)
+    if D_ptr is not None:
+        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+    SUMS: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
+    part = program.to(tl.int64) * SUMS * states * length
+    line = tl.arange(0, 16)[:, None]
+    column = tl.arange(0, SUMS * CHUNK)[None, :]
+    zero = tl.zeros([ROWS], tl.float32)
+    gD = zero
+    gbias = zero
+
+    for number in range(chunks):
+        start = (chunks - 1 - number) * CHUNK
+        time = start + step
+        inside = time < length
+        mask = valid[None, :] & inside[:, None]
+        time = time.to(tl.int64)
+        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
+        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
+        gy_tile = _to_lanes(tl.load(g_row + time[:, None] * g_l, mask, 0.0))  # (T, R)
+        if bias_ptr is not None:
+            s += bias
+        dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
+        if z_ptr is not None:
+            z = _to_lanes(tl.load(z_row + time[:, None] * z_l, mask, 0.0))  # (T, R)
+            gy_tile *= z * tl.sigmoid(z)
+        dt2 = _unstack(dt2_tile)
+        x = _unstack(dt2_tile * LN2 * u)
+        gy = _unstack(gy_tile)
+        gx = _repeat(zero, CHUNK)
+        gdt = _repeat(zero, CHUNK)
+        y = _repeat(zero, CHUNK)
+        if SUMS > 0:
+            sums = tl.zeros([16, SUMS * CHUNK], tl.float32)
+        later = valid & (number > 0)
+        for n in range(states):
+            at = (batch * states + n) * channels + channel
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            border = border_ptr + ((batch * chunks + chunks - 1 - number) * states + n) * channels
+            h = tl.load(border + channel, valid, 0.0)  # (R,)
+            carry = tl.load(carry_ptr + at, valid, 0.0)  # (R,)
+            gA = tl.load(gA_ptr + at, later, 0.0)  # (R,)
+            if B_CONSTANT:
+                B = _repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                gB = tl.load(gB_ptr + at, later, 0.0)  # (R,)
+            else:
+                B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
+            if C_CONSTANT:
+                C = _repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                gC = tl.load(gC_ptr + at, later, 0.0)  # (R,)
+            else:
+                C = _every_lane(tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0), ROWS)  # (T,)
+
+            decay, before, gC_terms, y_with_n = (), (), (), ()
+            for t in tl.static_range(CHUNK):
+                decay = decay + (tl.exp2(A * dt2[t]),)
+                before = before + (h,)
+                h = decay[t] * h + B[t] * x[t]
+                gC_terms = gC_terms + (gy[t] * h,)
+                if z_ptr is not None:
+                    y_with_n = y_with_n + (y[t] + C[t] * h,)
+            if z_ptr is not None:
+                y = y_with_n
+            gB_terms, gx_with_n, gdt_with_n = (), (), ()
+            for t in tl.static_range(CHUNK - 1, -1, -1):
+                g = C[t] * gy[t] + carry
+                gB_terms = (g * x[t],) + gB_terms
+                gx_with_n = (gx[t] + B[t] * g,) + gx_with_n
+                carry = decay[t] * g
+                g_log = carry * before[t]  # gradient of the decay's logarithm dt A
+                gdt_with_n = (gdt[t] + A * g_log,) + gdt_with_n
+                gA += g_log * (dt2[t] * LN2)
+            gx, gdt = gx_with_n, gdt_with_n
+            tl.store(carry_ptr + at, carry, valid)  # (R,)
+            tl.store(gA_ptr + at, gA, valid)  # (R,)
+            terms = ()
+            if B_CONSTANT:
+                for t in tl.static_range(CHUNK):
+                    gB += gB_terms[t]
+                tl.store(gB_ptr + at, gB, valid)  # (R,)
+            else:
+                terms = gB_terms
+            if C_CONSTANT:
+                for t in tl.static_range(CHUNK):
+                    gC += gC_terms[t]
+                tl.store(gC_ptr + at, gC, valid)  # (R,)
+            else:
+                terms = terms + gC_terms
+            if SUMS > 0:
+                sums = _add_sums(sums, n, terms, SUMS * CHUNK)
+        if SUMS > 0:
+            time_of_sums = (start + column % CHUNK).to(tl.int64)
+            at = part + (column // CHUNK * states + line) * length + time_of_sums
+            tl.store(sums_ptr + at, sums, (line < states) & (time_of_sums < length))  # (16, SUMS * T)
+
+        # Again rather than in registers through the loop over the states.
+        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
+        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
+        if bias_ptr is not None:
+            s += bias
+        gx_tile = _stack(gx, CHUNK)
+        gu = gx_tile * (dt2_tile * LN2)
+        if D_ptr is not None:
+            gu += skip * gy_tile
+            gD += tl.sum(gy_tile * u, 0)
+        gdelta = _stack(gdt, CHUNK) + gx_tile * u
+        if SOFTPLUS:
+            # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
+            gdelta *= tl.exp2(s - dt2_tile)
+        else:
+            gdelta = tl.where(inside[:, None], gdelta, 0.0)
+        if bias_ptr is not None:
+            gbias += tl.sum(gdelta, 0)
+        if z_ptr is not None:
+            z = _to_lanes(tl.load(z_row + time[:, None] * z_l, mask, 0.0))  # (T, R)
+            g = _to_lanes(tl.load(g_row + time[:, None] * g_l, mask, 0.0))  # (T, R)
+            gate = tl.sigmoid(z)
+            y_tile = _stack(y, CHUNK)
+            if D_ptr is not None:
+                y_tile += skip * u
+            gz = g * gate * (1 + z * (1 - gate)) * y_tile
+            tl.store(gz_row + time[:, None] * gz_l, gz, mask)  # (T, R)
+        tl.store(gu_row + time[:, None] * gu_l, gu, mask)  # (T, R)
+        tl.store(gdelta_row + time[:, None] * gdelta_l, gdelta, mask)  # (T, R)
+    if D_ptr is not None:
+        tl.store(gD_ptr + batch * channels + channel, gD, valid)  # (R,)
+    if bias_ptr is not None:
+        tl.store(gbias_ptr + batch * channels + channel, gbias, valid)  # (R,)
+
+
+def backward(scan: Scan, g: Tensor, g_state: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z and the bias of delta, from those of the output and of the last state."""
+    batch, channels, states, length = scan.batch, scan.channels, scan.states, scan.length
+    programs = scan.programs(_ROWS)
+    # Neighbouring lanes read neighbouring channels.
+    A = scan.A.t().contiguous().t()
+    constants = {"SOFTPLUS": scan.softplus, "ROWS": _ROWS, "CHUNK": _CHUNK, "B_CONSTANT": scan.B_channels == 0}
+    # One warp needs no barriers; loads ahead of time would need registers that there are not.
+    options = {"num_warps": 1, "num_stages": 1}
+    by_state = (batch, states, channels)
+    border = scan.new(batch, triton.cdiv(length, _CHUNK), states, channels)
+    selective_scan_states_rows_kernel[(programs,)](
+        scan.u,
+        scan.delta,
+        A,
+        scan.B,
+        scan.bias,
+        scan.new(*by_state),
+        border,
+        scan.span,
+        channels,
+        length,
+        states,
+        scan.B_channels,
+        *scan.u.stride(),
+        *scan.delta.stride(),
+        *A.stride(),
+        *scan.B_strides,
+        ALIGN=scan.alignment(),
+        **constants,
+        **options,
+    )
+    gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
+    gz = None if scan.z is None else torch.empty_like(scan.z)
+    gA = scan.new(*by_state)
+    gB = None if scan.B_channels else scan.new(*by_state)
+    gC = None if scan.C_channels else scan.new(*by_state)
+    summed = (scan.B_channels > 0) + (scan.C_channels > 0)
+    sums = scan.new(batch, programs // batch, summed, states, length) if summed else None
+    gD = None if scan.D is None else scan.new(batch, channels)
+    gbias = None if scan.bias is None else scan.new(batch, channels)
+    selective_scan_bwd_rows_kernel[(programs,)](
+        g,
+        scan.u,
+        scan.delta,
+        A,
+        scan.B,
+        scan.C,
+        scan.D,
+        scan.z,
+        scan.bias,
+        border,
+        g_state.transpose(1, 2).clone(memory_format=torch.contiguous_format),
+        gu,
+        gdelta,
+        gA,
+        gB,
+        gC,
+        sums,
+        gD,
+        gz,
+        gbias,
+        scan.span,
+        channels,
+        length,
+        states,
+        scan.B_channels,
+        scan.C_channels,
+        *g.stride(),
+        *scan.u.stride(),
+        *scan.delta.stride(),
+        *A.stride(),
+        *scan.B_strides,
+        *scan.C_strides,
+        *strides_of(scan.z),
+        *gu.stride(),
+        *gdelta.stride(),
+        *strides_of(gz),
+        C_CONSTANT=scan.C_channels == 0,
+        ALIGN=scan.alignment(g, gu, gdelta, gz),
+        **constants,
+        **options,
+    )
+    # (B, spans, 1 or 2, N, L), of B and C that are not constant
+    by_span = None if sums is None else sums.unflatten(1, (channels // scan.span, -1)).sum(2)
+
+    def projection(like: Tensor, constant: Tensor | None, index: int) -> Tensor:
+        if constant is not None:
+            return constant.sum(0).t()
+        groups = 1 if like.dim() == 3 else like.shape[1]
+        return by_span[:, :, index].unflatten(1, (groups, -1)).sum(2).reshape(like.shape)
+
+    return (
+        gu,
+        gdelta,
+        gA.sum(0).t(),
+        projection(scan.B, gB, 0),
+        projection(scan.C, gC, summed - 1),
+        None if gD is None else gD.sum(0),
+        gz,
+        None if gbias is None else gbias.sum(0),
+    )
