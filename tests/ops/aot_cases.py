@@ -204,6 +204,11 @@ def _layer_norm_grn() -> Iterator[Case]:
     yield Case("odd", f, arguments(rows, 1, 33, 7, 9), (FP32, FP16))
 
 
+def _squared_relu() -> Iterator[Case]:
+    yield Case("vrwkv_tiny", ops.squared_relu, lambda dtype: dict(x=rows(dtype, 128, 196, 768)))
+    yield Case("odd", ops.squared_relu, lambda dtype: dict(x=rows(dtype, 3, 7, 5)), (FP16,))
+
+
 def _layer_norm() -> Iterator[Case]:
     def arguments(*size, branch=None, affine=True, gate=False, dtype=BF16, **options):
         def make(x_dtype: torch.dtype) -> dict:
@@ -289,6 +294,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "wkv6": tuple(_wkv6()),
     "q_shift": tuple(_q_shift()),
     "q_shift_mix": tuple(_q_shift_mix()),
+    "squared_relu": tuple(_squared_relu()),
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
     "line_scan": tuple(_line_scan()),

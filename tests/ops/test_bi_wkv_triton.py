@@ -15,21 +15,19 @@ from vla.ops import bi_wkv  # noqa: E402
 kernels = importlib.import_module("vla.ops.bi_wkv._triton")
 
 
-@pytest.fixture(params=["one program", "programs"])
+@pytest.fixture(params=["one span", "spans"])
 def spread(request, monkeypatch):
-    """Whether a sequence's segments are in one program or in several."""
-    monkeypatch.setattr(kernels, "_SEGMENT", 1)
-    if request.param == "programs":
-        monkeypatch.setattr(kernels, "_SOLO", 0)
+    """Whether a sequence is in one program or in several."""
+    if request.param == "spans":
+        monkeypatch.setattr(kernels, "_TOKENS", 3)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Less for the interpreter to do."""
     monkeypatch.setattr(kernels, "_BLOCK", 8)
-    monkeypatch.setattr(kernels, "_WARPS", 2)
-    monkeypatch.setattr(kernels, "_FEW", 0)
-    monkeypatch.setattr(kernels, "_ENOUGH", 6)
+    monkeypatch.setattr(kernels, "_SEGMENTS", 2)
+    monkeypatch.setattr(kernels, "_TOKENS", 64)
 
 
 def single(tensors):
@@ -56,13 +54,16 @@ def test_float32_parameters_with_bfloat16_tokens():
     compare("triton", bi_wkv, tensors, 2e-2)
 
 
-def test_long_sequence_keeps_its_exponents():
-    compare("triton", bi_wkv, single(make(1, 200, 2, 10.0)))
+@pytest.mark.parametrize("decay", [10.0, 400.0], ids=["near", "far"])
+def test_long_sequence_keeps_its_exponents(decay, monkeypatch):
+    """Many spans, more than the kernel between them takes at a time."""
+    monkeypatch.setattr(kernels, "_TOKENS", 1)
+    compare("triton", bi_wkv, single(make(1, 150, 2, decay)))
 
 
 @pytest.mark.parametrize("decay", [-80.0, 80.0], ids=["rising", "falling"])
-def test_states_far_above_a_tile(decay, spread):
-    """Near tiles, and weights that change by more over the sequence than float32 has room for."""
+def test_states_far_above_a_span(decay, spread):
+    """Near spans, and weights that change by more over the sequence than float32 has room for."""
     tensors = single(make(1, 100, 2))
     tensors["w"] = torch.tensor([decay, decay / 2]) / 100
     tensors["k"] *= 5

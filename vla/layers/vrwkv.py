@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import bi_wkv, q_shift, q_shift_mix, wkv6
+from ..ops import bi_wkv, q_shift, q_shift_mix, squared_relu, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
 from .norm import LayerNorm, autocast_dtype, normalize
 
@@ -341,9 +341,7 @@ class ChannelMix(nn.Module):
             k = r = to_tokens(x)
         else:
             k, r = self.shift.mix(x, 1 - torch.stack([self.mix_k, self.mix_r]), grid).unbind(0)
-        hidden = F.relu(self.key(k))
-        # Not `square`, which autocast computes and stores in float32.
-        hidden = self.hidden_norm(hidden * hidden)
+        hidden = self.hidden_norm(squared_relu(self.key(k)))
         return to_map(torch.sigmoid(self.receptance(r)) * self.value(hidden), x.shape[2], x.shape[3])
 
 

@@ -9,6 +9,7 @@ from .q_shift import q_shift
 from .q_shift_mix import q_shift_mix
 from .scan2d import cross_merge, cross_scan, scan2d
 from .selective_scan import selective_scan
+from .squared_relu import squared_relu
 from .ssd import ssd
 from .wkv6 import wkv6
 
@@ -24,6 +25,7 @@ __all__ = [
     "q_shift_mix",
     "scan2d",
     "selective_scan",
+    "squared_relu",
     "ssd",
     "use_backend",
     "wkv6",

@@ -1,16 +1,15 @@
 """Triton kernels for bi-WKV; see README.md for the derivation and for the choice of algorithm.
 
-A program walks one block of channels of one segment of a sequence, tile after tile of tokens. A channel belongs to one
-thread and a tile's tokens to the registers of that thread, so that a recurrence over tokens is ordinary sequential code
-without a shuffle: `_row` and `_put` reach one token of a tile, and cost nothing when a tile lies that way.
+A sequence is cut into spans, one for each program, and a span into segments; a channel of a segment is one thread's.
+So the tokens of a segment are a thread's own: tensors are (W, C), segments and channels, and a tuple of them is a
+segment's tokens. Recurrences along tokens are ordinary sequential code, and segments exchange their sums once.
 
-Sums over the tokens of one side are states `exp(m - a w) (n, d)`: `m` is an exponent, `a` the tokens passed since (see
-README.md for why the two are kept apart), and `n`, `d` the scaled sums. With `SLOPE`, `n1` and `d1` are the same sums
-with every term times the number of tokens between: minus their derivatives by w.
+Sums over the tokens of one side are states `exp(m) (n, d)`, an exponent and scaled sums, seen from an edge: the term of
+a token right at the edge is not decayed.
 
-Inside a tile there are two ways. `NEAR`: the exponents of one tile are small beside those that float32 has, so one
-exponent serves all of it and the recurrences are linear. That hangs on w and u only, never on k. Otherwise a state's
-exponent follows the largest term, token by token, which is right for any w and u.
+There are two ways. Near: the exponents that decay and bonus add within a span are small beside those that float32 has,
+so that one exponent serves all of it and the recurrences are linear. That hangs on w and u only, never on k. Far: every
+token's sums have their own exponent, and inside a segment all pairs of tokens are formed: right for any w and u.
 """
 
 import torch
@@ -19,236 +18,105 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from . import released
+from .._triton import LOG2E
+from . import _torch, released
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 NOTHING = tl.constexpr(-1e37)
-# |w| times the tokens of a tile, and |u|, up to which a tile is near; and how far a state from outside may stand above
-# a tile's own terms: beyond, these are exp(-24) or less of every result, and only must not overflow.
-NEAR_LIMIT = tl.constexpr(8.0)
-FAR_LIMIT = tl.constexpr(40.0)
+# |w| times the tokens of a span, and |u|, up to which a span is near; and how far a state from outside may stand above
+# a span's own terms: beyond, these are exp(-24) or less of every result, and only must not overflow.
+NEAR_LIMIT = tl.constexpr(16.0)
+FAR_LIMIT = tl.constexpr(44.0)
 
 
 @triton.jit
-def _row(x, rows, i):
-    """Row `i` of a tile (W, L, C)."""
-    # As a sum of integers: the compiler removes an added zero, where the loop over rows is unrolled.
-    bits = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
-    return tl.sum(tl.where(rows == i, bits, 0), 1).to(x.dtype, bitcast=True)
+def _place(spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a program works.
 
+    A sequence's last segments begin early instead of ending late, so that loads need no mask, and so does the last
+    block of channels.
 
-@triton.jit
-def _put(x, rows, i, value):
-    """Tile (W, L, C) with another row `i`."""
-    return tl.where(rows == i, value[:, None], x)
-
-
-@triton.jit
-def _flip(x):
-    """Rows of a tile (W, L, C) in reverse: only other names for registers."""
-    # One bit of the row's number after the other. The neighbour's value is the sum of both less one's own: of integers,
-    # whose sums the compiler removes.
-    W: tl.constexpr = x.shape[0]
-    L: tl.constexpr = x.shape[1]
-    C: tl.constexpr = x.shape[2]
-    y = x.to(tl.int64 if x.dtype == tl.float64 else tl.int32, bitcast=True)
-    for bit in tl.static_range(0, 6):
-        if (1 << bit) < L:
-            y = tl.reshape(y, [W << bit, 2, (L >> (bit + 1)) * C])
-            y = tl.sum(y, 1, keep_dims=True) - y
-    return tl.reshape(y, x.shape).to(x.dtype, bitcast=True)
-
-
-@triton.jit
-def _extend(a, x, y, b, p, q, a2, x2, y2, b2, p2, q2):
-    """Two runs of tokens as one: decay a and sums x, y over the run, and b, p, q over it without its last token."""
-    return a * a2, a2 * x + x2, a2 * y + y2, a * b2, b2 * x + p2, b2 * y + q2
-
-
-@triton.jit
-def _before(x, y, decay, x0, y0, rows):
-    """Sums over all tokens before each of a tile, `s_t = decay s_{t-1} + x_{t-1}` from `s_0 = x0`; the same for y."""
-    first = rows == 0
-    decays = tl.where(first & ~first, x, decay[:, None])
-    # Minus zero, which can be added for nothing.
-    zeros = tl.zeros_like(x) * -1.0
-    x, y = tl.where(first, x + (decay * x0)[:, None], x), tl.where(first, y + (decay * y0)[:, None], y)
-    _, _, _, _, p, q = tl.associative_scan((decays, x, y, tl.zeros_like(x) + 1.0, zeros, zeros), 1, _extend)
-    return tl.where(first, x0[:, None], p), tl.where(first, y0[:, None], q)
-
-
-@triton.jit
-def _start(j, length, L: tl.constexpr):
-    """First tokens of the tiles `j` (W, 1), and how many of their tokens belong to the tile before.
-
-    A sequence's last tile begins early instead of ending late, so that loads need no mask: with one they would wait for
-    each other.
+    Returns:
+        Sequence; span; segments (W, 1); the segments' first tokens (W, 1); how many of their tokens belong to the
+        segment before (W, 1); channels (1, C); which of these are not another program's too.
     """
-    start = tl.minimum(j * L, length - L)
-    return start, tl.minimum(j * L - start, L)
+    blocks = tl.cdiv(channels, BLOCK)
+    program = tl.program_id(0)
+    b = (program // blocks // spans).to(tl.int64)
+    span = program // blocks % spans
+    segment = tl.arange(0, W)[:, None]
+    token = (span * W + segment) * L
+    start = tl.minimum(token, length - L)
+    first = program % blocks * BLOCK
+    channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)[None]
+    return b, span, segment, start, tl.minimum(token - start, L), channel, channel >= first
 
 
 @triton.jit
-def _load(pointer, start, stride: tl.constexpr, rows, DTYPE: tl.constexpr):
-    """Tiles (W, L, C) of a sequence."""
-    pointer += start.to(tl.int64) * stride
-    return tl.load(pointer[:, None] + rows * stride).to(DTYPE)
+def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
+    """Where a program's segments begin, (W, C)."""
+    b, span, segment, start, extra, channel, mask = place
+    return pointer + b * stride_b + start.to(tl.int64) * stride_t + channel.to(tl.int64) * stride_c
 
 
 @triton.jit
-def _store(pointer, value, start, stride: tl.constexpr, rows, mask):
-    pointer += start.to(tl.int64) * stride
-    tl.store(pointer[:, None] + rows * stride, value.to(pointer.dtype.element_ty), mask=mask)
+def _begin(
+    w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
+    place = _place(spans, length, channels, L, W, BLOCK)
+    b, span, segment, start, extra, channel, mask = place
+    w, u = tl.load(w_ptr + channel).to(tl.float32), tl.load(u_ptr + channel).to(tl.float32)
+    centre = w * 0
+    if CENTRE:
+        # Gradients see only differences of values, formed as differences of sums: a common offset would cost digits.
+        centre = tl.load(v_ptr + b * stride_vb + channel * stride_vc).to(tl.float32)
+    k_ptr = _sequence(k_ptr, place, stride_kb, stride_kt, stride_kc)
+    v_ptr = _sequence(v_ptr, place, stride_vb, stride_vt, stride_vc)
+    return place, w, u, centre, k_ptr, v_ptr
 
 
 @triton.jit
-def _join(m, a, n, d, n1, d1, m2, a2, n2, d2, n3, d3, w):
-    """The sum of two states seen from the same token; the second has the slopes n3, d3."""
-    gap = (m - m2) - (a - a2) * w
-    small = tl.exp(-tl.abs(gap))
-    keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
-    m, a = tl.where(gap > 0, m, m2), tl.where(gap > 0, a, a2)
-    return m, a, keep * n + add * n2, keep * d + add * d2, keep * n1 + add * n3, keep * d1 + add * d3
+def _load(pointer, stride: tl.constexpr, offset, L: tl.constexpr):
+    """A segment's tokens less an offset."""
+    tokens = ()
+    for t in tl.static_range(L):
+        tokens += (tl.load(pointer + t * stride).to(tl.float32) - offset,)
+    return tokens
 
 
 @triton.jit
-def _load_state(pointer, stride, SLOPE: tl.constexpr):
+def _load_state(pointer, stride):
     """Exponent and sums."""
-    m, n, d = tl.load(pointer), tl.load(pointer + stride), tl.load(pointer + 2 * stride)
-    n1, d1 = n, d
-    if SLOPE:
-        n1, d1 = tl.load(pointer + 3 * stride), tl.load(pointer + 4 * stride)
-    return m, n, d, n1, d1
+    return tl.load(pointer), tl.load(pointer + stride), tl.load(pointer + 2 * stride)
 
 
 @triton.jit
-def _store_state(pointer, m, n, d, n1, d1, stride, mask, SLOPE: tl.constexpr):
+def _store_state(pointer, m, n, d, stride, mask):
     tl.store(pointer, m, mask=mask)
     tl.store(pointer + stride, n, mask=mask)
     tl.store(pointer + 2 * stride, d, mask=mask)
-    if SLOPE:
-        tl.store(pointer + 3 * stride, n1, mask=mask)
-        tl.store(pointer + 4 * stride, d1, mask=mask)
 
 
 @triton.jit
-def _minus(top, over):
-    """Exponent of a tile's gradients; of a tile without tokens none."""
-    return tl.where(top > 0.5 * NOTHING, -(top + over), NOTHING)
+def _load_outside(pointer, place, spans, channels, ONE: tl.constexpr):
+    """States of the past and of the future outside of a span, seen from its edges, (1, C)."""
+    b, span, segment, start, extra, channel, mask = place
+    zero = (channel * 0).to(tl.float32)
+    past, future = (zero + NOTHING, zero, zero), (zero + NOTHING, zero, zero)
+    if not ONE:
+        pointer += (b * spans + span) * 6 * channels + channel
+        past, future = _load_state(pointer, channels), _load_state(pointer + 3 * channels, channels)
+    return past, future
 
 
 @triton.jit
-def _fade(w, between):
-    """What is left of a weight after some tokens between, inside a near tile."""
-    # The limit holds there; elsewhere it is not used, and must not overflow.
-    return tl.exp(tl.minimum(-between * w, NEAR_LIMIT))
-
-
-@triton.jit
-def _weigh(weight, v, between, SLOPE: tl.constexpr):
-    """Sums of a tile's tokens, and with `SLOPE` of these times the tokens between."""
-    n, d = tl.sum(weight * v, 1), tl.sum(weight, 1)
-    n1, d1 = n, d
-    if SLOPE:
-        weight *= between
-        n1, d1 = tl.sum(weight * v, 1), tl.sum(weight, 1)
-    return n, d, n1, d1
-
-
-@triton.jit
-def _place(segments, channels, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Sequence, segments (W, 1) and channels (1, C) of a program, and which channels are not another program's too."""
-    blocks, groups = tl.cdiv(channels, BLOCK), segments // W
-    pid = tl.program_id(0)
-    b = (pid // blocks // groups).to(tl.int64)
-    segment = pid // blocks % groups * W + tl.arange(0, W)[:, None]
-    channel = tl.minimum(pid % blocks * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)[None]
-    return b, segment, channel, channel >= pid % blocks * BLOCK
-
-
-@triton.jit
-def _load_parameter(pointer, channel, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    return tl.broadcast_to(tl.load(pointer + channel).to(DTYPE), [W, BLOCK])
-
-
-@triton.jit
-def _is_near(w_ptr, u_ptr, channels, L: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0) % tl.cdiv(channels, BLOCK)
-    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)
+def _is_near(w_ptr, u_ptr, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0) % tl.cdiv(channels, BLOCK) * BLOCK
+    channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
     w, u = tl.load(w_ptr + channel).to(tl.float32), tl.load(u_ptr + channel).to(tl.float32)
-    return tl.max(tl.maximum(tl.abs(w) * L, tl.abs(u)), 0) <= NEAR_LIMIT
-
-
-@triton.jit
-def _attend(
-    k, v, e, top, w, u, decay, fade, m, a, n, d, n1, d1, fm, fn, fd, fn1, fd1, rows, valid,
-    NEAR: tl.constexpr, SLOPE: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """One tile, from the states of its past (seen from its first token) and of its future (from its last).
-
-    Returns:
-        Outputs y, the inverses of their denominators D with the exponents c, the slopes N1 - y D1, and c, all (L, C);
-        how far the states stand above what is allowed; the past of the next tile.
-    """
-    zero = w * 0
-    zeros = tl.zeros_like(k)
-    over, c, slope = zero, zeros + top[:, None], zeros
-    if NEAR:
-        # Once for the states that come in, once for those that go out: the rounding of `decay` must not add up from
-        # tile to tile.
-        ev = e * v
-        lift, future_lift = (m - top) - a * w, fm - top
-        over = tl.maximum(tl.maximum(lift, future_lift) - (FAR_LIMIT + tl.minimum(w, 0.0) * L), 0.0)
-        lift, future_lift = tl.exp(lift - over), tl.exp(future_lift - over)
-        past_n, past_d = _before(ev, e, decay, lift * n, lift * d, rows)
-        ev, e_ = _flip(ev), _flip(e)
-        future_n, future_d = _before(ev, e_, decay, future_lift * fn, future_lift * fd, rows)
-        own = e * tl.exp(u)[:, None]
-        inverse = tl.where(valid, 1.0 / (past_d + _flip(future_d) + own), 0.0)
-        y = (past_n + _flip(future_n) + own * v) * inverse
-        if SLOPE:
-            # One more token between for every token passed.
-            past_n, past_d = decay[:, None] * past_n, decay[:, None] * past_d
-            past_n, past_d = _before(past_n, past_d, decay, lift * n1, lift * d1, rows)
-            future_n, future_d = decay[:, None] * future_n, decay[:, None] * future_d
-            future_n, future_d = _before(future_n, future_d, decay, future_lift * fn1, future_lift * fd1, rows)
-            slope = past_n + _flip(future_n) - y * (past_d + _flip(future_d))
-        xn, xd, xn1, xd1 = _weigh(e * fade, v, L - 1 - rows, SLOPE)
-        m, a, n, d, n1, d1 = _join(
-            m, a + L, n, d, n1 + L * n, d1 + L * d, top, zero, xn, xd, xn1, xd1, w,
-        )  # fmt: skip
-    else:
-        past_n, past_d, past_n1, past_d1, past_m, y, inverse = zeros, zeros, zeros, zeros, zeros, zeros, zeros
-        for r in range(L):
-            past_m = _put(past_m, rows, r, (m - _row(k, rows, r)) - a * w)
-            past_n, past_d = _put(past_n, rows, r, n), _put(past_d, rows, r, d)
-            if SLOPE:
-                past_n1, past_d1 = _put(past_n1, rows, r, n1), _put(past_d1, rows, r, d1)
-            m, a, n, d, n1, d1 = _join(
-                m, a + 1, n, d, n1 + n, d1 + d, _row(k, rows, r), zero, _row(v, rows, r), zero + 1, zero, zero, w,
-            )  # fmt: skip
-        fa = zero
-        for r in range(L - 1, -1, -1):
-            kr, vr = _row(k, rows, r), _row(v, rows, r)
-            left, right = _row(past_m, rows, r), (fm - kr) - fa * w
-            cr = kr + tl.maximum(tl.maximum(left, right), u)
-            # Rounded together, so that exponents relative to k and c still agree.
-            above = cr - kr
-            left, right = tl.exp(left - above), tl.exp(right - above)
-            # At most 1, but for the rounding where no token is.
-            own = tl.exp(tl.minimum(u - above, 0.0))
-            exists = kr > 0.5 * NOTHING
-            dr = tl.where(exists, left * _row(past_d, rows, r) + right * fd + own, 1.0)
-            yr = (left * _row(past_n, rows, r) + right * fn + own * vr) / dr
-            inverse, y = _put(inverse, rows, r, tl.where(exists, 1.0 / dr, 0.0)), _put(y, rows, r, yr)
-            c = _put(c, rows, r, tl.where(exists, cr, -NOTHING))
-            if SLOPE:
-                sn, sd = left * _row(past_n1, rows, r) + right * fn1, left * _row(past_d1, rows, r) + right * fd1
-                slope = _put(slope, rows, r, sn - yr * sd)
-            fm, fa, fn, fd, fn1, fd1 = _join(
-                fm, fa + 1, fn, fd, fn1 + fn, fd1 + fd, kr, zero, vr, zero + 1, zero, zero, w,
-            )  # fmt: skip
-    return y, inverse, slope, c, over, m, a, n, d, n1, d1
+    return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
 
 
 @triton.jit
@@ -256,558 +124,763 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-# The walks are functions of their own, not inlined, because the compiler's time grows faster than their size.
+# Near.
 
 
-@triton.jit(noinline=True)
-def _outside(
-    w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count,
-    SLOPE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Writes the states of all segments before this one, and of all after it, from what each has."""
-    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
-    zero = w * 0
-    fields: tl.constexpr = 5 if SLOPE else 3
-    stride = channels.to(tl.int64) * fields
-    totals_ptr += b * segments * 2 * stride + channel
-    outside_ptr += (b * segments + segment) * 2 * stride + channel
-    for side in tl.static_range(2):
-        m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
-        for first in range(0, segments, L):
-            s = first + tl.arange(0, L)[None, :, None]
-            between = (segment[:, None] - s if side == 0 else s - segment[:, None]) - 1
-            valid = (between >= 0) & (s < segments)
-            p = totals_ptr[:, None] + (2 * tl.minimum(s, segments - 1) + side).to(tl.int64) * stride
-            sm, sn, sd, sn1, sd1 = _load_state(p, channels, SLOPE)
-            between = (between * (count * L)).to(DTYPE)
-            sm = tl.where(valid, sm - between * w[:, None], NOTHING)
-            top = tl.max(sm, 1)
-            weight = tl.exp(sm - top[:, None])
-            xn1, xd1 = zero, zero
-            if SLOPE:
-                xn1 = tl.sum(weight * (sn1 + between * sn), 1)
-                xd1 = tl.sum(weight * (sd1 + between * sd), 1)
-            xn, xd = tl.sum(weight * sn, 1), tl.sum(weight * sd, 1)
-            m, a, n, d, n1, d1 = _join(m, a, n, d, n1, d1, top, zero, xn, xd, xn1, xd1, w)
-        _store_state(outside_ptr + side * stride, m, n, d, n1, d1, channels, mask, SLOPE)
+@triton.jit
+def _edges(w, place, L: tl.constexpr, W: tl.constexpr):
+    """Factors between the frame of a span, which sees the past from its first token and the future too, and segments.
 
-
-@triton.jit(noinline=True)
-def _walk_back(
-    w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, NEAR: tl.constexpr,
-    SLOPE: tl.constexpr, TOTALS: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Writes the future of every tile, inside its segment, and with TOTALS the segment's sums to both sides."""
-    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
-    fields: tl.constexpr = 5 if SLOPE else 3
-    k_ptr += b * stride_kb + channel * stride_kc
-    v_ptr += b * stride_vb + channel * stride_vc
-    centre = w * 0
-    if SLOPE:
-        centre = tl.load(v_ptr).to(DTYPE)
-    stride_s = channels.to(tl.int64) * fields
-    states_ptr += b * tiles * stride_s + channel
-    totals_ptr += (b * segments + segment) * 2 * stride_s + channel
-    first = segment * count
-    zero = w * 0
-    fade, past_fade = _fade(w[:, None], rows), _fade(w[:, None], L - 1 - rows)
-    m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
-    pm, pa, pn, pd, pn1, pd1 = m, zero, zero, zero, zero, zero
-    for i in range(count):
-        j = first + count - 1 - i
-        start, extra = _start(j, length, L)
-        valid, back = rows >= extra[:, None], zero + extra
-        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
-        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
-        _store_state(states_ptr + j.to(tl.int64) * stride_s, m - a * w, n, d, n1, d1, channels, mask, SLOPE)
-        if NEAR:
-            top = tl.max(k, 1)
-            e = tl.exp(k - top[:, None])
-            x, y, x1, y1 = _weigh(e * fade, v, rows, SLOPE)
-            m, a, n, d, n1, d1 = _join(
-                m, a + L, n, d, n1 + L * n, d1 + L * d, top, -back, x, y, x1 - back * x, y1 - back * y, w,
-            )  # fmt: skip
-            if TOTALS:
-                x, y, x1, y1 = _weigh(e * past_fade, v, L - 1 - rows, SLOPE)
-                after = zero + i * L
-                pm, pa, pn, pd, pn1, pd1 = _join(
-                    pm, pa, pn, pd, pn1, pd1, top, after, x, y, x1 + after * x, y1 + after * y, w,
-                )  # fmt: skip
-        else:
-            for r in range(L - 1, -1, -1):
-                key, x = _row(k, rows, r), _row(v, rows, r)
-                m, a, n, d, n1, d1 = _join(m, a + 1, n, d, n1 + n, d1 + d, key, zero, x, zero + 1, zero, zero, w)
-                if TOTALS:
-                    after = zero + (i * L + L - 1 - r)
-                    pm, pa, pn, pd, pn1, pd1 = _join(
-                        pm, pa, pn, pd, pn1, pd1, key, after, x, zero + 1, after * x, after, w,
-                    )  # fmt: skip
-            a, n1, d1 = a - back, n1 - back * n, d1 - back * d
-    if TOTALS:
-        _store_state(totals_ptr, pm - pa * w, pn, pd, pn1, pd1, channels, mask, SLOPE)
-        _store_state(totals_ptr + fields * channels, m - a * w, n, d, n1, d1, channels, mask, SLOPE)
-
-
-@triton.jit(noinline=True)
-def _walk_outputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments, count,
-    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
-    stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Writes the outputs of a segment."""
-    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
-    k_ptr += b * stride_kb + channel * stride_kc
-    v_ptr += b * stride_vb + channel * stride_vc
-    y_ptr += b * stride_yb + channel
-    if GATED:
-        gate_ptr += b * stride_gb + channel * stride_gc
-    stride_s = channels.to(tl.int64) * 3
-    states_ptr += b * tiles * stride_s + channel
-    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
-    first = segment * count
-    zero = w * 0
-    m, a, n, d = zero + NOTHING, zero, zero, zero
-    fm, fn, fd = m, n, d
-    if not ONE:
-        m, n, d, _, _ = _load_state(outside_ptr, channels, False)
-        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, False)
-    decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
-    for i in range(count):
-        j = first + i
-        start, extra = _start(j, length, L)
-        valid, back = rows >= extra[:, None], zero + extra
-        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
-        v = _load(v_ptr, start, stride_vt, rows, DTYPE)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, False)
-        if not ONE:
-            jm, ja, jn, jd, jn1, jd1 = _join(
-                jm, zero, jn, jd, jn, jd, fm, zero + (count - 1 - i) * L, fn, fd, fn, fd, w
-            )
-            jm -= ja * w
-        top = tl.max(k, 1)
-        e = tl.exp(k - top[:, None])
-        y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
-            k, v, e, top, w, u, decay, fade, m, a - back, n, d, n, d, jm, jn, jd, jn, jd, rows, valid, NEAR, False, L,
-        )  # fmt: skip
-        if GATED:
-            gate = _load(gate_ptr, start, stride_gt, rows, DTYPE)
-            y *= _sigmoid(gate)
-        _store(y_ptr, y, start, stride_yt, rows, valid & mask[:, None])
-
-
-@triton.jit(noinline=True)
-def _walk_gradients(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr, outside_ptr,
-    grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
-    stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
-    stride_gt: tl.constexpr, stride_gc, NEAR: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Writes the past of every tile and the gradients' states there, and what a segment gives to gw and gu."""
-    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
-    k_ptr += b * stride_kb + channel * stride_kc
-    v_ptr += b * stride_vb + channel * stride_vc
-    gy_ptr += b * stride_gyb + channel * stride_gyc
-    # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr).to(DTYPE)
-    if GATED:
-        gate_ptr += b * stride_gb + channel * stride_gc
-    gw_ptr += (b * segments + segment) * channels + channel
-    gu_ptr += (b * segments + segment) * channels + channel
-    stride_s, stride_p = channels.to(tl.int64) * 5, channels.to(tl.int64) * 3
-    states_ptr += b * tiles * stride_s + channel
-    past_ptr += b * tiles * stride_p + channel
-    grads_ptr += b * tiles * stride_p + channel
-    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
-    grad_totals_ptr += b * segments * 2 * stride_p + channel
-    first = segment * count
-    zero = w * 0
-    m, a, n, d, n1, d1 = zero + NOTHING, zero, zero, zero, zero, zero
-    fm, fn, fd, fn1, fd1 = m, n, d, n1, d1
-    if not ONE:
-        m, n, d, n1, d1 = _load_state(outside_ptr, channels, True)
-        fm, fn, fd, fn1, fd1 = _load_state(outside_ptr + stride_s, channels, True)
-    decay, fade = _fade(w, 1), _fade(w[:, None], L - 1 - rows)
-    before_fade = _fade(w[:, None], rows)
-    gw, gu = zero, zero
-    gm, ga, gn, gd = zero + NOTHING, zero, zero, zero
-    tm, ta, tn, td = gm, zero, zero, zero
-    for i in range(count):
-        j = first + i
-        start, extra = _start(j, length, L)
-        valid, back = rows >= extra[:, None], zero + extra
-        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
-        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
-        gy = _load(gy_ptr, start, stride_gyt, rows, DTYPE)
-        if GATED:
-            gy *= _sigmoid(_load(gate_ptr, start, stride_gt, rows, DTYPE))
-        p = past_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, m - a * w, n, d, n, d, channels, mask, False)
-        p = grads_ptr + j.to(tl.int64) * stride_p
-        _store_state(p, gm - ga * w, gn, gd, gn, gd, channels, mask, False)
-        jm, jn, jd, jn1, jd1 = _load_state(states_ptr + j.to(tl.int64) * stride_s, channels, True)
-        if not ONE:
-            after = zero + (count - 1 - i) * L
-            jm, ja, jn, jd, jn1, jd1 = _join(
-                jm, zero, jn, jd, jn1, jd1, fm, after, fn, fd, fn1 + after * fn, fd1 + after * fd, w,
-            )  # fmt: skip
-            jm -= ja * w
-        top = tl.max(k, 1)
-        e = tl.exp(k - top[:, None])
-        y, inverse, slope, c, over, m, a, n, d, n1, d1 = _attend(
-            k, v, e, top, w, u, decay, fade, m, a - back, n, d, n1 - back * n, d1 - back * d, jm, jn, jd, jn1, jd1,
-            rows, valid, NEAR, True, L,
-        )  # fmt: skip
-        g = gy * inverse
-        h = g * y
-        gw -= tl.sum(g * slope, 1)
-        if NEAR:
-            own = e * tl.exp(u)[:, None]
-        else:
-            own = tl.exp((k - c) + u[:, None])
-        gu += tl.sum(own * g * (v - y), 1)
-        if NEAR:
-            key = _minus(top, over)
-            x, z = tl.sum(fade * g, 1), tl.sum(fade * h, 1)
-            gm, ga, gn, gd, _, _ = _join(gm, ga + L, gn, gd, gn, gd, key, zero, x, z, x, z, w)
-            if not ONE:
-                x, z = tl.sum(before_fade * g, 1), tl.sum(before_fade * h, 1)
-                tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, i * L - back, x, z, x, z, w)
-        else:
-            for r in range(L):
-                key, x, z = -_row(c, rows, r), _row(g, rows, r), _row(h, rows, r)
-                gm, ga, gn, gd, _, _ = _join(gm, ga + 1, gn, gd, gn, gd, key, zero, x, z, x, z, w)
-                if not ONE:
-                    before = i * L + r - back
-                    tm, ta, tn, td, _, _ = _join(tm, ta, tn, td, tn, td, key, before, x, z, x, z, w)
-    tl.store(gw_ptr, gw, mask=mask)
-    tl.store(gu_ptr, gu, mask=mask)
-    if not ONE:
-        totals_ptr = grad_totals_ptr + segment * 2 * stride_p
-        _store_state(totals_ptr, gm - ga * w, gn, gd, gn, gd, channels, mask, False)
-        _store_state(totals_ptr + 3 * channels, tm - ta * w, tn, td, tn, td, channels, mask, False)
-
-
-@triton.jit(noinline=True)
-def _walk_inputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr, grads_ptr,
-    outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt: tl.constexpr,
-    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc,
-    stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb,
-    stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr, NEAR: tl.constexpr, GATED: tl.constexpr,
-    ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Writes the gradients of k, v and gate."""
-    b, segment, channel, mask = _place(segments, channels, W, BLOCK)
-    rows = tl.arange(0, L)[None, :, None]
-    w = _load_parameter(w_ptr, channel, W, BLOCK, DTYPE)
-    u = _load_parameter(u_ptr, channel, W, BLOCK, DTYPE)
-    k_ptr += b * stride_kb + channel * stride_kc
-    v_ptr += b * stride_vb + channel * stride_vc
-    gy_ptr += b * stride_gyb + channel * stride_gyc
-    # Gradients see only differences of values, formed as differences of sums: a common offset would cost their digits.
-    centre = tl.load(v_ptr).to(DTYPE)
-    if GATED:
-        gate_ptr += b * stride_gb + channel * stride_gc
-        ggate_ptr += b * stride_ggb + channel
-    gk_ptr += b * stride_gkb + channel
-    gv_ptr += b * stride_gvb + channel
-    stride_s, stride_p = channels.to(tl.int64) * 5, channels.to(tl.int64) * 3
-    states_ptr += b * tiles * stride_s + channel
-    past_ptr += b * tiles * stride_p + channel
-    grads_ptr += b * tiles * stride_p + channel
-    outside_ptr += (b * segments + segment) * 2 * stride_s + channel
-    grad_outside_ptr += (b * segments + segment) * 2 * stride_p + channel
-    first = segment * count
-    zero = w * 0
-    # The future outside of the segment, and the gradients' states there: p before it, m after it.
-    m, a, n, d = zero + NOTHING, zero, zero, zero
-    fm, fn, fd = m, n, d
-    pm, pn, pd = m, n, d
-    if not ONE:
-        fm, fn, fd, _, _ = _load_state(outside_ptr + stride_s, channels, False)
-        pm, pn, pd, _, _ = _load_state(grad_outside_ptr, channels, False)
-        m, n, d, _, _ = _load_state(grad_outside_ptr + stride_p, channels, False)
-    decay, fade = _fade(w, 1), _fade(w[:, None], rows)
-    for i in range(count):
-        j = first + count - 1 - i
-        start, extra = _start(j, length, L)
-        valid, back = rows >= extra[:, None], zero + extra
-        k = tl.where(valid, _load(k_ptr, start, stride_kt, rows, DTYPE), NOTHING)
-        v = _load(v_ptr, start, stride_vt, rows, DTYPE) - centre[:, None]
-        gy = _load(gy_ptr, start, stride_gyt, rows, DTYPE)
-        pointer = past_ptr + j.to(tl.int64) * stride_p
-        bm, bn, bd, _, _ = _load_state(pointer, channels, False)
-        pointer = grads_ptr + j.to(tl.int64) * stride_p
-        gm, gn, gd, _, _ = _load_state(pointer, channels, False)
-        pointer = states_ptr + j.to(tl.int64) * stride_s
-        jm, jn, jd, _, _ = _load_state(pointer, channels, False)
-        if not ONE:
-            jm, ja, jn, jd, _, _ = _join(jm, zero, jn, jd, jn, jd, fm, zero + i * L, fn, fd, fn, fd, w)
-            jm -= ja * w
-            before = (count - 1 - i) * L
-            gm, ga, gn, gd, _, _ = _join(gm, zero, gn, gd, gn, gd, pm, zero + before, pn, pd, pn, pd, w)
-            gm -= ga * w
-        top = tl.max(k, 1)
-        e = tl.exp(k - top[:, None])
-        y, inverse, slope, c, over, bm, ba, bn, bd, _, _ = _attend(
-            k, v, e, top, w, u, decay, fade, bm, -back, bn, bd, bn, bd, jm, jn, jd, jn, jd, rows, valid, NEAR, False, L,
-        )  # fmt: skip
-        if GATED:
-            s = _sigmoid(_load(gate_ptr, start, stride_gt, rows, DTYPE))
-            ggate = gy * (y + centre[:, None]) * (s * (1.0 - s))
-            _store(ggate_ptr, ggate, start, stride_ggt, rows, valid & mask[:, None])
-            gy *= s
-        g = gy * inverse
-        h = g * y
-        if NEAR:
-            own = e * tl.exp(u)[:, None]
-        else:
-            own = tl.exp((k - c) + u[:, None])
-        gv = own * g
-        gk = gv * (v - y)
-        if NEAR:
-            lift, future_lift = tl.exp((gm + top) + back * w), tl.exp((m + top) - a * w)
-            x, z = _before(g, h, decay, lift * gn, lift * gd, rows)
-            fx, fz = _before(_flip(g), _flip(h), decay, future_lift * n, future_lift * d, rows)
-            x, z = x + _flip(fx), z + _flip(fz)
-            gv += e * x
-            gk += e * (v * x - z)
-            x, z = tl.sum(fade * g, 1), tl.sum(fade * h, 1)
-            m, a, n, d, _, _ = _join(m, a + L, n, d, n, d, _minus(top, over), -back, x, z, x, z, w)
-        else:
-            for r in range(L - 1, -1, -1):
-                kr, vr = _row(k, rows, r), _row(v, rows, r)
-                key, x, z = -_row(c, rows, r), _row(g, rows, r), _row(h, rows, r)
-                weight = tl.exp((m + kr) - a * w)
-                gv = _put(gv, rows, r, _row(gv, rows, r) + weight * n)
-                gk = _put(gk, rows, r, _row(gk, rows, r) + weight * (vr * n - d))
-                m, a, n, d, _, _ = _join(m, a + 1, n, d, n, d, key, zero, x, z, x, z, w)
-            a -= back
-            ga = -back
-            for r in range(L):
-                kr, vr = _row(k, rows, r), _row(v, rows, r)
-                key, x, z = -_row(c, rows, r), _row(g, rows, r), _row(h, rows, r)
-                weight = tl.exp((gm + kr) - ga * w)
-                gv = _put(gv, rows, r, _row(gv, rows, r) + weight * gn)
-                gk = _put(gk, rows, r, _row(gk, rows, r) + weight * (vr * gn - gd))
-                gm, ga, gn, gd, _, _ = _join(gm, ga + 1, gn, gd, gn, gd, key, zero, x, z, x, z, w)
-        _store(gk_ptr, gk, start, stride_gkt, rows, valid & mask[:, None])
-        _store(gv_ptr, gv, start, stride_gvt, rows, valid & mask[:, None])
-
-
-# Strides over tokens are compiled in: addresses inside a tile are constants then. Were those over batch entries known
-# to be multiples of 16, a thread would load several channels at once, and tokens would lie across threads.
-_GENERAL = [f"stride_{name}b" for name in ("k", "v", "g", "y", "gy", "gk", "gv", "gg")]
-_GENERAL += ["length", "channels", "tiles", "segments", "count"]
-
-
-@triton.jit(do_not_specialize=_GENERAL)
-def bi_wkv_states_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, SLOPE: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A segment's sums to both sides, and those to the right of every tile.
-
-    k, v (B, T, C); states (B, T / L, fields, C); totals (B, segments, 2, fields, C); w, u (C,).
+    The left one takes the frame's past to a segment's left edge, and a segment's own sum as the future of others to
+    the frame; the right one the same for the right edge, the other way round.
     """
-    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
-    if near:
-        _walk_back(
-            w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, True, SLOPE, True, L, W, BLOCK, DTYPE,
-        )  # fmt: skip
-    else:
-        _walk_back(
-            w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, False, SLOPE, True, L, W, BLOCK, DTYPE,
-        )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    rate, token = w * LOG2E, (start - span * (W * L)).to(tl.float32)
+    return tl.exp2(-rate * token), tl.exp2(rate * (token + L))
 
 
-@triton.jit(do_not_specialize=_GENERAL)
-def bi_wkv_fwd_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, totals_ptr, outside_ptr, length, channels, tiles, segments,
-    count, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
+@triton.jit
+def _weights(keys, extra, L: tl.constexpr):
+    """Exponentials of a segment's keys over the largest of its span, and that one, (1, C)."""
+    top = tl.where(extra == 0, keys[0], NOTHING)
+    for t in tl.static_range(1, L):
+        top = tl.maximum(top, tl.where(t >= extra, keys[t], NOTHING))
+    top = tl.max(top, 0)[None]
+    weights = ()
+    for t in tl.static_range(L):
+        weights += (tl.where(t >= extra, tl.exp2(keys[t] * LOG2E - top * LOG2E), 0.0),)
+    return weights, top
+
+
+@triton.jit
+def _totals(xs, ys, decay, L: tl.constexpr):
+    """Sums of a segment seen from its right edge, and from its left edge."""
+    rx, ry, lx, ly = xs[0], ys[0], xs[L - 1], ys[L - 1]
+    for t in tl.static_range(1, L):
+        rx, ry = rx * decay + xs[t], ry * decay + ys[t]
+        lx, ly = lx * decay + xs[L - 1 - t], ly * decay + ys[L - 1 - t]
+    return rx, ry, lx, ly
+
+
+@triton.jit
+def _over(others, x):
+    """Sums over other segments, (W, C), from what each has and from whether it counts, (W, W, 1)."""
+    # A factor, because half of the instructions for selecting and adding do.
+    return tl.sum(others * x[:, None, :], 0)
+
+
+@triton.jit
+def _surroundings(totals, past, future, left, right, segment, W: tl.constexpr):
+    """What a segment sees of the past from its left edge and of the future from its right edge.
+
+    Args:
+        totals: What each segment has, seen from its right and from its left edge.
+        past: Sums from outside of the span, in its frame.
+        future: Likewise.
+        left: See `_edges`.
+        right: See `_edges`.
+    """
+    rx, ry, lx, ly = totals
+    other = tl.arange(0, W)[:, None, None]
+    before, after = (other < segment[None]).to(tl.float32), (other > segment[None]).to(tl.float32)
+    px, py = (_over(before, rx * right) + past[0]) * left, (_over(before, ry * right) + past[1]) * left
+    fx, fy = (_over(after, lx * left) + future[0]) * right, (_over(after, ly * left) + future[1]) * right
+    return px, py, fx, fy
+
+
+@triton.jit
+def _from_outside(w, top, past, future, SPAN: tl.constexpr):
+    """States from outside in the frame of a span, scaled like its own terms; by how much less than they are."""
+    pm, pn, pd = past
+    fm, fn, fd = future
+    # As averages of values: denominators of long sequences would have no room above the limit.
+    pd, fd = tl.maximum(pd, 1e-30), tl.maximum(fd, 1e-30)
+    pm, fm = pm + tl.log(pd) - top, fm + tl.log(fd) - top
+    over = tl.maximum(tl.maximum(pm, fm) - FAR_LIMIT, 0.0)
+    pm, fm = tl.exp(pm - over), tl.exp(fm - over - w * SPAN)
+    return (pm * (pn / pd), pm), (fm * (fn / fd), fm), over
+
+
+@triton.jit
+def _near_attend(w, place, keys, values, past, future, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
+    """The exponentials of a segment's keys and what the segment sees around it.
+
+    Returns:
+        Exponentials; past and future sums from the segment's edges; the part of these from outside of the span, in its
+        frame; the exponent of the exponentials; by how much that of the sums from outside is larger.
+    """
+    b, span, segment, start, extra, channel, mask = place
+    weights, top = _weights(keys, extra, L)
+    over = top * 0
+    before, after = (over, over), (over, over)
+    if not ONE:
+        before, after, over = _from_outside(w, top, past, future, W * L)
+    weighted = ()
+    for t in tl.static_range(L):
+        weighted += (weights[t] * values[t],)
+    left, right = _edges(w, place, L, W)
+    around = _surroundings(_totals(weighted, weights, tl.exp(-w), L), before, after, left, right, segment, W)
+    return weights, around, (before, after), top, over
+
+
+@triton.jit
+def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: tl.constexpr):
+    """Writes the states of a span from the sums of its segments."""
+    b, span, segment, start, extra, channel, mask = place
+    rx, ry, lx, ly = totals
+    left, right = _edges(w, place, L, W)
+    rx, ry, lx, ly = rx * right, ry * right, lx * left, ly * left
+    end = tl.exp(-w * (W * L))
+    _store_state(totals_ptr, m, tl.sum(rx, 0)[None] * end, tl.sum(ry, 0)[None] * end, channels, mask)
+    _store_state(totals_ptr + 3 * channels, m, tl.sum(lx, 0)[None], tl.sum(ly, 0)[None], channels, mask)
+
+
+@triton.jit
+def _near_sums(
+    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, CENTRE, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    totals_ptr += (b * spans + span) * 6 * channels + channel
+    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
+    weights, top = _weights(keys, extra, L)
+    weighted = ()
+    for t in tl.static_range(L):
+        weighted += (weights[t] * values[t],)
+    _near_store(totals_ptr, _totals(weighted, weights, tl.exp(-w), L), top, w, place, channels, L, W)
+
+
+@triton.jit
+def _near_outputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    SOLO: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a segment.
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, False, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
+    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, 0.0, L)
+    weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
+    pn, pd, fn, fd = around
+    decay, bonus = tl.exp(-w), tl.exp(u)
+    ns, ds = (), ()
+    for i in tl.static_range(L):
+        weight = weights[L - 1 - i]
+        ns, ds = (fn,) + ns, (fd,) + ds
+        fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
+    for t in tl.static_range(L):
+        own, weighted = weights[t] * bonus, weights[t] * values[t]
+        y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own))
+        if GATED:
+            y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+        tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
+        pn, pd = pn * decay + weighted, pd * decay + weights[t]
 
-    k, v, gate, y (B, T, C); states (B, T / L, 3, C); totals, outside (B, segments, 2, 3, C);
-    w, u (C,).
+
+@triton.jit
+def _near_gradients(
+    w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt: tl.constexpr,
+    stride_vt: tl.constexpr, stride_gyt: tl.constexpr, stride_gt: tl.constexpr, stride_ggt: tl.constexpr,
+    GATED: tl.constexpr, STORE: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a segment's sums, and what the decay's and the bonus's need.
+
+    Returns:
+        Exponentials of the keys; values; g, the outputs' gradients over the denominators; h, these times the outputs;
+        the last three of `_near_attend`; sums for the gradients of w and u; the future sums of all tokens summed as a
+        future seen from the left edge, and the past ones from the right edge: times the gradients' past and future
+        sums they give what the decay gets from pairs with tokens outside.
     """
-    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
-    if SOLO:
-        if near:
-            _walk_back(
-                w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, False, not ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        else:
-            _walk_back(
-                w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, False, not ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        tl.debug_barrier()
+    b, span, segment, start, extra, channel, mask = place
+    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
+    gys = _load(gy_ptr, stride_gyt, 0.0, L)
+    weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
+    pn, pd, fn, fd = around
+    decay, bonus = tl.exp(-w), tl.exp(u)
+    zero = pn * 0
+    ns, ds, hn, hd = (), (), zero, zero
+    for i in tl.static_range(L):
+        weight = weights[L - 1 - i]
+        hn, hd = hn * decay + fn, hd * decay + fd
+        ns, ds = (fn,) + ns, (fd,) + ds
+        fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
+    # Without the segment's first tokens if these belong to the segment before: there both sums only decay.
+    hn, hd = hn - extra * ns[0], hd - extra * ds[0]
+    qn, qd = -extra * tl.exp(w) * pn, -extra * tl.exp(w) * pd
+    gs, hs = (), ()
+    gw, gu, px, py = zero, zero, zero, zero
+    for t in tl.static_range(L):
+        own = weights[t] * bonus
+        inverse = 1.0 / (pd + ds[t] + own)
+        y = (pn + ns[t] + own * values[t]) * inverse
+        gy = gys[t]
+        if GATED:
+            s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            if STORE:
+                ggate = gy * (y + centre) * (s * (1.0 - s))
+                ggate = ggate.to(ggate_ptr.dtype.element_ty)
+                tl.store(ggate_ptr + t * stride_ggt, ggate, mask=mask & (t >= extra))
+            gy *= s
+        g = tl.where(t >= extra, gy * inverse, 0.0)
+        h = g * y
+        gs, hs = gs + (g,), hs + (h,)
+        gu += weights[t] * (g * values[t] - h)
+        gw += (g * qn - h * qd) + (ns[t] * px - ds[t] * py)
+        qn, qd = qn * decay + pn, qd * decay + pd
+        px, py = px * decay + g, py * decay + h
+        pn, pd = pn * decay + weights[t] * values[t], pd * decay + weights[t]
+    return weights, values, gs, hs, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
+
+
+@triton.jit
+def _near_grads(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, True, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, False)
+    gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    totals_ptr += (b * spans + span) * 6 * channels + channel
+    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+        w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, gate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
+        stride_gt, stride_gt, GATED, False, False, L, W,
+    )  # fmt: skip
+    _near_store(totals_ptr, _totals(gs, hs, tl.exp(-w), L), -(top + over), w, place, channels, L, W)
+
+
+@triton.jit
+def _near_inputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
+    stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, True, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
+    grad_past, grad_future = _load_outside(grad_outside_ptr, place, spans, channels, ONE)
+    gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
+    gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
+    ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
+    gw_ptr += (b * spans + span) * channels + channel
+    gu_ptr += (b * spans + span) * channels + channel
+    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+        w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
+        stride_gt, stride_ggt, GATED, True, ONE, L, W,
+    )  # fmt: skip
+    hn, hd, qn, qd = around
+    zero = top * 0
+    before, after = (zero, zero), (zero, zero)
     if not ONE:
-        _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, False, L, W, BLOCK, DTYPE)
-        tl.debug_barrier()
-    if near:
-        _walk_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
-            count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, True, GATED, ONE, L, W, BLOCK, DTYPE,
+        pm, fm = tl.exp(grad_past[0] + top), tl.exp(grad_future[0] + top - w * (W * L))
+        before, after = (pm * grad_past[1], pm * grad_past[2]), (fm * grad_future[1], fm * grad_future[2])
+    decay, bonus = tl.exp(-w), tl.exp(u)
+    left, right = _edges(w, place, L, W)
+    px, py, fx, fy = _surroundings(_totals(gs, hs, decay, L), before, after, left, right, segment, W)
+    gw += (qn * fx - qd * fy) + (hn * px - hd * py)
+    if not ONE:
+        # Sums from outside and the gradients' do not have the same exponent: these pairs are taken out, ...
+        p, f = outside
+        both = (p[0] * after[0] - p[1] * after[1]) + (f[0] * before[0] - f[1] * before[1])
+        gw -= (L - extra) * tl.exp(w) * both
+    gw = -decay * tl.sum(gw, 0)[None]
+    if not ONE:
+        # ... and enter with the sum of their exponents, once for every token that they have between them.
+        tokens = tl.minimum(W * L, length - span * (W * L))
+        p, f = tl.exp(past[0] + grad_future[0] - w * (W * L)), tl.exp(future[0] + grad_past[0] - w * (W * L))
+        p *= past[1] * grad_future[1] - past[2] * grad_future[2]
+        f *= future[1] * grad_past[1] - future[2] * grad_past[2]
+        gw -= tokens * (p + f)
+    tl.store(gw_ptr, gw, mask=mask)
+    tl.store(gu_ptr, tl.sum(gu, 0)[None], mask=mask)
+    xs, ys = (), ()
+    for i in tl.static_range(L):
+        g, h = gs[L - 1 - i], hs[L - 1 - i]
+        xs, ys = (fx + bonus * g,) + xs, (fy + bonus * h,) + ys
+        fx, fy = fx * decay + g, fy * decay + h
+    for t in tl.static_range(L):
+        gv = weights[t] * (px + xs[t])
+        gk = gv * values[t] - weights[t] * (py + ys[t])
+        valid = mask & (t >= extra)
+        tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=valid)
+        tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=valid)
+        px, py = px * decay + gs[t], py * decay + hs[t]
+
+
+# Far.
+
+
+@triton.jit
+def _side(key, x, y, between, w, m, age, n, d):
+    """Sum of the terms `exp(key - between w) (x, y)` along the first axis that have `between >= 0`, and of a state.
+
+    Exponents are formed from whole numbers of tokens: w taken off token by token would be rounded the same way every
+    time.
+    """
+    terms = tl.where(between >= 0, key - between * w, NOTHING)
+    m -= age * w
+    top = tl.maximum(tl.max(terms, 0), m)
+    weight, kept = tl.where(between >= 0, tl.exp(terms - top), 0.0), tl.exp(m - top)
+    return top, tl.sum(weight * x, 0) + kept * n, tl.sum(weight * y, 0) + kept * d
+
+
+@triton.jit
+def _far_load(pointer, stride: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
+    """A segment's tokens, (P, W, C), L of them."""
+    # Token by token: one load of all would put several channels into a thread.
+    i = tl.arange(0, P)[:, None, None]
+    tokens = tl.zeros([P, pointer.shape[0], pointer.shape[1]], tl.float32)
+    for t in range(L):
+        tokens = tl.where(i == t, tl.load(pointer + t * stride).to(tl.float32)[None], tokens)
+    return tokens
+
+
+@triton.jit
+def _far_totals(keys, x, y, w, extra, L: tl.constexpr):
+    """States of a segment seen from its right edge, and from its left edge."""
+    t, zero = tl.arange(0, keys.shape[0])[:, None, None], w * 0
+    rm, rx, ry = _side(keys, x, y, L - 1 - t, w, zero + NOTHING, 0, zero, zero)
+    lm, lx, ly = _side(keys, x, y, t - extra[None], w, zero + NOTHING, 0, zero, zero)
+    return rm, rx, ry, lm, lx, ly
+
+
+@triton.jit
+def _far_surroundings(totals, past, future, w, segment, L: tl.constexpr, W: tl.constexpr):
+    """States of what a segment sees of the past from its left edge and of the future from its right edge."""
+    rm, rx, ry, lm, lx, ly = totals
+    pm, px, py = past
+    fm, fx, fy = future
+    between = (segment[None] - tl.arange(0, W)[:, None, None] - 1) * L
+    pm, px, py = _side(rm[:, None], rx[:, None], ry[:, None], between, w, pm, segment * L, px, py)
+    between = (tl.arange(0, W)[:, None, None] - segment[None] - 1) * L
+    fm, fx, fy = _side(lm[:, None], lx[:, None], ly[:, None], between, w, fm, (W - 1 - segment) * L, fx, fy)
+    return pm, px, py, fm, fx, fy
+
+
+@triton.jit
+def _far_store(totals_ptr, totals, w, segment, channels, mask, L: tl.constexpr, W: tl.constexpr):
+    """Writes the states of a span from those of its segments."""
+    rm, rx, ry, lm, lx, ly = totals
+    zero = w * 0
+    m, x, y = _side(rm, rx, ry, (W - 1 - segment) * L, w, zero + NOTHING, 0, zero, zero)
+    _store_state(totals_ptr, m, x, y, channels, mask)
+    m, x, y = _side(lm, lx, ly, segment * L, w, zero + NOTHING, 0, zero, zero)
+    _store_state(totals_ptr + 3 * channels, m, x, y, channels, mask)
+
+
+@triton.jit
+def _far_around(keys, x, y, t, extra, w, around, L: tl.constexpr):
+    """States of the tokens before and after token t of a segment, seen from it."""
+    pm, px, py, fm, fx, fy = around
+    i = tl.arange(0, keys.shape[0])[:, None, None]
+    pm, px, py = _side(keys, x, y, t - 1 - i, w, pm, t - extra, px, py)
+    fm, fx, fy = _side(keys, x, y, i - t - 1, w, fm, L - 1 - t, fx, fy)
+    return pm, px, py, fm, fx, fy
+
+
+@triton.jit
+def _far_attend(states, k, v, u):
+    """Output of a token, the inverse of its denominator, and the exponent of that."""
+    pm, pn, pd, fm, fn, fd = states
+    top = tl.maximum(tl.maximum(pm, fm), k + u)
+    past, future, own = tl.exp(pm - top), tl.exp(fm - top), tl.exp((k - top) + u)
+    inverse = 1.0 / (past * pd + future * fd + own)
+    return (past * pn + future * fn + own * v) * inverse, inverse, top
+
+
+@triton.jit
+def _far_keys(k_ptr, extra, stride_kt: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
+    """A segment's keys, those of other segments' tokens `NOTHING`."""
+    t = tl.arange(0, P)[:, None, None]
+    return tl.where((t >= extra[None]) & (t < L), _far_load(k_ptr, stride_kt, L, P), NOTHING)
+
+
+@triton.jit
+def _far_sums(
+    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, CENTRE, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    totals_ptr += (b * spans + span) * 6 * channels + channel
+    keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P) - centre
+    totals = _far_totals(keys, values, values * 0 + 1.0, w + 0.0 * segment, extra, L)
+    _far_store(totals_ptr, totals, w, segment, channels, mask, L, W)
+
+
+@triton.jit
+def _far_outputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
+    stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, False, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
+    w, u = w + 0.0 * segment, u + 0.0 * segment
+    keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P)
+    ones = values * 0 + 1.0
+    around = _far_surroundings(_far_totals(keys, values, ones, w, extra, L), past, future, w, segment, L, W)
+    for t in range(L):
+        states = _far_around(keys, values, ones, t, extra, w, around, L)
+        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32)
+        y, inverse, top = _far_attend(states, k, v, u)
+        if GATED:
+            y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+        tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
+
+
+@triton.jit
+def _far_gradients(
+    w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt: tl.constexpr,
+    stride_vt: tl.constexpr, stride_gyt: tl.constexpr, stride_gt: tl.constexpr, stride_ggt: tl.constexpr,
+    GATED: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a segment's sums.
+
+    Returns:
+        Keys and values; what the segment sees around it; g, the outputs' gradients over the denominators, h, these
+        times the outputs, and minus the denominators' exponents, (P, W, C).
+    """
+    b, span, segment, start, extra, channel, mask = place
+    keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P) - centre
+    ones, i = values * 0 + 1.0, tl.arange(0, P)[:, None, None]
+    around = _far_surroundings(_far_totals(keys, values, ones, w, extra, L), past, future, w, segment, L, W)
+    gs, hs, minus = values * 0, values * 0, values * 0 + NOTHING
+    for t in range(L):
+        states = _far_around(keys, values, ones, t, extra, w, around, L)
+        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        y, inverse, top = _far_attend(states, k, v, u)
+        gy = tl.load(gy_ptr + t * stride_gyt).to(tl.float32)
+        if GATED:
+            s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            if STORE:
+                ggate = gy * (y + centre) * (s * (1.0 - s))
+                ggate = ggate.to(ggate_ptr.dtype.element_ty)
+                tl.store(ggate_ptr + t * stride_ggt, ggate, mask=mask & (t >= extra))
+            gy *= s
+        here = (i == t) & (t >= extra)[None]
+        g = gy * inverse
+        gs, hs, minus = tl.where(here, g, gs), tl.where(here, g * y, hs), tl.where(here, -top, minus)
+    return keys, values, around, gs, hs, minus
+
+
+@triton.jit
+def _far_grads(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, True, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, False)
+    gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    totals_ptr += (b * spans + span) * 6 * channels + channel
+    keys, values, around, gs, hs, minus = _far_gradients(
+        w + 0.0 * segment, u + 0.0 * segment, place, k_ptr, v_ptr, gy_ptr, gate_ptr, gate_ptr, past, future, centre,
+        stride_kt, stride_vt, stride_gyt, stride_gt, stride_gt, GATED, False, L, P, W,
+    )  # fmt: skip
+    totals = _far_totals(minus, gs, hs, w + 0.0 * segment, extra, L)
+    _far_store(totals_ptr, totals, w, segment, channels, mask, L, W)
+
+
+@triton.jit
+def _far_inputs(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
+    stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place, w, u, centre, k_ptr, v_ptr = _begin(
+        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+        stride_vc, True, L, W, BLOCK,
+    )  # fmt: skip
+    b, span, segment, start, extra, channel, mask = place
+    past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
+    grad_past, grad_future = _load_outside(grad_outside_ptr, place, spans, channels, ONE)
+    gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
+    gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
+    gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
+    gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
+    ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
+    gw_ptr += (b * spans + span) * channels + channel
+    gu_ptr += (b * spans + span) * channels + channel
+    w, u = w + 0.0 * segment, u + 0.0 * segment
+    keys, values, around, gs, hs, minus = _far_gradients(
+        w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
+        stride_gt, stride_ggt, GATED, True, L, P, W,
+    )  # fmt: skip
+    grad_around = _far_surroundings(
+        _far_totals(minus, gs, hs, w, extra, L), grad_past, grad_future, w, segment, L, W
+    )  # fmt: skip
+    gw, gu = w * 0, w * 0
+    i = tl.arange(0, P)[:, None, None]
+    for t in range(L):
+        pm, pn, pd, fm, fn, fd = _far_around(keys, values, values * 0 + 1.0, t, extra, w, around, L)
+        gpm, px, py, gfm, fx, fy = _far_around(minus, gs, hs, t, extra, w, grad_around, L)
+        valid = t >= extra
+        # A pair's two exponents and the decay that neither has add up to the logarithm of its weight.
+        meet = tl.exp(pm + gfm - w) * (pn * fx - pd * fy) + tl.exp(fm + gpm - w) * (fn * px - fd * py)
+        gw -= tl.where(valid, meet, 0.0)
+        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        g, h = tl.sum(tl.where(i == t, gs, 0.0), 0), tl.sum(tl.where(i == t, hs, 0.0), 0)
+        own = tl.where(valid, tl.exp((k + tl.max(tl.where(i == t, minus, NOTHING), 0)) + u), 0.0)
+        before, after = tl.exp(gpm + k), tl.exp(gfm + k)
+        gv = before * px + after * fx + own * g
+        gk = before * (v * px - py) + after * (v * fx - fy) + own * (v * g - h)
+        gu += own * (v * g - h)
+        tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
+        tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
+    tl.store(gw_ptr, tl.sum(gw, 0)[None], mask=mask)
+    tl.store(gu_ptr, tl.sum(gu, 0)[None], mask=mask)
+
+
+# Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
+# on its own, because the compiler's time grows with the square of what hangs together.
+
+
+@triton.jit(do_not_specialize=["spans", "length"])
+def bi_wkv_sums_kernel(
+    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """States of every span, seen from its right edge and from its left edge.
+
+    k, v (B, T, C); totals (B, spans, 2, 3, C); w, u (C,).
+    """
+    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+        _near_sums(
+            w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
+            stride_vb, stride_vt, stride_vc, CENTRE, L, P, W, BLOCK,
         )  # fmt: skip
     else:
-        _walk_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, states_ptr, outside_ptr, length, channels, tiles, segments,
-            count, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, False, GATED, ONE, L, W, BLOCK, DTYPE,
+        _far_sums(
+            w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
+            stride_vb, stride_vt, stride_vc, CENTRE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_GENERAL)
-def bi_wkv_bwd_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr,
-    grads_ptr, totals_ptr, grad_totals_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count,
-    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
-    stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, stride_gkb,
-    stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr, stride_ggb, stride_ggt: tl.constexpr,
-    GATED: tl.constexpr, ONE: tl.constexpr, SOLO: tl.constexpr, LAST: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+@triton.jit
+def bi_wkv_outside_kernel(
+    w_ptr, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a segment: of w and u first, and what other segments must know; with LAST of k, v and gate.
+    """States of all spans before each and of all after it, seen from its edges, from what each span has.
 
-    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (B, segments, C); states (B, T / L, 5, C); past, grads
-    (B, T / L, 3, C); totals, outside (B, segments, 2, 5, C); grad_totals, grad_outside (B, segments, 2, 3, C);
-    w, u (C,).
+    A program takes one side of one block of channels of a sequence, W times P spans at a time.
+
+    totals, outside (B, spans, 2, 3, C); w (C,).
     """
-    near = _is_near(w_ptr, u_ptr, channels, L, BLOCK)
-    if SOLO:
-        if near:
-            _walk_back(
-                w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, True, True, not ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        else:
-            _walk_back(
-                w_ptr, k_ptr, v_ptr, states_ptr, totals_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, False, True, not ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        tl.debug_barrier()
-    if SOLO or not LAST:
-        if not ONE:
-            _outside(w_ptr, totals_ptr, outside_ptr, channels, tiles, segments, count, True, L, W, BLOCK, DTYPE)
-            tl.debug_barrier()
-        if near:
-            _walk_gradients(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
-                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
-                True, GATED, ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        else:
-            _walk_gradients(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gw_ptr, gu_ptr, states_ptr, past_ptr, grads_ptr,
-                outside_ptr, grad_totals_ptr, length, channels, tiles, segments, count, stride_kb, stride_kt, stride_kc,
-                stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc,
-                False, GATED, ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-    if SOLO:
-        tl.debug_barrier()
-    if SOLO or LAST:
-        if not ONE:
-            _outside(
-                w_ptr, grad_totals_ptr, grad_outside_ptr, channels, tiles, segments, count, False, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-            tl.debug_barrier()
-        if near:
-            _walk_inputs(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr,
-                grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
-                stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
-                True, GATED, ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
-        else:
-            _walk_inputs(
-                w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, states_ptr, past_ptr,
-                grads_ptr, outside_ptr, grad_outside_ptr, length, channels, tiles, segments, count, stride_kb,
-                stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
-                stride_gt, stride_gc, stride_gkb, stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt,
-                False, GATED, ONE, L, W, BLOCK, DTYPE,
-            )  # fmt: skip
+    blocks = tl.cdiv(channels, BLOCK)
+    side, block = tl.program_id(0) % 2, tl.program_id(0) // 2 % blocks
+    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)[None]
+    first = (tl.program_id(0) // 2 // blocks).to(tl.int64) * spans
+    totals_ptr += side * 3 * channels + channel
+    outside_ptr += side * 3 * channels + channel
+    group, i = tl.arange(0, W)[:, None], tl.arange(0, P)[:, None, None]
+    w = tl.load(w_ptr + channel).to(tl.float32) * SPAN + 0.0 * group
+    m, x, y = w * 0 + NOTHING, w * 0, w * 0
+    for begin in range(0, spans, W * P):
+        # In the order in which they are met.
+        span = begin + group[None] * P + i
+        exists = span < spans
+        pointer = totals_ptr[None] + (first + tl.where(side == 0, span, spans - 1 - span)) * 6 * channels
+        tm, tx = tl.load(pointer, exists, NOTHING), tl.load(pointer + channels, exists, 0.0)
+        ty = tl.load(pointer + 2 * channels, exists, 0.0)
+        zero = w * 0
+        gm, gx, gy = _side(tm, tx, ty, P - 1 - i, w, zero + NOTHING, 0, zero, zero)
+        between = (group[None] - tl.arange(0, W)[:, None, None] - 1) * P
+        sm, sx, sy = _side(gm[:, None], gx[:, None], gy[:, None], between, w, m, group * P, x, y)
+        for t in range(P):
+            here = begin + group * P + t
+            om, ox, oy = _side(tm, tx, ty, t - 1 - i, w, sm, t, sx, sy)
+            out = outside_ptr + (first + tl.where(side == 0, here, spans - 1 - here)) * 6 * channels
+            _store_state(out, om, ox, oy, channels, here < spans)
+        between = (W - 1 - group) * P
+        m, x, y = _side(gm, gx, gy, between, w, m, W * P, x, y)
 
 
-# Tokens of a tile; channels of a program, one for each thread of a warp; warps of a program, each with its segment.
-# More warps were no faster where there are many programs, and newer versions of Triton put tokens across them.
-_TILE, _BLOCK, _WARPS = 8, 32, 1
-# Sequences of more than `_SOLO` tiles, or of fewer than `_FEW` blocks of channels in all, are spread over programs:
-# over so many that there are about `_ENOUGH`, none with fewer than `_SEGMENT` tiles.
-_SOLO, _FEW, _ENOUGH, _SEGMENT = 64, 256, 2048, 4
+@triton.jit(do_not_specialize=["spans", "length"])
+def bi_wkv_fwd_kernel(
+    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
+    stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a span.
 
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+    k, v, gate, y (B, T, C); outside (B, spans, 2, 3, C); w, u (C,).
+    """
+    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+        _near_outputs(
+            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb, stride_yt, GATED,
+            ONE, L, P, W, BLOCK,
+        )  # fmt: skip
+    else:
+        _far_outputs(
+            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb, stride_yt, GATED,
+            ONE, L, P, W, BLOCK,
+        )  # fmt: skip
 
 
-def _power_of_two(n: int) -> int:
-    """The largest one up to `n`."""
-    return 1 << (n.bit_length() - 1)
+@triton.jit(do_not_specialize=["spans", "length"])
+def bi_wkv_grads_kernel(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """States of the gradients of every span, seen from its right edge and from its left edge.
+
+    k, v, gy, gate (B, T, C); outside, totals (B, spans, 2, 3, C); w, u (C,).
+    """
+    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+        _near_grads(
+            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
+            stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+        )  # fmt: skip
+    else:
+        _far_grads(
+            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
+            stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+        )  # fmt: skip
 
 
-def _plan(k: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int], dict]:
-    """Sizes, grid and options of the kernels."""
+@triton.jit(do_not_specialize=["spans", "length"])
+def bi_wkv_bwd_kernel(
+    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
+    stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k, v and gate in a span, and its part of those of w and u.
+
+    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (B, spans, C); outside, grad_outside (B, spans, 2, 3, C); w, u (C,).
+    """
+    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+        _near_inputs(
+            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
+            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+        )  # fmt: skip
+    else:
+        _far_inputs(
+            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
+            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
+            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+        )  # fmt: skip
+
+
+# Most tokens of a segment and most segments of a span; channels of a program.
+_TOKENS, _SEGMENTS, _BLOCK = 16, 16, 16
+# Registers of a thread, so that a multiprocessor has three programs at a time and two of those with gradients.
+_REGISTERS, _GRAD_REGISTERS = 80, 128
+
+
+def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
+    """Spans and sizes, programs, and options of the kernels."""
     batch, length, channels = k.shape
-    tile, block = min(_TILE, _power_of_two(length)), min(_BLOCK, _power_of_two(channels))
-    tiles = triton.cdiv(length, tile)
-    rows = batch * triton.cdiv(channels, block)
-    # Segments of a sequence: a power of two up to the warps of a program, or a multiple of these.
-    segments = warps = _power_of_two(max(1, min(_WARPS, tiles // _SEGMENT)))
-    if tiles > _SOLO or rows < _FEW:
-        wanted = max(1, min(_ENOUGH // rows, tiles // _SEGMENT))
-        segments = triton.cdiv(triton.cdiv(tiles, triton.cdiv(tiles, wanted)), warps) * warps
-    count = triton.cdiv(tiles, segments)
-    grid = (rows * (segments // warps),)
-    options = dict(L=tile, W=warps, BLOCK=block, DTYPE=_TYPES[dtype], num_warps=max(1, warps * block // 32))
-    return (length, channels, segments * count, segments, count), grid, options
+    block = min(_BLOCK, 1 << (channels.bit_length() - 1))
+    segments = min(_SEGMENTS, triton.next_power_of_2(triton.cdiv(length, _TOKENS)))
+    spans = triton.cdiv(length, segments * _TOKENS)
+    tokens = triton.cdiv(length, segments * spans)
+    spans = triton.cdiv(length, segments * tokens)
+    options = dict(
+        L=tokens, P=triton.next_power_of_2(tokens), W=segments, BLOCK=block, num_warps=max(1, segments * block // 32)
+    )
+    return (spans, length, channels), batch * spans * triton.cdiv(channels, block), options
+
+
+def _outside(w: Tensor, totals: Tensor, options: dict) -> Tensor:
+    """States outside of each span from those of each, (B, spans, 2, 3, C)."""
+    batch, spans, _, _, channels = totals.shape
+    outside = torch.empty_like(totals)
+    groups = min(16, triton.next_power_of_2(triton.cdiv(spans, 8)))
+    block = options["BLOCK"]
+    bi_wkv_outside_kernel[(2 * batch * triton.cdiv(channels, block),)](
+        w, totals, outside, spans, channels, SPAN=options["W"] * options["L"],
+        P=min(8, triton.next_power_of_2(spans)), W=groups, BLOCK=block, num_warps=max(1, groups * block // 32),
+    )  # fmt: skip
+    return outside
+
+
+def _around(w: Tensor, u: Tensor, k: Tensor, v: Tensor, centre: bool) -> Tensor:
+    """States outside of each span."""
+    sizes, programs, options = _plan(k)
+    totals = k.new_empty(len(k), sizes[0], 2, 3, sizes[2], dtype=torch.float32)
+    bi_wkv_sums_kernel[(programs,)](
+        w, u, k, v, totals, *sizes, *k.stride(), *v.stride(), CENTRE=centre,
+        maxnreg=_REGISTERS, **options,
+    )  # fmt: skip
+    return _outside(w, totals, options)
 
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
         return released.forward(w, u, k, v, gate, official_split)
+    if state_dtype(w, u, k, v, gate) == torch.float64:
+        return _torch.forward(w, u, k, v, gate, official_split)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if y.numel() == 0:
         return y
-    dtype = state_dtype(w, u, k, v)
     w, u = w.contiguous(), u.contiguous()
-    sizes, grid, options = _plan(k, dtype)
-    batch, channels, tiles, segments = len(k), *sizes[1:4]
-    one, solo = segments == 1, segments <= options["W"]
-    states = k.new_empty(batch, tiles, 3, channels, dtype=dtype)
-    totals, outside = states, states
-    if not one:
-        totals, outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
-    if not solo:
-        bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=False, **options)
+    sizes, programs, options = _plan(k)
+    one = sizes[0] == 1
     gated = y if gate is None else gate
-    bi_wkv_fwd_kernel[grid](
-        w, u, k, v, gated, y, states, totals, outside, *sizes, *k.stride(), *v.stride(), *gated.stride(),
-        *y.stride()[:2], GATED=gate is not None, ONE=one, SOLO=solo, **options,
+    bi_wkv_fwd_kernel[(programs,)](
+        w, u, k, v, gated, y, w if one else _around(w, u, k, v, False), *sizes, *k.stride(), *v.stride(),
+        *gated.stride(), *y.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_REGISTERS, **options,
     )  # fmt: skip
     return y
 
@@ -817,28 +890,29 @@ def backward(
 ) -> list[Tensor | None]:
     if official_split is not None:
         return released.backward(grads, w, u, k, v, gate, official_split)
+    if state_dtype(w, u, k, v, gate) == torch.float64:
+        return _torch.backward(grads, w, u, k, v, gate, official_split)
     gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     ggate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gk.numel() == 0:
         return [None, None, gk, gv, ggate]
-    dtype = state_dtype(w, u, k, v)
     gy, w, u = grads[0], w.contiguous(), u.contiguous()
-    sizes, grid, options = _plan(k, dtype)
-    batch, channels, tiles, segments = len(k), *sizes[1:4]
-    one, solo = segments == 1, segments <= options["W"]
-    states, past, gradients = (k.new_empty(batch, tiles, n, channels, dtype=dtype) for n in (5, 3, 3))
-    totals = grad_totals = outside = grad_outside = states
-    gw, gu = (k.new_empty(batch * segments, channels, dtype=dtype) for _ in range(2))
-    if not one:
-        totals, outside = (k.new_empty(batch, segments, 2, 5, channels, dtype=dtype) for _ in range(2))
-        grad_totals, grad_outside = (k.new_empty(batch, segments, 2, 3, channels, dtype=dtype) for _ in range(2))
-    if not solo:
-        bi_wkv_states_kernel[grid](w, u, k, v, states, totals, *sizes, *k.stride(), *v.stride(), SLOPE=True, **options)
+    sizes, programs, options = _plan(k)
+    one = sizes[0] == 1
+    outside = grad_outside = w
     gated, ggated = (gk, gk) if gate is None else (gate, ggate)
-    for last in (True,) if solo else (False, True):
-        bi_wkv_bwd_kernel[grid](
-            w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, states, past, gradients, totals, grad_totals, outside,
-            grad_outside, *sizes, *k.stride(), *v.stride(), *gy.stride(), *gated.stride(), *gk.stride()[:2],
-            *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, SOLO=solo, LAST=last, **options,
+    inputs = (*k.stride(), *v.stride(), *gy.stride(), *gated.stride())
+    if not one:
+        outside = _around(w, u, k, v, True)
+        totals = torch.empty_like(outside)
+        bi_wkv_grads_kernel[(programs,)](
+            w, u, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None, maxnreg=_GRAD_REGISTERS,
+            **options,
         )  # fmt: skip
+        grad_outside = _outside(w, totals, options)
+    gw, gu = k.new_empty(2, len(k) * sizes[0], sizes[2], dtype=torch.float32)
+    bi_wkv_bwd_kernel[(programs,)](
+        w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
+        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
+    )  # fmt: skip
     return [gw.sum(0), gu.sum(0), gk, gv, ggate]

@@ -1,12 +1,14 @@
 """Mixes of a map with its shifted self in one pass; with low-rank shares their expansion too is in the kernel."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._triton import product, product_precision
-from ..q_shift._triton import groups, load_shifted, place, shifted
+from ..q_shift._triton import groups, load_from, load_shifted, place, shifted
 
 
 @triton.jit
@@ -89,14 +91,99 @@ def q_shift_mix_fwd_kernel(
         tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["mixes", "step"])
+@triton.jit(do_not_specialize=["step"])
 def q_shift_mix_bwd_kernel(
+    g,
+    x,
+    weight,
+    gx,
+    g_weight,
+    channels,
+    height,
+    width,
+    chunks,
+    step,
+    g_mix,
+    g_batch,
+    g_channel,
+    g_row,
+    g_column,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    gx_batch,
+    gx_channel,
+    gx_row,
+    gx_column,
+    MIXES: tl.constexpr,
+    END1: tl.constexpr,
+    END2: tl.constexpr,
+    END3: tl.constexpr,
+    END4: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradient of x in a chunk of an image's pixels, and the chunk's part of the weights', with constant shares.
+
+    Channels are vectors of neighbours with the same shift, so that one load does for all directions.
+    """
+    blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0)
+    start, chunk, image = program % blocks * BLOCK_C, program // blocks % chunks, program // blocks // chunks
+    size = tl.cdiv(height * width, chunks)
+    end = tl.minimum((chunk + 1) * size, height * width)
+
+    vector = start + VECTOR * tl.arange(0, BLOCK_C // VECTOR)[None, :, None]
+    channel = vector + tl.arange(0, VECTOR)[None, None, :]
+    inside_c = channel < channels
+    c = vector % HEAD_DIM
+    across = tl.where(c < END1, -step, tl.where(c < END2, step, 0))
+    down = tl.where((c >= END2) & (c < END3), -step, tl.where((c >= END3) & (c < END4), step, 0))
+
+    image = image.to(tl.int64)
+    x += image * x_batch + channel.to(tl.int64) * x_channel
+    g += image * g_batch + channel.to(tl.int64) * g_channel
+    gx += image * gx_batch + channel.to(tl.int64) * gx_channel
+    shares, sums = (), ()
+    for mix in tl.static_range(MIXES):
+        shares += (tl.load(weight + mix * channels + channel, inside_c, 0.0).to(tl.float32),)  # (1, C / V, V)
+        sums += (tl.zeros((BLOCK_P, BLOCK_C // VECTOR, VECTOR), tl.float32),)
+
+    for first in range(chunk * size, end, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)[:, None, None]
+        inside_p = pixel < end
+        row, column = (pixel // width).to(tl.int64), (pixel % width).to(tl.int64)
+        inside = inside_p & inside_c
+        change = load_from(x, row + down, column + across, inside, height, width, x_row, x_column)
+        change -= load_from(x, row, column, inside, height, width, x_row, x_column)
+        out = tl.zeros((BLOCK_P, BLOCK_C // VECTOR, VECTOR), tl.float32)
+        products, g_chunk = (), g
+        for mix in tl.static_range(MIXES):
+            own = load_from(g_chunk, row, column, inside, height, width, g_row, g_column)
+            moved = load_from(g_chunk, row - down, column - across, inside, height, width, g_row, g_column)
+            out += own + shares[mix] * (moved - own)
+            products += (sums[mix] + own * change,)
+            g_chunk += g_mix
+        sums = products
+        tl.store(gx + row * gx_row + column * gx_column, out.to(gx.dtype.element_ty), inside)
+
+    # (images * chunks, mixes, C)
+    g_weight += (program // blocks).to(tl.int64) * MIXES * channels
+    for mix in tl.static_range(MIXES):
+        tl.store(g_weight + mix * channels + channel, tl.sum(sums[mix], 0)[None], inside_c)
+
+
+@triton.jit(do_not_specialize=["mixes", "step"])
+def q_shift_mix_low_rank_bwd_kernel(
     g,
     x,
     weight,
     low,
     up,
-    gx,
+    stays,
     moved,
     g_weight,
     g_share,
@@ -117,10 +204,6 @@ def q_shift_mix_bwd_kernel(
     x_column,
     low_batch,
     low_token,
-    gx_batch,
-    gx_channel,
-    gx_row,
-    gx_column,
     END1: tl.constexpr,
     END2: tl.constexpr,
     END3: tl.constexpr,
@@ -132,10 +215,10 @@ def q_shift_mix_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient of x for a tile of pixels and channels, and the tile's part of the weights'.
+    """What of x's gradient stays at a tile's pixels and what goes to their neighbours, with shares that differ.
 
-    With shares that differ between pixels, gx gets only what stays at the pixel, `moved` what goes to its neighbours,
-    both (B, H, W, C), and `g_share` the gradient of every share, (mixes, B, H, W, C).
+    stays, moved (B, H, W, C); also the tile's part of the weights' gradient, and that of every share in `g_share`,
+    (mixes, B, H, W, C).
     """
     image, tile, first, start = place(tl.program_id(0), channels, height, width, BLOCK_P, BLOCK_C)
     pixel = first + tl.arange(0, BLOCK_P)[:, None]
@@ -148,54 +231,48 @@ def q_shift_mix_bwd_kernel(
         x, row, column, channel, inside, height, width, x_row, x_column, step, END1, END2, END3, END4, HEAD_DIM
     )  # (BLOCK_P, BLOCK_C)
     change -= tl.load(x + row.to(tl.int64) * x_row + column.to(tl.int64) * x_column, inside, 0.0).to(tl.float32)
-    if RANK > 0:
-        low += image * low_batch
-    g += image * g_batch + channel.to(tl.int64) * g_channel
-    here = row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
+    low += image * low_batch
+    g += image * g_batch + channel.to(tl.int64) * g_channel + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
     natural = (image * height * width + pixel) * channels + channel
-    stays = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    moves = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    stay = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    move = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for mix in range(mixes):
-        g_chunk = tl.load(g + here, inside, 0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        g_chunk = tl.load(g, inside, 0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
         share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
-        stays += g_chunk * (1.0 - share)
+        stay += g_chunk * (1.0 - share)
+        move += g_chunk * share
         of_share = g_chunk * change
-        if RANK > 0:
-            moves += g_chunk * share
-            out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
-            tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
-        else:
-            moves += share * load_shifted(
-                g, row, column, channel, inside, height, width, g_row, g_column, -step, END1, END2, END3, END4, HEAD_DIM
-            )
+        out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
+        tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
         # (tiles of pixels, mixes, C)
         out = g_weight + (tile * mixes + mix) * channels + channel
         tl.store(out, tl.sum(of_share, 0)[None, :], channel < channels)
         g += g_mix
-    if RANK > 0:
-        tl.store(gx + natural, stays, inside)
-        tl.store(moved + natural, moves, inside)
-    else:
-        gx += image * gx_batch + channel.to(tl.int64) * gx_channel
-        gx += row.to(tl.int64) * gx_row + column.to(tl.int64) * gx_column
-        tl.store(gx, (stays + moves).to(gx.dtype.element_ty), inside)
+    tl.store(stays + natural, stay, inside)
+    tl.store(moved + natural, move, inside)
 
 
-def _tile(channels: int, rank: int) -> tuple[int, int, int]:
-    """BLOCK_P, BLOCK_C and warps."""
-    block_c = min(64, max(16 if rank > 0 else 1, triton.next_power_of_2(channels)))
+# Programs of the backward with constant shares to aim at: few, so that their sums of the weights' gradients are.
+_PROGRAMS = 400
+
+
+def _chunks(programs: int, tiles: int) -> int:
+    """Chunks of an image, of `tiles` tiles: as few as give a GPU enough programs."""
+    wanted = max(1, min(tiles, _PROGRAMS // max(1, programs)))
+    return triton.cdiv(tiles, triton.cdiv(tiles, wanted))
+
+
+def _tile(channels: int, low_rank: bool) -> tuple[int, int, int]:
+    """BLOCK_P, BLOCK_C and warps, with products of low-rank shares or without."""
+    block_c = min(64, max(16 if low_rank else 1, triton.next_power_of_2(channels)))
     return 2048 // block_c, block_c, 4
 
 
-def _sizes(
-    x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None
-) -> tuple[int, int, dict]:
-    """Tiles of pixels, all tiles, and the kernels' constants."""
-    batch, channels, height, width = x.shape
+def _constants(x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None) -> dict:
+    """Constants of the kernels that may have low-rank shares."""
     rank = 0 if up is None else up.shape[1]
-    block_p, block_c, num_warps = _tile(channels, rank)
-    tiles = batch * triton.cdiv(height * width, block_p)
-    constants = groups(channels, gamma, head_dim) | dict(
+    block_p, block_c, num_warps = _tile(x.shape[1], low is not None)
+    return groups(x.shape[1], gamma, head_dim) | dict(
         RANK=rank,
         BLOCK_R=max(16, triton.next_power_of_2(rank)),
         PRECISION="tf32" if low is None else product_precision(low),
@@ -203,7 +280,6 @@ def _sizes(
         BLOCK_C=block_c,
         num_warps=num_warps,
     )
-    return tiles, tiles * triton.cdiv(channels, block_c), constants
 
 
 def _rows(low: Tensor | None) -> Tensor | None:
@@ -225,8 +301,9 @@ def forward(
     y = x.new_empty(mixes, batch, height, width, channels, dtype=dtype)
     if y.numel() > 0:
         low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
-        _, programs, constants = _sizes(x, low, up, gamma, head_dim)
-        q_shift_mix_fwd_kernel[(programs,)](
+        constants = _constants(x, low, up, gamma, head_dim)
+        tiles = triton.cdiv(height * width, constants["BLOCK_P"]) * triton.cdiv(channels, constants["BLOCK_C"])
+        q_shift_mix_fwd_kernel[(batch * tiles,)](
             x,
             weight,
             low,
@@ -262,14 +339,43 @@ def backward(
     if g.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, low, up)]
     low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
-    tiles, programs, constants = _sizes(x, low, up, gamma, head_dim)
     gx = torch.empty_like(x)
+    block_p, block_c, num_warps = _tile(channels, low is not None)
+    programs = batch * triton.cdiv(channels, block_c)
+    if low is None:
+        constants = groups(channels, gamma, head_dim)
+        # Neighbouring channels that move the same way.
+        vector = math.gcd(4, *constants.values())
+        block_p, num_warps = 32 * 8 * vector // block_c, 8
+        chunks = _chunks(programs, triton.cdiv(height * width, block_p))
+        g_weight = x.new_empty(batch * chunks, mixes, channels, dtype=torch.float32)
+        q_shift_mix_bwd_kernel[(programs * chunks,)](
+            g,
+            x,
+            weight,
+            gx,
+            g_weight,
+            channels,
+            height,
+            width,
+            chunks,
+            shift,
+            *g.stride(),
+            *x.stride(),
+            *gx.stride(),
+            MIXES=mixes,
+            **constants,
+            VECTOR=vector,
+            BLOCK_P=block_p,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+        return [gx, g_weight.sum(0), None, None]
+    tiles = batch * triton.cdiv(height * width, block_p)
     g_weight = x.new_empty(tiles, mixes, channels, dtype=torch.float32)
-    stays, moved, g_share = gx, None, None
-    if low is not None:
-        stays, moved = x.new_empty(2, batch, height, width, channels, dtype=torch.float32)
-        g_share = low.new_empty(mixes, batch * height * width, channels)
-    q_shift_mix_bwd_kernel[(programs,)](
+    stays, moved = x.new_empty(2, batch, height, width, channels, dtype=torch.float32)
+    g_share = low.new_empty(mixes, batch * height * width, channels)
+    q_shift_mix_low_rank_bwd_kernel[(tiles * triton.cdiv(channels, block_c),)](
         g,
         x,
         weight,
@@ -287,16 +393,12 @@ def backward(
         shift,
         *g.stride(),
         *x.stride(),
-        *((0, 0) if low is None else low.stride()[:2]),
-        *gx.stride(),
-        **constants,
+        *low.stride()[:2],
+        **_constants(x, low, up, gamma, head_dim),
     )
-    g_low = g_up = None
-    if low is not None:
-        shifted(moved.permute(0, 3, 1, 2), -shift, gamma, head_dim, rest=stays, out=gx)
-        up = up.to(low.dtype)
-        g_low = low.new_empty(batch * height * width, mixes, up.shape[1])
-        torch.matmul(g_share, up.mT, out=g_low.transpose(0, 1))
-        g_up = low.unflatten(2, (mixes, -1)).flatten(0, 1).permute(1, 2, 0) @ g_share
-        g_low = g_low.view(batch, height * width, -1)
-    return [gx, g_weight.sum(0), g_low, g_up]
+    shifted(moved.permute(0, 3, 1, 2), -shift, gamma, head_dim, rest=stays, out=gx)
+    up = up.to(low.dtype)
+    g_low = low.new_empty(batch * height * width, mixes, up.shape[1])
+    torch.matmul(g_share, up.mT, out=g_low.transpose(0, 1))
+    g_up = low.unflatten(2, (mixes, -1)).flatten(0, 1).permute(1, 2, 0) @ g_share
+    return [gx, g_weight.sum(0), g_low.view(batch, height * width, -1), g_up]

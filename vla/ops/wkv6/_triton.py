@@ -356,8 +356,8 @@ def wkv6_bwd_kernel(
     # Loaded again: its registers are worth more in between.
     w_chunk = tl.load(w + batch * w_batch + token[:, None] * w_token + channel, inside_k, float("-inf"))
     tl.store(gw + out, (-decay_rate(w_chunk) * g_log).to(gw.dtype.element_ty), inside_k)
-    # (sequences, chunks, N)
-    tl.store(gu + (sequence.to(tl.int64) * chunks + chunk) * N + row, gu_chunk, row < N)
+    # (B, chunks, heads, N)
+    tl.store(gu + (batch * chunks + chunk) * heads * N + first + row, gu_chunk, row < N)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -480,7 +480,7 @@ class _Launcher:
     def gradients(self, r, k, v, w, u, gy, states, g_states) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of r, k, w and u."""
         gr, gk, gw = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, w))
-        gu = torch.empty(self.batch, self.heads, self.chunks, self.size, dtype=torch.float32, device=r.device)
+        gu = torch.empty(self.batch * self.chunks, self.heads, self.size, dtype=torch.float32, device=r.device)
         block_k, block_v = self.blocks[2]
         wkv6_bwd_kernel[(triton.cdiv(self.size, block_k) * self.chunks * self.sequences,)](
             r,
@@ -512,7 +512,7 @@ class _Launcher:
             PRECISION=self.precision,
             num_warps=self.warps[2],
         )
-        return gr, gk, gw, gu.sum((0, 2))
+        return gr, gk, gw, gu.sum(0)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
