@@ -1,7 +1,5 @@
 """Line scan's Triton kernels against the definition in float64: interpreted on CPUs, where it takes small maps."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from vla.ops import line_scan, use_backend
 
 pytest.importorskip("triton")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-kernels = importlib.import_module("vla.ops.line_scan._triton")
 
 
 def check(shape, rank, chunk=0, dtype=FP32, normalize=True, output=True, directions=ALL, aligned=True, **options):
@@ -50,10 +47,10 @@ def test_float32_weights_with_half_precision_maps():
 
 
 @pytest.mark.parametrize(
-    "directions", [["up"], ["left", "left"], ["down", "right", "up"], ALL + ["left"]], ids="-".join
+    "directions", [["up"], ["left", "left"], ["down", "right", "up"], ALL + ["left", "up"]], ids="-".join
 )
 def test_directions(directions):
-    check((1, 2, 3, 3), 2, 2, directions=directions, aligned=False)
+    check((1, 2, 5, 5), 2, 2, directions=directions, aligned=False)
 
 
 @pytest.mark.parametrize("output", [True, False])
@@ -75,6 +72,14 @@ def test_stored(lines, direction):
         check((2, 2, 3, lines), 0, chunk, FP32, normalize, output, [direction])
 
 
+@pytest.mark.parametrize("direction", ["right", "left", "up"])
+@pytest.mark.parametrize("shape", [(2, 2, 5, 8), (1, 3, 4, 6), (1, 2, 3, 5), (1, 2, 1, 4)], ids=str)
+def test_stored_chunks_of_two(shape, direction):
+    for normalize, output in [(True, True), (True, False), (False, True)]:
+        check(shape, 0, 2, FP32, normalize, output, [direction])
+    check(shape, 0, 2, directions=[direction, "down"], aligned=False)
+
+
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "released"])
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 2, 1, 4), (1, 2, 4, 1), (1, 3, 3, 5)], ids=str)
 def test_stored_directions(shape, aligned):
@@ -84,12 +89,6 @@ def test_stored_directions(shape, aligned):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_stored_in_half_precision(dtype):
     check((2, 3, 5, 8), 0, 4, dtype, scale=0.5)
-
-
-def test_neighbours_through_memory(monkeypatch):
-    """How rows meet their neighbours where Triton has no `gather`."""
-    monkeypatch.setattr(kernels, "_GATHER", False)
-    check((2, 2, 5, 4), 0, 3)
 
 
 @pytest.mark.parametrize("offset", [-200.0, -20.0, 200.0])
