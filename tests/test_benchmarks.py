@@ -137,7 +137,11 @@ def test_the_clock():
 
 
 @pytest.mark.parametrize(
-    "name", ["selective_scan", "scan2d", "bi_wkv", "wkv6", "q_shift", "q_shift_mix", "line_scan", "mixers"]
+    "name",
+    [
+        *("selective_scan", "scan2d", "bi_wkv", "wkv6", "q_shift", "q_shift_mix", "depthwise_conv2d", "line_scan"),
+        "mixers",
+    ],
 )
 def test_gpu_cases_have_whole_descriptions(name):
     measurements = list(CASES[name].measurements(Options(torch.device("cuda"), batch=1)))
@@ -145,7 +149,7 @@ def test_gpu_cases_have_whole_descriptions(name):
     for measurement in measurements:
         assert measurement.details["dtype"] and measurement.details["pass"] and measurement.official_ms is None
     official = [m.official_ms for m in CASES[name].measurements(Options(torch.device("cuda")))]
-    assert any(official) == (name not in ("scan2d", "wkv6", "q_shift", "q_shift_mix"))
+    assert any(official) == (name not in ("scan2d", "wkv6", "q_shift", "q_shift_mix", "depthwise_conv2d"))
 
 
 def test_models_run_small(tmp_path):

@@ -2,6 +2,7 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .depthwise_conv2d import depthwise_conv2d
 from .line_scan import line_scan
 from .q_shift import q_shift
 from .q_shift_mix import q_shift_mix
@@ -14,6 +15,7 @@ __all__ = [
     "bi_wkv",
     "cross_merge",
     "cross_scan",
+    "depthwise_conv2d",
     "line_scan",
     "q_shift",
     "q_shift_mix",
