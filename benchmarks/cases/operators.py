@@ -296,6 +296,33 @@ def q_shift_mix(options: Options) -> Iterator[Measurement]:
 
 
 @case()
+def depthwise_conv2d(options: Options) -> Iterator[Measurement]:
+    """Depthwise convolution and activation, in the shapes of the models' stages."""
+
+    def problem(channels, height, width, kernel, act, bias=False) -> Problem:
+        def make() -> dict[str, Tensor]:
+            tensors = dict(
+                x=_maps(BF16, batch, channels, height, width), weight=torch.randn(channels, 1, *kernel) * 0.3
+            )
+            return tensors | (dict(bias=torch.randn(channels)) if bias else {})
+
+        batch = options.batch or 128
+        label = f"B{batch} C{channels} {height}x{width} kernel {kernel[0]}x{kernel[1]} {act or 'linear'}"
+        return Problem(label, ops.depthwise_conv2d, BF16, make, "x", dict(act=act), dict(x={0: 1}), {0: 1})
+
+    problems = [
+        problem(96, 56, 56, (3, 3), "silu"),
+        problem(384, 14, 14, (3, 3), "silu"),
+        problem(512, 56, 56, (3, 3), "gelu", bias=True),
+        problem(1392, 14, 14, (3, 3), "gelu", bias=True),
+        problem(144, 56, 56, (7, 7), None),
+        problem(576, 14, 14, (7, 7), None),
+        problem(320, 1, 196, (1, 3), "silu"),
+    ]
+    yield from _measure_all(problems, options)
+
+
+@case()
 def layer_norm(options: Options) -> Iterator[Measurement]:
     """Layer norm in the shapes of the T models."""
 

@@ -239,6 +239,26 @@ def _layer_norm() -> Iterator[Case]:
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 
 
+def _depthwise_conv2d() -> Iterator[Case]:
+    def arguments(layout, kernel, act, bias, *size, **options):
+        def make(dtype: torch.dtype) -> dict:
+            channels = size[1]
+            tensors = dict(x=layout(dtype, *size), weight=weight(channels, 1, *kernel))
+            return tensors | dict(bias=weight(channels) if bias else None, act=act, **options)
+
+        return make
+
+    f = ops.depthwise_conv2d
+    yield Case("vmamba", f, arguments(maps, (3, 3), "silu", False, 128, 96, 56, 56))
+    yield Case("groupmamba", f, arguments(maps, (3, 3), "silu", True, 128, 348, 14, 14), (BF16,))
+    yield Case("groupmamba mlp", f, arguments(maps, (3, 3), "gelu", True, 128, 512, 56, 56), (BF16,))
+    yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
+    yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
+    yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
+    yield Case("odd", f, arguments(rows, (5, 3), "gelu", True, 3, 33, 7, 9), (FP16,))
+    yield Case("large, activation", f, arguments(maps, (5, 5), "silu", True, 8, 96, 56, 56), (BF16,))
+
+
 def _line_scan() -> Iterator[Case]:
     def gspn(batch, channels, height, width, **options):
         """All four sweeps with coefficients expanded from a proxy of 8 channels."""
@@ -300,5 +320,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "squared_relu": tuple(_squared_relu()),
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
+    "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "line_scan": tuple(_line_scan()),
 }

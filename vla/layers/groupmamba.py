@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_act_layer, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import scan2d
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
+from .depthwise import DepthwiseConv2d
 from .norm import LayerNorm2d, narrow, normalize
 from .ss2d import SelectiveScan2d
 
@@ -138,13 +139,13 @@ class GroupedSS2D(nn.Module):
         dt_rank = math.ceil(width / 16) if dt_rank is None else dt_rank
         self.in_proj = GroupedLinear(k, width, inner)
         self.gate_proj = GroupedLinear(k, width, inner)
-        self.conv = nn.Conv2d(k * inner, k * inner, 3, padding=1, groups=k * inner)
+        self.conv = DepthwiseConv2d(k * inner, 3, act_layer=nn.SiLU)
         self.scan = GroupedScan2d(inner, dt_rank, d_state, list(directions))
         self.out_norm = GroupedLayerNorm(k, inner)
         self.out_proj = GroupedLinear(k, inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.scan(F.silu(self.conv(self.in_proj(x))))
+        y = self.scan(self.conv(self.in_proj(x)))
         return self.out_proj(self.out_norm(y, self.gate_proj(x)))
 
 
@@ -202,15 +203,14 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, act_layer: str | type[nn.Module] = nn.GELU, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.act = get_act_layer(act_layer)()
+        self.conv = DepthwiseConv2d(hidden_dim, 3, act_layer=act_layer)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x).permute(0, 3, 1, 2)
-        x = self.drop1(self.act(self.conv(x))).permute(0, 2, 3, 1)
+        x = self.drop1(self.conv(x)).permute(0, 2, 3, 1)
         return self.drop2(self.fc2(x))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import layer_norm_grn, line_scan
 from .block import DEFAULT_NORM, ResidualBlock
+from .depthwise import DepthwiseConv2d
 from .norm import autocast_dtype
 
 # Order of the parameter groups in released weights.
@@ -151,7 +152,7 @@ class GSPNMixer(nn.Module):
             raise ValueError(f"GSPNMixer: conv_kernel is {conv_kernel}, expected an odd number")
         inner = int(ratio * dim)
         self.in_proj = nn.Linear(dim, inner, bias=False)
-        self.conv = nn.Conv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
+        self.conv = DepthwiseConv2d(inner, conv_kernel, conv_bias)
         self.scan = LineScan2d(inner, d_state, chunk, aligned, shared_gates)
         self.out_norm = nn.LayerNorm(inner)
         self.grn = GlobalResponseNorm(inner)

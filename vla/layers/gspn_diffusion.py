@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import line_scan
+from .depthwise import DepthwiseConv2d
 from .gspn import LineScan2d, rename_released_scan
 
 # Hidden width and depth of the networks of the paper; "B/2" is B with patches of 2.
@@ -50,10 +51,10 @@ class GSPNGeneratorBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm = nn.LayerNorm(dim)
         self.in_proj = nn.Linear(dim, dim, bias=False)
-        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.conv = DepthwiseConv2d(dim, 7)
         self.scan = LineScan2d(dim, d_state, chunk, aligned)
         self.out_conv = nn.Conv2d(dim, dim, 1, bias=False)
-        self.out_dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.out_dwconv = DepthwiseConv2d(dim, 3, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, branch: Tensor, stream: Tensor | None, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:

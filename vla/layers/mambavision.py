@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import scan2d
 from .block import DEFAULT_NORM, ResidualBlock
+from .depthwise import DepthwiseConv2d
 
 __all__ = ["MambaVisionBlock", "MambaVisionMixer", "MapAttention", "window_partition", "window_reverse"]
 
@@ -93,7 +94,7 @@ class MambaVisionMixer(nn.Module):
 
         self.in_proj = nn.Linear(dim, d_inner, bias=False)
         # One row high: the sequence stays channels-last, where a 1-D convolution would be given a copy.
-        self.conv = nn.Conv2d(d_inner, d_inner, (1, d_conv), padding="same", groups=d_inner, bias=False)
+        self.conv = DepthwiseConv2d(d_inner, (1, d_conv), bias=False, act_layer=nn.SiLU)
         self.x_proj = nn.Linear(d_scan, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_scan)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_scan, 1))
@@ -111,7 +112,7 @@ class MambaVisionMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         x = self.in_proj(x.flatten(2).transpose(1, 2))
-        x = F.silu(self.conv(x.transpose(1, 2).unsqueeze(2)))  # (B, d_inner, 1, L)
+        x = self.conv(x.transpose(1, 2).unsqueeze(2))  # (B, d_inner, 1, L)
         u, z = x[:, : self.d_scan], x[:, self.d_scan :]
         projected = self.x_proj(u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).unsqueeze(1)
         dt, B, C = projected.split(self.splits, dim=2)

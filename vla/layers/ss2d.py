@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import cross_merge, scan2d, ssd
 from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
+from .depthwise import DepthwiseConv2d
 from .norm import narrow
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
@@ -244,7 +245,7 @@ def create_out_norm(name: str, dim: int) -> nn.Module:
     if name in ("ln", "lndwconv3"):
         layers["norm"] = narrow(DEFAULT_NORM(dim))
     if name in ("dwconv3", "lndwconv3"):
-        layers["conv"] = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        layers["conv"] = DepthwiseConv2d(dim, 3, bias=False)
     return layers["norm"] if name == "ln" else nn.Sequential(layers)
 
 
@@ -315,11 +316,8 @@ class SS2D(nn.Module):
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.gate_act = act_layer() if gate_act else nn.Identity()
-        if conv_kernel > 1:
-            self.conv = nn.Conv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
-        else:
-            self.conv = nn.Identity()
-        self.act = act_layer()
+        # With its activation, which a network without the convolution keeps.
+        self.conv = DepthwiseConv2d(inner, conv_kernel, conv_bias, act_layer) if conv_kernel > 1 else act_layer()
         if ssd:
             if scan.startswith("cascade2d"):
                 raise ValueError(f"SS2D: scan is {scan!r}, expected one of cross2d, unidi, bidi with ssd")
@@ -344,7 +342,7 @@ class SS2D(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Everything between the two projections but the gate, (B, D, H, W) to the same."""
-        return self.out_act(self.out_norm(self.scan(self.act(self.conv(x)))))
+        return self.out_act(self.out_norm(self.scan(self.conv(x))))
 
 
 class VSSBlock(ResidualBlock):

@@ -2,6 +2,7 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .depthwise_conv2d import depthwise_conv2d
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
@@ -20,6 +21,7 @@ __all__ = [
     "cross_scan",
     "layer_norm_grn",
     "layer_norm",
+    "depthwise_conv2d",
     "line_scan",
     "q_shift",
     "q_shift_mix",

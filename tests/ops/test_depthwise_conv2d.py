@@ -1,0 +1,132 @@
+"""Depthwise convolution: all backends against the definition in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from tests.tolerance import assert_close
+from vla.ops import depthwise_conv2d, use_backend
+
+BACKENDS = ["torch", "triton"]
+
+
+def make(shape, kernel, bias=False, dtype=torch.float64, channels_last=True):
+    """Tensor arguments by name."""
+    normal = randn(0)
+    tensors = {"x": normal(*shape), "weight": normal(shape[1], 1, *kernel) / (kernel[0] * kernel[1]) ** 0.5}
+    if channels_last:
+        tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+    if bias:
+        tensors["bias"] = normal(shape[1])
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+CASES = [
+    ((2, 16, 4, 5), (3, 3), True, True, "silu"),
+    ((1, 33, 7, 9), (3, 3), False, False, "gelu"),
+    ((3, 6, 1, 10), (1, 3), False, True, "silu"),
+    ((1, 8, 11, 1), (3, 1), True, True, None),
+    ((1, 5, 6, 5), (5, 3), False, True, "gelu"),
+    ((1, 20, 9, 6), (7, 7), False, True, None),
+    ((1, 3, 1, 1), (5, 5), True, True, "silu"),
+    ((1, 2, 29, 3), (1, 3), False, True, "silu"),
+    ((1, 2, 25, 2), (3, 3), True, True, None),
+    ((2, 4, 3, 2), (1, 1), True, True, "gelu"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, kernel, bias, channels_last, act", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_naive(backend, shape, kernel, bias, channels_last, act, dtype):
+    compare(backend, depthwise_conv2d, make(shape, kernel, bias, dtype, channels_last), act=act)
+
+
+@pytest.mark.parametrize("act", [None, "silu", "gelu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_definition_is_pytorch(act, bias):
+    tensors = make((2, 5, 6, 7), (5, 3), bias)
+    y = F.conv2d(tensors["x"], tensors["weight"], tensors.get("bias"), padding=(2, 1), groups=5)
+    expected = {None: y, "silu": F.silu(y), "gelu": F.gelu(y)}[act]
+    with use_backend("naive"):
+        assert_close("output", depthwise_conv2d(**tensors, act=act), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_stay_float32(backend):
+    """As in mixed precision: parameters of 32 bits, the result in a dtype of its own."""
+    tensors = make((2, 8, 5, 4), (3, 3), True, torch.float32)
+    compare(backend, depthwise_conv2d, tensors, relative=2e-2, act="silu", dtype=torch.bfloat16)
+    tensors["x"] = tensors["x"].bfloat16()
+    compare(backend, depthwise_conv2d, tensors, relative=2e-2, act="gelu")
+    with use_backend(backend):
+        y = depthwise_conv2d(**tensors, dtype=torch.float32)
+    assert y.dtype is torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_empty_batch(backend):
+    results = run(backend, depthwise_conv2d, make((0, 8, 3, 4), (3, 3), True, torch.float32), act="silu")
+    assert results["output 0"].shape == (0, 8, 3, 4)
+    assert all((value == 0).all() for value in results.values())
+
+
+def test_strides():
+    """A crop of a map, half of its channels, and parameters that are views."""
+    tensors = make((2, 16, 6, 7), (3, 3), True, torch.float32)
+    tensors["x"] = tensors["x"][:, 8:, 1:5, 2:]
+    tensors["weight"] = tensors["weight"].mT[::2]
+    tensors["bias"] = tensors["bias"][::2]
+    compare("triton", depthwise_conv2d, tensors, act="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_far_from_zero(backend, act):
+    """Where the exponential of an activation overflows or vanishes."""
+    tensors = make((1, 4, 3, 3), (3, 3), False, torch.float32)
+    tensors["x"] = tensors["x"] * 200
+    compare(backend, depthwise_conv2d, tensors, act=act)
+
+
+def test_gradcheck():
+    tensors = make((1, 3, 4, 3), (3, 3), True)
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(
+            lambda *args: depthwise_conv2d(*args, act="silu"), [t.requires_grad_() for t in tensors.values()]
+        )
+
+
+class Conv(nn.Module):
+    def forward(self, x, weight, bias):
+        return depthwise_conv2d(x, weight, bias, "silu")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    tensors = tuple(make((2, 8, 3, 5), (3, 3), True).values())
+    arguments = (*(t.clone().requires_grad_() for t in tensors), "silu", None)
+    check_machinery(Conv(), tensors, torch.ops.vla.depthwise_conv2d.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 8, 4)}, r"x has shape \(2, 8, 4\), expected \(B, C, H, W\)"),
+        ({"weight": torch.ones(8, 3, 3)}, r"weight has shape \(8, 3, 3\), expected \(C, 1, kh, kw\)"),
+        ({"weight": torch.ones(4, 2, 3, 3)}, r"weight has shape .* = \(8, 1, 3, 3\)"),
+        ({"weight": torch.ones(8, 1, 2, 3)}, "weight has shape .* expected odd kh and kw"),
+        ({"bias": torch.ones(8, 1)}, r"bias has shape \(8, 1\), expected \(C,\) = \(8,\)"),
+        ({"act": "relu"}, "act is 'relu', expected None or one of silu, gelu"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^depthwise_conv2d: {message}"):
+        depthwise_conv2d(**(make((1, 8, 3, 4), (3, 3), True) | change))
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match=r"^depthwise_conv2d: dtype is torch.int64"):
+        depthwise_conv2d(**make((1, 8, 3, 4), (3, 3)), dtype=torch.int64)

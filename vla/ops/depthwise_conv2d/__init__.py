@@ -1,0 +1,75 @@
+"""Depthwise convolution of a channels-last map with its activation: the local mixing in front of every scan."""
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOAT_DTYPES, check_float, check_ndim, check_shape
+from .._registry import Operator
+
+__all__ = ["ACTIVATIONS", "depthwise_conv2d"]
+
+_OP = "depthwise_conv2d"
+ACTIVATIONS = ("silu", "gelu")
+
+
+def _infer(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None) -> Tensor:
+    check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
+    batch, channels, height, width = x.shape
+    check_ndim(_OP, "weight", weight, (4,), "(C, 1, kh, kw)")
+    rows, columns = weight.shape[2:]
+    check_shape(_OP, "weight", weight, (channels, 1, rows, columns), "(C, 1, kh, kw)")
+    if rows % 2 == 0 or columns % 2 == 0:
+        raise ValueError(f"{_OP}: weight has shape {tuple(weight.shape)}, expected odd kh and kw")
+    if bias is not None:
+        check_shape(_OP, "bias", bias, (channels,), "(C,)")
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f"{_OP}: act is {act!r}, expected None or one of {', '.join(ACTIVATIONS)}")
+    check_float(_OP, x=x, weight=weight, bias=bias)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _flops(x, weight, bias, act, dtype) -> int:
+    return 2 * x[0] * x[1] * x[2] * x[3] * weight[2] * weight[3]
+
+
+operator = Operator(
+    _OP,
+    "(Tensor x, Tensor weight, Tensor? bias, str? act, ScalarType? dtype) -> Tensor",
+    package=__name__,
+    backends=("naive", "torch", "triton"),
+    infer=_infer,
+    flops=_flops,
+)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Depthwise convolution of stride 1, padded with zeros to the same size, and an activation, in one pass.
+
+        y[b, c, h, w] = act(bias[c] + sum_ij weight[c, 0, i, j] x[b, c, h + i - kh // 2, w + j - kw // 2])
+
+    Computed in float32 (float64 for float64 inputs). Every tensor argument is differentiable; of the forward only the
+    arguments are kept, the backward computes the activation's derivative anew.
+
+    Args:
+        x: Map, (B, C, H, W), any memory format; `torch.channels_last` needs no copy.
+        weight: Kernels, (C, 1, kh, kw), kh and kw odd.
+        bias: Bias, (C,).
+        act: None, `'silu'` or `'gelu'` (with the exact error function).
+        dtype: dtype of the result; None for that of `x`.
+
+    Returns:
+        Map (B, C, H, W), in channels-last memory.
+
+    Raises:
+        ValueError: For a shape, device or option that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    return torch.ops.vla.depthwise_conv2d(x, weight, bias, act, dtype)
