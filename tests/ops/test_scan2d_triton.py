@@ -13,13 +13,14 @@ from tests.tolerance import assert_close  # noqa: E402
 from vla.ops import scan2d, use_backend  # noqa: E402
 
 kernels = importlib.import_module("vla.ops.scan2d._triton")
+fwd, bwd = kernels._fwd_config, kernels._bwd_config  # as they are outside of `small_tiles`
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 16 pixels, in segments of 4, so that small maps have several and the interpreter little to do."""
+    """Runs of one tile of 16 pixels, in segments of 4: small maps have several, and the interpreter little to do."""
     for name in ("_fwd_config", "_bwd_config"):
-        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1))
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles=1))
 
 
 def single(*args, **kwargs):
@@ -80,6 +81,31 @@ def test_every_tiling(config, monkeypatch):
             expected = scan2d(**{n: t.double() for n, t in tensors.items()}, directions=["row_rev", "col"])
         with use_backend("triton"):
             assert_close("output", scan2d(**tensors, directions=["row_rev", "col"]), expected)
+
+
+@pytest.mark.parametrize("tiles", [0, 2], ids=["whole", "runs of two"])
+def test_every_cut(tiles, monkeypatch):
+    """Whole sequences and runs of several tiles, which a direction and its reverse cut alike."""
+    for name in ("_fwd_config", "_bwd_config"):
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles))
+    compare("triton", scan2d, single((1, 2, 5, 7), 1, directions=["col", "col_rev"]), directions=["col", "col_rev"])
+
+
+def test_long_sequences_of_few_programs_are_cut_into_runs():
+    def problem(batch, channels, side):
+        x = torch.empty(batch, channels, side, side, device="meta")
+        dt, b, c = torch.empty(batch, 1, 8, side, side, device="meta").split([6, 1, 1], dim=2)
+        A, weight = torch.empty(1, channels, 1, device="meta"), torch.empty(1, channels, 6, device="meta")
+        return kernels._Problem(x, dt, A, b, c, ["row"], None, weight, None, True, False, False)
+
+    pick = {(b, c, s): problem(b, c, s) for b, c, s in ((1, 96, 56), (128, 96, 56), (128, 384, 14), (1, 384, 14))}
+    runs = {key: (p.cut(fwd(p))[1] > 1, p.cut(bwd(p))[1] > 1) for key, p in pick.items()}
+    assert runs == {
+        (1, 96, 56): (True, True),
+        (128, 96, 56): (False, True),
+        (128, 384, 14): (False, False),
+        (1, 384, 14): (False, False),
+    }
 
 
 def test_empty_batch():

@@ -1,5 +1,6 @@
 """Triton kernels of the directional scan: every direction walks the map in place, see the README for the design."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,82 +8,106 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, compose, pick, settle, softplus2
+from .._triton import LN2, LOG2E, compose, pick, product_precision, settle, softplus2
+
+# Whether a launch sums up over directions before another one, or after it.
+FIRST = tl.constexpr(1)
+SECOND = tl.constexpr(2)
 
 
 @triton.jit
-def _compose_exclusive(decay1, state1, before1, out1, decay2, state2, before2, out2):
-    """Composition of two runs of steps that also keeps the run without its last step (`before`, `out`)."""
+def _softplus2(s, EXACT: tl.constexpr):
+    """`softplus2`, for inputs of 16 bits with a logarithm that is exact to 6e-5."""
+    if EXACT:
+        return softplus2(s)
+    p = tl.exp2(-tl.abs(s))
+    series = -0.22711934459943417 + 0.05965146767059798 * p
+    series = 0.4418988155745579 + series * p
+    series = -0.7169874316943221 + series * p
+    series = 1.442613211519124 + series * p
+    return tl.maximum(s, 0.0) + p * series
+
+
+@triton.jit
+def _kept(decay1, state1, kept1, decay2, state2, kept2):
+    """Composition of two runs of steps that also tells what its last step has `kept` of the state before it."""
+    return decay1 * decay2, decay2 * state1 + state2, decay2 * state1 + kept2
+
+
+@triton.jit
+def _handed(decay1, state1, before1, out1, decay2, state2, before2, out2):
+    """Composition of two runs of steps that also keeps the state before its last step, as `before` and `out`."""
     return decay1 * decay2, decay2 * state1 + state2, decay1 * before2, before2 * state1 + out2
 
 
 @triton.jit
-def _enter_segments(decays, states, carry, S: tl.constexpr, REVERSE: tl.constexpr):
-    """From what each of S segments does to a state, (S, D), and the state `carry` (D,) before all of them.
+def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr):
+    """What S segments do to a state, (S, D), composed, from the state `carry` (D,) before all of them.
 
     Returns:
         The states that enter the segments, (S, D), and the one that leaves the last, (D,).
     """
     s = tl.arange(0, S)[:, None]
     if S > 1:
-        one, zero = tl.full(states.shape, 1.0, tl.float32), tl.zeros_like(states)
-        decays, states, before, out = tl.associative_scan(
-            (decays, states, one, zero), 0, _compose_exclusive, reverse=REVERSE
-        )
+        # `reverse=True` would turn every warp's values around.
+        if REVERSE:
+            decay, state = tl.flip(decay, 0), tl.flip(state, 0)
+        one = tl.full(state.shape, 1.0, tl.float32)
+        decay, state, before, out = tl.associative_scan((decay, state, one, -0.0 * one), 0, _handed)
         entry = out + before * carry[None, :]
+        if REVERSE:
+            entry = tl.flip(entry, 0)
     else:
-        entry = tl.broadcast_to(carry[None, :], states.shape)
-    end: tl.constexpr = 0 if REVERSE else S - 1
-    return entry, pick(states, s, end) + pick(decays, s, end) * carry
+        entry = tl.broadcast_to(carry[None, :], state.shape)
+    return entry, pick(state, s, S - 1) + pick(decay, s, S - 1) * carry
 
 
 @triton.jit
-def _scan(decay, step, carry, T: tl.constexpr, S: tl.constexpr):
-    """`h = decay h + step` over a (T, S, D) tile of S segments of T steps, from the state `carry` (D,).
-
-    Segments are walked side by side, each by threads that own it: only their ends meet across threads.
-
-    Returns:
-        h (T, S, D) and the state after the tile (D,).
-    """
+def _ends(decay, step, T: tl.constexpr):
+    """What each segment of T steps `h = decay h + step` in a tile (T, S, D) does to a state: decays, states, (S, D)."""
     decay, h = tl.associative_scan((decay, step), 0, compose)
     t = tl.arange(0, T)[:, None, None]
-    entry, left = _enter_segments(pick(decay, t, T - 1), pick(h, t, T - 1), carry, S, False)
-    return h + decay * entry[None, :, :], left
+    return pick(decay, t, T - 1), pick(h, t, T - 1)
 
 
 @triton.jit
-def _scan_exclusive(decay, step, carry, T: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr):
-    """Like `_scan`, but the state before each step; with REVERSE from the last step to the first.
+def _direction(k, flips, columns, line, height, width, AXES: tl.constexpr, PER_LINE: tl.constexpr):
+    """How direction k visits the map: its number of steps, and (turned round, length of a line, first pixel, distance
+    of neighbouring steps' pixels, what the end of a line adds to that)."""
+    column = AXES == "columns" if AXES != "both" else (columns >> k) & 1 == 1
+    flip = (flips >> k) & 1
+    inner = tl.where(column, height, width)
+    stride = tl.where(column, width, 1)
+    wrap = tl.where(column, 1 - height * width, 0)
+    length = height * width
+    first = 0
+    if PER_LINE:
+        first = line * tl.where(column, 1, width)
+        length = tl.where(line * inner < length, inner, 0)
+    return length, (flip, inner, first, stride, wrap)
 
-    A reversed `tl.associative_scan` turns every warp's values around; turning a thread's own registers is free.
+
+@triton.jit
+def _pixels(o, slot, slots, direction, AXES: tl.constexpr):
+    """Row-major numbers of the pixels at places `slot + o` of a direction, and their places in the order of the map.
+
+    A direction has `slots` places, the map's pixels and then places without one, so that a direction and its
+    reverse cut the map into the same tiles.
     """
-    if REVERSE:
-        decay, step = tl.flip(decay, 0), tl.flip(step, 0)
-    one, zero = tl.full(decay.shape, 1.0, tl.float32), tl.zeros_like(decay)
-    decay, state, before, out = tl.associative_scan((decay, step, one, zero), 0, _compose_exclusive)
-    t = tl.arange(0, T)[:, None, None]
-    entry, left = _enter_segments(pick(decay, t, T - 1), pick(state, t, T - 1), carry, S, REVERSE)
-    out += before * entry[None, :, :]
-    return tl.flip(out, 0) if REVERSE else out, left
-
-
-@triton.jit
-def _pixels(o, start, length, first_line, height, width, column_major, flip):
-    """Row-major numbers of the pixels at the steps `start + o` of a direction."""
-    inner = tl.where(column_major, height, width)
+    flip, inner, first, stride, wrap = direction
     sign = 1 - 2 * flip
-    at = flip * (length - 1) + sign * start
-    j = at % inner + sign * o
+    at = flip * (slots - 1) + sign * slot
+    if AXES == "rows":
+        return first + at + sign * o, at + sign * o
     # A quotient in float32 is exact here: the numerator is below the length of a line plus a chunk.
-    i = tl.floor((j.to(tl.float32) + 0.5) * (1.0 / inner.to(tl.float32))).to(tl.int32)
-    j -= i * inner
-    i += at // inner + first_line
-    return tl.where(column_major, j * width + i, i * width + j)
+    reciprocal = 1.0 / inner.to(tl.float32)
+    i = tl.floor((at % inner + sign * o).to(tl.float32) * reciprocal + 0.5 * reciprocal).to(tl.int32)
+    line = at // inner
+    return first + at * stride + line * wrap + (sign * stride) * o + i * wrap, at + sign * o
 
 
 @triton.jit
-def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD: tl.constexpr):
+def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R: tl.constexpr, R_PAD: tl.constexpr):
     """The time step's weight (R, D) and bias (D,) of direction k, times log2(e)."""
     r = tl.arange(0, R_PAD if R_PAD > 0 else 1)
     bias = tl.zeros(d.shape, tl.float32)
@@ -97,22 +122,23 @@ def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD: tl.
 
 
 @triton.jit
-def _time_step(
-    dt_ptr, at, mask, d, d_mask, weight, bias, dt_s, R,
-    T: tl.constexpr, S: tl.constexpr, R_PAD: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Time steps before and after softplus, times log2(e), (T, S, D)."""
-    if R_PAD > 0:
-        r = tl.arange(0, R_PAD)
-        low_mask = mask[:, None] & (r < R)[None, :]
-        low = tl.load(dt_ptr + at[:, None] + r[None, :] * dt_s, mask=low_mask, other=0.0)  # (T * S, R)
-        step = tl.dot(low.to(tl.float32), weight, input_precision=PRECISION)
-    else:
-        low_mask = mask[:, None] & d_mask[None, :]
-        low = tl.load(dt_ptr + at[:, None] + d[None, :] * dt_s, mask=low_mask, other=0.0)  # (T * S, D)
-        step = low.to(tl.float32) * LOG2E
-    step = settle(tl.reshape(step, (T, S, bias.shape[0]))) + bias[None, None, :]
-    return step, softplus2(step) if SOFTPLUS else step
+def _load_skip(D_ptr, k, K, d, d_mask, channels, GROUPED: tl.constexpr):
+    """The skip weight (D,) of direction k, or of all directions together where they are summed."""
+    skip = tl.zeros(d.shape, tl.float32)
+    if D_ptr is not None:
+        if GROUPED:
+            skip += tl.load(D_ptr + k * channels + d, mask=d_mask, other=0.0).to(tl.float32)
+        else:
+            for i in range(K):
+                skip += tl.load(D_ptr + i * channels + d, mask=d_mask, other=0.0).to(tl.float32)
+    return skip
+
+
+@triton.jit
+def _load_tile(ptr, pixel, mask, d, s_p, s_d, T: tl.constexpr, S: tl.constexpr):
+    """Channels d of some pixels, (T, S, D)."""
+    x = tl.load(ptr + ((pixel * s_p)[:, None] + (d * s_d)[None, :]), mask=mask, other=0.0)  # (T * S, D)
+    return tl.reshape(x.to(tl.float32), (T, S, d.shape[0]))
 
 
 @triton.jit
@@ -122,17 +148,180 @@ def _load_column(ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def scan2d_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, partial_ptr, y_ptr,
-    begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
-    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def _load_low(
+    dt_ptr, at, mask, d, d_mask, dt_s, R: tl.constexpr, R_READ: tl.constexpr, R_PAD: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Time steps of some pixels, (T * S, R) with what follows in memory up to R_READ; without a rank (T * S, D)."""
+    if R > 0:
+        d = tl.arange(0, R_PAD)
+        d_mask = d < R_READ
+    at = at >> ALIGNED << ALIGNED  # what `tl.multiple_of` says does not survive here
+    return tl.load(dt_ptr + (at[:, None] + (d * dt_s)[None, :]), mask=mask[:, None] & d_mask[None, :], other=0.0)
+
+
+@triton.jit
+def _product(a, b, out, PRECISION: tl.constexpr):
+    """out + a @ b, see `product_precision`."""
+    if PRECISION == "bf16":
+        out = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), out)
+    else:
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def _time_step(
+    low, weight, bias, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D channels of a picture (or, with PER_LINE, of its i-th lines), through directions in turn."""
+    """Time steps before and after softplus, times log2(e), (T, S, D), from what `_load_time_step` has loaded."""
+    if R > 0:
+        step = tl.zeros((T * S, bias.shape[0]), tl.float32)
+        if PRECISION == "bf16":
+            # The weight is float32: its rest after rounding takes part.
+            step = _product(low, weight - weight.to(tl.bfloat16).to(tl.float32), step, PRECISION)
+        step = _product(low, weight, step, PRECISION)
+    else:
+        step = low.to(tl.float32) * LOG2E
+    step = settle(tl.reshape(step, (T, S, bias.shape[0]))) + bias[None, None, :]
+    return step, _softplus2(step, PRECISION == "tf32x3") if SOFTPLUS else step
+
+
+@triton.jit
+def scan2d_states_kernel(
+    x_ptr, gy_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, weight_ptr, bias_ptr, total_ptr, border_ptr,
+    K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
+    xs_b, xs_d, xs_p, gs_b, gs_d, gs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s,
+    N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
+    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    AXES: tl.constexpr,
+):  # fmt: skip
+    """What a run of tiles of one direction does to the states of BLOCK_D channels, and to their gradients with `gy`.
+
+    `total_ptr` receives, for every run, (3N, BLOCK_D): the states that leave it, its decays, and the gradients of the
+    states handed to the run before, as if from zero. `border_ptr` receives, for every tile, (2N, BLOCK_D): the states
+    that enter it, and the decays of the run before it.
+    """
     block = tl.program_id(0) % blocks
-    sequence = tl.program_id(0) // blocks
+    k = tl.program_id(0) // blocks % K
+    run = tl.program_id(0) // (blocks * K) % runs
+    sequence = tl.program_id(0) // (blocks * K * runs)
+    b = (sequence // sequences).to(tl.int64)
+    x_ptr += b * xs_b
+    dt_ptr += b * ps_b
+    B_ptr += b * ps_b + k * ps_k
+
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    d_mask = d < channels
+    vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+    n_index = tl.arange(0, N_PAD)[:, None]
+    row = tl.arange(0, T * S)
+    o = row % S * T + row // S
+
+    length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
+    slots = runs * tiles * (T * S)
+    run = tl.where(direction[0] == 1, runs - 1 - run, run)
+
+    weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+    walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
+    at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    n_mask = n_index < N
+    passed = tl.full((N_PAD, BLOCK_D), 1.0, tl.float32)
+    carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
+    handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
+    for tile in tl.range(0, tiles, num_stages=1):
+        if border_ptr is not None:
+            border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D) + at
+            tl.store(border, carry, mask=n_mask)
+            if SPLIT:
+                tl.store(border + N * BLOCK_D, passed, mask=n_mask)
+        pixel, place = _pixels(o, (run * tiles + tile) * (T * S), slots, direction, AXES)
+        mask = place < length
+        if WIDE:
+            pixel = pixel.to(tl.int64)
+        p_at = pixel * ps_p
+        full_mask = mask[:, None] & d_mask[None, :]
+        x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
+        low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+        logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+        if gy_ptr is not None:
+            gy = _load_tile(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p, gs_d, T, S)
+        for n in range(N):
+            A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
+            b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
+            decay = tl.exp2(A[None, None, :] * step)
+            through, ended = _ends(decay, step * (b_n * x), T)
+            entry, left = _segments(through, ended, pick(carry, n_index, n), S, False)
+            carry = tl.where(n_index == n, left[None, :], carry)
+            if SPLIT:
+                before = pick(passed, n_index, n)
+                if gy_ptr is not None:
+                    c_n = _load_column(C_ptr + b * ps_b + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
+                    decay = tl.flip(decay, 0)
+                    through, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
+                    entry, g_left = _segments(through, g, tl.zeros_like(before), S, True)
+                    handed += tl.where(n_index == n, (before * g_left)[None, :], 0.0)
+                entry, before = _segments(through, tl.zeros_like(through), before, S, False)
+                passed = tl.where(n_index == n, before[None, :], passed)
+    if SPLIT:
+        total = total_ptr + walk * (3 * N * BLOCK_D) + at
+        tl.store(total, carry, mask=n_mask)
+        tl.store(total + N * BLOCK_D, passed, mask=n_mask)
+        if gy_ptr is not None:
+            tl.store(total + 2 * N * BLOCK_D, handed, mask=n_mask)
+
+
+@triton.jit
+def scan2d_carry_kernel(
+    total_ptr, entry_ptr, runs,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr,
+):  # fmt: skip
+    """Composes the totals of runs to the states, and gradients of states, with which each is entered: (2N, BLOCK_D)."""
+    n = tl.program_id(1)
+    total_ptr += tl.program_id(0).to(tl.int64) * runs * (3 * N * BLOCK_D)
+    entry_ptr += tl.program_id(0).to(tl.int64) * runs * (2 * N * BLOCK_D)
+    lane = tl.arange(0, BLOCK_D)[None, :]
+    i = tl.arange(0, RUNS)[:, None]
+    for adjoint in tl.static_range(2 if ADJOINT else 1):
+        carry = tl.zeros((1, BLOCK_D), tl.float32)
+        first = runs - 1 if adjoint else 0
+        tl.store(entry_ptr + (first * 2 * N + adjoint * N + n) * BLOCK_D + lane, carry)
+        for begin in tl.range(0, runs - 1, RUNS):
+            mask = begin + i < runs - 1
+            run = runs - 1 - begin - i if adjoint else begin + i
+            at = total_ptr + (run * 3 * N + n) * BLOCK_D + lane
+            decay = tl.load(at + N * BLOCK_D, mask=mask, other=0.0)
+            state = tl.load(at + adjoint * (2 * N * BLOCK_D), mask=mask, other=0.0)
+            decay, state = tl.associative_scan((decay, state), 0, compose)
+            state += decay * carry
+            carry = pick(state, i, RUNS - 1)[None, :]
+            to = run - 1 if adjoint else run + 1
+            tl.store(entry_ptr + (to * 2 * N + adjoint * N + n) * BLOCK_D + lane, state, mask=mask)
+
+
+@triton.jit
+def scan2d_fwd_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, partial_ptr, y_ptr,
+    chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
+    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p,
+    N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
+    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    AXES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
+    directions in turn."""
+    block = tl.program_id(0) % blocks
+    begin = 0
+    end = K
+    index = tl.program_id(0) // blocks
+    if GROUPED:
+        begin = index % K
+        end = begin + 1
+        index = index // K
+    pixel_run = index % runs
+    sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
     x_ptr += b * xs_b
     y_ptr += b * ys_b
@@ -148,140 +337,91 @@ def scan2d_fwd_kernel(
     # segment stays in one thread.
     row = tl.arange(0, T * S)
     o = row % S * T + row // S
+    t = tl.arange(0, T)[:, None, None]
+    at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    slots = runs * tiles * (T * S)
 
-    if GROUPED:
-        begin = tl.program_id(1)
-        end = begin + 1
     for k in range(begin, end):
-        column_major = (columns >> k) & 1 == 1
-        flip = (flips >> k) & 1
-        first_line = 0
-        length = height * width
-        if PER_LINE:
-            first_line = sequence % sequences
-            inner = tl.where(column_major, height, width)
-            length = tl.where(first_line * inner < length, inner, 0)
+        if (chosen >> k) & 1 == 1:
+            length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
+            run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
+            # Whether this direction is the first, and the last, that gives to a sum.
+            first = True
+            last = True
+            if not GROUPED:
+                first = (order != SECOND) & ((chosen & ((1 << k) - 1)) == 0)
+                last = (order != FIRST) & ((chosen >> k) == 1)
 
-        weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-        skip = tl.zeros((BLOCK_D,), tl.float32)
-        if D_ptr is not None:
-            skip += tl.load(D_ptr + k * channels + d, mask=d_mask, other=0.0).to(tl.float32)
-        # The width of a thread's loads decides how many lanes the channels of a pixel take.
-        vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
-        carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
-        # Loads of the next chunk under way would take registers, which are what is short.
-        for chunk in tl.range(0, chunks, num_stages=1):
-            start = chunk * (T * S)
-            mask = start + o < length
-            full_mask = mask[:, None] & d_mask[None, :]
-            pixel = _pixels(o, start, length, first_line, height, width, column_major, flip)
-            if WIDE:
-                pixel = pixel.to(tl.int64)
-            p_at = pixel * ps_p
-            y_at = (pixel * ys_p)[:, None] + (vector * ys_d)[None, :]
-            x = tl.load(
-                x_ptr + (pixel * xs_p)[:, None] + (vector * xs_d)[None, :], mask=full_mask, other=0.0
-            )  # (T * S, D)
-            x = tl.reshape(x.to(tl.float32), (T, S, BLOCK_D))
-            _, step = _time_step(
-                dt_ptr + k * ps_k, p_at, mask, d, d_mask, weight, bias, dt_s, R, T, S, R_PAD, SOFTPLUS, PRECISION
-            )
-            y = skip[None, None, :] * x
-            for n in range(N):
-                A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-                b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
-                c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S)
-                entry = pick(carry, n_index, n)
-                h, left = _scan(tl.exp2(A[None, None, :] * step), step * (b_n * x), entry, T, S)
-                carry = tl.where(n_index == n, left[None, :], carry)
-                y += (c_n * LN2) * h
+            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+            skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
+            # The width of a thread's loads decides how many lanes the channels of a pixel take.
+            vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
+            if SPLIT:
+                walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
+                carry += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + at, mask=n_index < N, other=0.0)
+            # Loads of the next tile under way would take registers, which are what is short.
+            for tile in tl.range(0, tiles, num_stages=1):
+                slot = (run * tiles + tile) * (T * S)
+                pixel, place = _pixels(o, slot, slots, direction, AXES)
+                mask = place < length
+                if WIDE:
+                    pixel = pixel.to(tl.int64)
+                p_at = pixel * ps_p
+                full_mask = mask[:, None] & d_mask[None, :]
+                x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
+                low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+                # What earlier directions gave is asked for before it is needed.
+                y_at = (pixel * ys_p)[:, None] + (vector * ys_d)[None, :]
+                y = skip[None, None, :] * x
+                if not GROUPED:
+                    earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                    y += tl.reshape(earlier, (T, S, BLOCK_D))
+                for n in range(N):
+                    A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
+                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
+                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
+                    decay = tl.exp2(A[None, None, :] * step)
+                    h = step * (b_n * x)
+                    through, ended = _ends(decay, h, T)
+                    entry, left = _segments(through, ended, pick(carry, n_index, n), S, False)
+                    carry = tl.where(n_index == n, left[None, :], carry)
+                    _, h = tl.associative_scan((decay, tl.where(t == 0, h + decay * entry[None, :, :], h)), 0, compose)
+                    y += c_n * h
 
-            y = tl.reshape(y, (T * S, BLOCK_D))
-            if not GROUPED and k > 0:
-                y += tl.load(partial_ptr + y_at, mask=full_mask, other=0.0)  # (T * S, D)
-            if GROUPED or k == K - 1:
-                tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
-            else:
-                tl.store(partial_ptr + y_at, y, mask=full_mask)
-        # The next direction reads what other threads of this program have written.
-        tl.debug_barrier()
-
-
-@triton.jit
-def scan2d_states_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, weight_ptr, bias_ptr, state_ptr,
-    begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
-    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The states with which one direction enters its chunks, for BLOCK_D channels of a picture."""
-    block = tl.program_id(0) % blocks
-    sequence = tl.program_id(0) // blocks
-    k = begin + tl.program_id(1)
-    b = (sequence // sequences).to(tl.int64)
-    x_ptr += b * xs_b
-    dt_ptr += b * ps_b + k * ps_k
-    B_ptr += b * ps_b + k * ps_k
-
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    d_mask = d < channels
-    vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
-    n_index = tl.arange(0, N_PAD)[:, None]
-    row = tl.arange(0, T * S)
-    o = row % S * T + row // S
-
-    column_major = (columns >> k) & 1 == 1
-    flip = (flips >> k) & 1
-    first_line = 0
-    length = height * width
-    if PER_LINE:
-        first_line = sequence % sequences
-        inner = tl.where(column_major, height, width)
-        length = tl.where(first_line * inner < length, inner, 0)
-
-    weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-    state_ptr += (tl.program_id(0) * K + k).to(tl.int64) * chunks * N * BLOCK_D
-    state_at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
-    tl.store(state_ptr + state_at, carry, mask=n_index < N)
-    for chunk in tl.range(0, chunks - 1, num_stages=1):
-        start = chunk * (T * S)
-        mask = start + o < length
-        pixel = _pixels(o, start, length, first_line, height, width, column_major, flip)
-        if WIDE:
-            pixel = pixel.to(tl.int64)
-        p_at = pixel * ps_p
-        x_at = (pixel * xs_p)[:, None] + (vector * xs_d)[None, :]
-        x = tl.load(x_ptr + x_at, mask=mask[:, None] & d_mask[None, :], other=0.0)  # (T * S, D)
-        x = tl.reshape(x.to(tl.float32), (T, S, BLOCK_D))
-        _, step = _time_step(
-            dt_ptr, p_at, mask, d, d_mask, weight, bias, dt_s, R, T, S, R_PAD, SOFTPLUS, PRECISION
-        )  # fmt: skip
-        for n in range(N):
-            A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-            b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
-            entry = pick(carry, n_index, n)
-            _, left = _scan(tl.exp2(A[None, None, :] * step), step * (b_n * x), entry, T, S)
-            carry = tl.where(n_index == n, left[None, :], carry)
-        tl.store(state_ptr + (chunk + 1) * N * BLOCK_D + state_at, carry, mask=n_index < N)
+                y = tl.reshape(y, (T * S, BLOCK_D))
+                if last:
+                    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
+                else:
+                    tl.store(partial_ptr + y_at, y, mask=full_mask)
+            # The next direction reads what other threads of this program have written.
+            tl.debug_barrier()
 
 
 @triton.jit
 def scan2d_bwd_kernel(
-    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, partial_ptr, state_ptr,
-    gx_ptr, g_dt_ptr, g_BC_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
-    begin, end, K, flips, columns, height, width, channels, R, blocks, sequences, chunks,
-    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, ls_block, ls_k, qs_block,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr, PER_LINE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr,
+    gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
+    chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
+    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, ls_block, rs_run,
+    N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
+    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    AXES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_D channels of a picture through directions in turn: of x summed over directions, of the
-    projections by block of channels, of the parameters by sequence."""
+    """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
+    directions, of the projections by block of channels, of the parameters by run."""
     block = tl.program_id(0) % blocks
-    sequence = tl.program_id(0) // blocks
+    begin = 0
+    end = K
+    index = tl.program_id(0) // blocks
+    if GROUPED:
+        begin = index % K
+        end = begin + 1
+        index = index // K
+    pixel_run = index % runs
+    sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
     gy_ptr += b * gs_b
     x_ptr += b * xs_b
@@ -290,9 +430,10 @@ def scan2d_bwd_kernel(
     dt_ptr += b * ps_b
     B_ptr += b * ps_b
     C_ptr += b * ps_b
-    # Gradients of dt, and of B and C side by side, are (blocks, B, H, W, K, -1).
-    g_dt_ptr += block.to(tl.int64) * ls_block + b * height * width * K * ls_k
-    g_BC_ptr += block.to(tl.int64) * qs_block + b * height * width * K * (2 * N)
+    # Gradients of dt, B and C side by side, one map for each block of channels: (blocks, B, H, W, K, R + 2N). Without a
+    # rank that of dt is a map of its own, (B, H, W, K, D).
+    g_low_ptr += block.to(tl.int64) * ls_block + b * height * width * K * (R + 2 * N)
+    g_dt_ptr += b * height * width * K * channels
 
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     d_mask = d < channels
@@ -300,118 +441,155 @@ def scan2d_bwd_kernel(
     r = tl.arange(0, R_PAD if R_PAD > 0 else 1)
     row = tl.arange(0, T * S)
     o = row % S * T + row // S
+    t = tl.arange(0, T)[:, None, None]
+    at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    slots = runs * tiles * (T * S)
 
-    state_ptr += tl.program_id(0).to(tl.int64) * K * chunks * N * BLOCK_D
-    if GROUPED:
-        begin = tl.program_id(1)
-        end = begin + 1
     for k in range(begin, end):
-        column_major = (columns >> k) & 1 == 1
-        flip = (flips >> k) & 1
-        first_line = 0
-        length = height * width
-        if PER_LINE:
-            first_line = sequence % sequences
-            inner = tl.where(column_major, height, width)
-            length = tl.where(first_line * inner < length, inner, 0)
+        if (chosen >> k) & 1 == 1:
+            length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
+            run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
+            # Whether this direction is the first, and the last, that gives to a sum.
+            first = True
+            last = True
+            if not GROUPED:
+                first = (order != SECOND) & ((chosen & ((1 << k) - 1)) == 0)
+                last = (order != FIRST) & ((chosen >> k) == 1)
 
-        weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-        skip = tl.zeros((BLOCK_D,), tl.float32)
-        if D_ptr is not None:
-            skip += tl.load(D_ptr + k * channels + d, mask=d_mask, other=0.0).to(tl.float32)
-        vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+            skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
+            vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
 
-        handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
-        # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
-        g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
-        g_skip = tl.zeros((S, BLOCK_D), tl.float32)
-        g_bias = tl.zeros((S, BLOCK_D), tl.float32)
-        g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
-        for back in tl.range(0, chunks, num_stages=1):
-            chunk = chunks - 1 - back
-            start = chunk * (T * S)
-            mask = start + o < length
-            full_mask = mask[:, None] & d_mask[None, :]
-            pixel = _pixels(o, start, length, first_line, height, width, column_major, flip)
-            if WIDE:
-                pixel = pixel.to(tl.int64)
-            p_at = pixel * ps_p
-            gy = tl.load(
-                gy_ptr + (pixel * gs_p)[:, None] + (vector * gs_d)[None, :], mask=full_mask, other=0.0
-            )  # (T * S, D)
-            x = tl.load(
-                x_ptr + (pixel * xs_p)[:, None] + (vector * xs_d)[None, :], mask=full_mask, other=0.0
-            )  # (T * S, D)
-            gy = tl.reshape(gy.to(tl.float32), (T, S, BLOCK_D))
-            x = tl.reshape(x.to(tl.float32), (T, S, BLOCK_D))
-            before, step = _time_step(
-                dt_ptr + k * ps_k, p_at, mask, d, d_mask, weight, bias, dt_s, R, T, S, R_PAD, SOFTPLUS, PRECISION
-            )
-            g_BC_at = g_BC_ptr + (pixel * K + k) * (2 * N)
-            gx = skip[None, None, :] * gy
-            g_skip += tl.sum(gy * x, axis=0)
-            g_step = tl.zeros_like(step)
-            for n in range(N):
-                A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-                b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
-                c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
-                entry = tl.load(state_ptr + ((k * chunks + chunk) * N + n) * BLOCK_D + tl.arange(0, BLOCK_D))  # (D,)
-                decay = tl.exp2(A[None, None, :] * step)
-                added = step * (b_n * x)
-                h, _ = _scan_exclusive(decay, added, entry, T, S, False)
-                # Not the difference of h and what was added: that has no digits left of a strongly decayed state.
-                kept = decay * h
-                g_c = tl.reshape(tl.sum(gy * (kept + added), axis=2), (T * S,)) * LN2
-                tl.store(g_BC_at + N + n, g_c, mask=mask)
-                # What a step hands on is its decay times its gradient.
-                g, left = _scan_exclusive(decay, decay * (c_n * gy), pick(handed, n_index, n), T, S, True)
-                handed = tl.where(n_index == n, left[None, :], handed)
-                g += c_n * gy
-                kept *= g
-                g_step += g * (b_n * x) + (A * LN2)[None, None, :] * kept
-                g_a = tl.sum(kept * step, axis=0)[None, :, :]
-                g_A += g_a if N == 1 else tl.where(n_index[:, :, None] == n, g_a, 0.0)
-                g *= step
-                gx += g * b_n
-                g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
-                tl.store(g_BC_at + n, g_b, mask=mask)
+            handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
+            if SPLIT:
+                handed += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + N * BLOCK_D + at, mask=n_index < N, other=0.0)
+            # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
+            g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
+            g_skip = tl.zeros((S, BLOCK_D), tl.float32)
+            g_bias = tl.zeros((S, BLOCK_D), tl.float32)
+            g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
+            for back in tl.range(0, tiles, num_stages=1):
+                tile = tiles - 1 - back
+                slot = (run * tiles + tile) * (T * S)
+                pixel, place = _pixels(o, slot, slots, direction, AXES)
+                mask = place < length
+                if WIDE:
+                    pixel = pixel.to(tl.int64)
+                p_at = pixel * ps_p
+                full_mask = mask[:, None] & d_mask[None, :]
+                gy = _load_tile(gy_ptr, pixel, full_mask, vector, gs_p, gs_d, T, S)
+                x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
+                low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+                border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D) + tl.arange(0, BLOCK_D)
+                g_low_at = (pixel * K + k) * (R + 2 * N)
+                gx_at = (pixel * os_p)[:, None] + (vector * os_d)[None, :]
+                gx = skip[None, None, :] * gy
+                if not GROUPED:
+                    earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                    gx += tl.reshape(earlier, (T, S, BLOCK_D))
+                g_step = tl.full(gy.shape, -0.0, tl.float32)
+                for n in range(N):
+                    A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
+                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
+                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
+                    entry = tl.load(border + n * BLOCK_D)  # (D,)
+                    if SPLIT:
+                        origin = tl.load(entry_ptr + (walk * (2 * N) + n) * BLOCK_D + tl.arange(0, BLOCK_D))  # (D,)
+                        entry += tl.load(border + (N + n) * BLOCK_D) * origin
+                    decay = tl.exp2(A[None, None, :] * step)
+                    added = step * (b_n * x)
+                    through, ended = _ends(decay, added, T)
+                    entry, left = _segments(through, ended, entry, S, False)
+                    # Not the difference of h and what was added: that has no digits left of a strongly decayed state.
+                    kept = tl.where(t == 0, decay * entry[None, :, :], -0.0)
+                    h = tl.where(t == 0, added + decay * entry[None, :, :], added)
+                    _, h, kept = tl.associative_scan((decay, h, kept), 0, _kept)
+                    g_c = tl.reshape(tl.sum(gy * h, axis=2), (T * S,)) * LN2
+                    tl.store(g_low_ptr + (g_low_at + (R + N + n)), g_c, mask=mask)
+                    # What a step hands on is its decay times its gradient.
+                    decay = tl.flip(decay, 0)
+                    g = tl.flip(c_n * gy, 0)
+                    given = decay * g
+                    unused, ended = _ends(decay, given, T)
+                    entry, left = _segments(through, ended, pick(handed, n_index, n), S, True)
+                    handed = tl.where(n_index == n, left[None, :], handed)
+                    given = tl.where(t == 0, given + decay * entry[None, :, :], given)
+                    g = tl.where(t == 0, g + entry[None, :, :], g)
+                    _, _, _, g = tl.associative_scan((decay, given, tl.full(g.shape, 1.0, tl.float32), g), 0, _handed)
+                    g = tl.flip(g, 0)
+                    kept *= g
+                    g_step += g * (b_n * x) + (A * LN2)[None, None, :] * kept
+                    g_a = tl.sum(kept * step, axis=0)[None, :, :]
+                    g_A += g_a if N == 1 else tl.where(n_index[:, :, None] == n, g_a, 0.0)
+                    g *= step
+                    gx += g * b_n
+                    g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
+                    tl.store(g_low_ptr + (g_low_at + (R + n)), g_b, mask=mask)
 
-            if SOFTPLUS:
-                g_step *= tl.exp2(before - step)
-            g_step = tl.where(tl.reshape(full_mask, (T, S, BLOCK_D)), g_step * LOG2E, 0.0)
-            g_bias += tl.sum(g_step, axis=0)
-            g_step = tl.reshape(g_step, (T * S, BLOCK_D))
-            g_dt_at = g_dt_ptr + (pixel * K + k)[:, None] * ls_k
+                if SOFTPLUS:
+                    g_step *= tl.exp2(logit - step)
+                g_step = tl.where(tl.reshape(full_mask, (T, S, BLOCK_D)), g_step, 0.0)
+                g_bias += tl.sum(g_step, axis=0)
+                g_step = tl.reshape(g_step, (T * S, BLOCK_D))
+                if R_PAD > 0:
+                    g_low = tl.zeros((T * S, R_PAD), tl.float32)
+                    g_low = _product(g_step, tl.trans(weight), g_low, PRECISION)
+                    low_mask = mask[:, None] & (r < R)[None, :]
+                    tl.store(g_low_ptr + (g_low_at[:, None] + r[None, :]), g_low, mask=low_mask)
+                    g_weight = _product(tl.trans(g_step), low, g_weight, PRECISION)
+                else:
+                    g_dt_at = (pixel * K + k)[:, None] * channels + d[None, :]
+                    tl.store(g_dt_ptr + g_dt_at, (g_step * LOG2E).to(g_dt_ptr.dtype.element_ty), mask=full_mask)
+
+                if first:
+                    g_skip += tl.sum(gy * x, axis=0)
+                gx = tl.reshape(gx, (T * S, BLOCK_D))
+                if last:
+                    tl.store(gx_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
+                else:
+                    tl.store(partial_ptr + gx_at, gx, mask=full_mask)
+
+            # Gradients of the parameters are rows of one matrix, a row for each run.
+            parts = (sequence * runs + run).to(tl.int64) * rs_run
+            parameters = parts + k * channels + d  # (D,)
+            n_mask = (n_index < N) & d_mask[None, :]
+            g_A_at = parts + (k * channels + d)[None, :] * N + n_index
+            tl.store(g_A_ptr + g_A_at, tl.sum(g_A, axis=1) * LN2, mask=n_mask)
+            if D_ptr is not None:
+                if GROUPED:
+                    tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
+                elif first:
+                    tl.store(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), mask=d_mask)
+            if bias_ptr is not None:
+                tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
             if R_PAD > 0:
-                low_mask = mask[:, None] & (r < R)[None, :]
-                low = tl.load(dt_ptr + k * ps_k + p_at[:, None] + r[None, :] * dt_s, mask=low_mask, other=0.0)
-                g_low = tl.dot(g_step, tl.trans(weight), input_precision=PRECISION) * LN2  # (T * S, R)
-                tl.store(g_dt_at + r[None, :], g_low, mask=low_mask)
-                g_weight += tl.dot(tl.trans(g_step), low.to(tl.float32), input_precision=PRECISION)
-            else:
-                tl.store(g_dt_at + d[None, :], g_step, mask=full_mask)
+                weight_mask = d_mask[:, None] & (r < R)[None, :]
+                g_weight_at = parts + (k * channels + d)[:, None] * R + r[None, :]
+                tl.store(g_weight_ptr + g_weight_at, g_weight * LOG2E, mask=weight_mask)
+            # The next direction reads sums that other threads of this program have written.
+            tl.debug_barrier()
 
-            gx = tl.reshape(gx, (T * S, BLOCK_D))
-            gx_at = (pixel * os_p)[:, None] + (vector * os_d)[None, :]
-            if not GROUPED and k > 0:
-                gx += tl.load(partial_ptr + gx_at, mask=full_mask, other=0.0)  # (T * S, D)
-            if GROUPED or k == K - 1:
-                tl.store(gx_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
-            else:
-                tl.store(partial_ptr + gx_at, gx, mask=full_mask)
 
-        parameters = (sequence * K + k).to(tl.int64) * channels + d  # (D,)
-        g_A_at = g_A_ptr + parameters[None, :] * N + n_index
-        tl.store(g_A_at, tl.sum(g_A, axis=1) * LN2, mask=(n_index < N) & d_mask[None, :])
-        if D_ptr is not None:
-            tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
-        if bias_ptr is not None:
-            tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0), mask=d_mask)
-        if R_PAD > 0:
-            weight_mask = d_mask[:, None] & (r < R)[None, :]
-            tl.store(g_weight_ptr + parameters[:, None] * R + r[None, :], g_weight, mask=weight_mask)
-        # The next direction reads sums that other threads of this program have written.
-        tl.debug_barrier()
+@triton.jit
+def scan2d_merge_kernel(
+    parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block,
+    N: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds what the blocks of channels give to dt, B and C, (blocks, rows, R + 2N), and takes the three apart."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < R + 2 * N)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for block in range(blocks):
+        total += tl.load(parts_ptr + block * ls_block + row * (R + 2 * N) + column, mask=mask, other=0.0)
+    if R > 0:
+        tl.store(g_dt_ptr + row * R + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
+    column -= R
+    tl.store(g_B_ptr + row * N + column, total.to(g_B_ptr.dtype.element_ty), mask=mask & (column >= 0) & (column < N))
+    column -= N
+    tl.store(g_C_ptr + row * N + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
 class Config(NamedTuple):
@@ -422,6 +600,7 @@ class Config(NamedTuple):
         BLOCK_D: Channels of a tile.
         VECTOR: Neighbouring channels of a thread.
         num_warps: Warps of a program.
+        tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
     """
 
@@ -429,6 +608,7 @@ class Config(NamedTuple):
     BLOCK_D: int
     VECTOR: int
     num_warps: int
+    tiles: int = 0
     maxnreg: int | None = None
 
     @property
@@ -437,22 +617,32 @@ class Config(NamedTuple):
         return max(1, 32 * self.num_warps * self.VECTOR // self.BLOCK_D)
 
 
-def _programs(problem: "_Problem") -> int:
-    """Programs of 32 channels each."""
-    return problem.batch * problem.sequences * triton.cdiv(problem.channels, 32)
+FORWARD = {
+    "runs": Config(8, 32, 4, 1, tiles=4),
+    "few": Config(4, 32, 4, 4, maxnreg=128),
+    "many": Config(4, 32, 4, 1),
+    "wide": Config(4, 64, 4, 2),
+}
+BACKWARD = {
+    "runs": Config(4, 32, 4, 1, tiles=8),
+    "many": Config(4, 32, 4, 1),
+    "wide": Config(4, 64, 4, 2),
+}
 
 
 def _fwd_config(problem: "_Problem") -> Config:
-    # As measured on an H200: with enough programs to fill it, one warp each needs no barriers.
-    if _programs(problem) >= 1024:
-        return Config(4, 32, 4, 1)
-    return Config(8, 32, 2, 4, maxnreg=128)
+    if problem.programs < 132 and problem.length >= 512:
+        return FORWARD["runs"]
+    if problem.programs < 1024:
+        return FORWARD["few"]
+    return FORWARD["wide" if problem.channels >= 128 and problem.rank > 32 else "many"]
 
 
 def _bwd_config(problem: "_Problem") -> Config:
-    if _programs(problem) < 256:
-        return Config(8, 32, 2, 4)
-    return Config(8, 32, 2, 2) if problem.channels <= 128 else Config(4, 64, 4, 2)
+    # The totals of runs cost more with several states.
+    if problem.programs < (1024 if problem.states == 1 else 132) and problem.length >= 512:
+        return BACKWARD["runs"]
+    return BACKWARD["wide" if problem.channels >= 128 else "many"]
 
 
 def _flat(map: Tensor) -> Tensor:
@@ -477,8 +667,14 @@ def _reach(*tensors: Tensor) -> int:
     return max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
 
 
+def _map_strides(map: Tensor) -> tuple[int, int, int]:
+    """Of batch, channel and pixel."""
+    b, d, _, p = map.stride()
+    return b, d, p
+
+
 class _Problem:
-    """What forward and backward launches have in common."""
+    """What the launches of a forward or a backward have in common."""
 
     def __init__(self, x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line):
         self.x = _flat(x)
@@ -486,30 +682,44 @@ class _Problem:
         self.A, self.D, self.weight, self.bias = (
             None if t is None else t.contiguous() for t in (A, D, dt_weight, dt_bias)
         )
-        self.directions, self.grouped = directions, grouped
+        self.grouped, self.per_line = grouped, per_line
         self.batch, _, self.height, self.width = x.shape
-        _, self.channels, self.states = A.shape
+        self.count, self.channels, self.states = A.shape
         self.rank = 0 if dt_weight is None else dt_weight.shape[2]
         # Sequences of a picture, and the length of the longest.
         self.sequences, self.length = 1, self.height * self.width
         if per_line:
             self.sequences = self.length = max(self.height, self.width)
-        # A program walks all directions of a picture's channels in turn, but lines of two axes cross each other.
-        count = len(directions)
-        crossing = per_line and not grouped and len({direction.startswith("col") for direction in directions}) == 2
-        self.launches = [(k, k + 1) for k in range(count)] if crossing else [(0, count)]
-        flips = sum(1 << k for k, direction in enumerate(directions) if direction.endswith("rev"))
-        columns = sum(1 << k for k, direction in enumerate(directions) if direction.startswith("col"))
-        self.codes = (flips, columns)
+        # Programs of 32 channels that walk whole sequences.
+        self.programs = self.batch * self.sequences * triton.cdiv(self.channels, 32) * (self.count if grouped else 1)
+        self.flips = sum(1 << k for k, direction in enumerate(directions) if direction.endswith("rev"))
+        self.columns = sum(1 << k for k, direction in enumerate(directions) if direction.startswith("col"))
+
+        # Neighbouring time steps are loaded 2, 4 or 8 at once where all pixels' start at multiples of that, although
+        # what is too many belongs to B and C; the weight has zeros there.
+        b, k, r, _, p = self.dt.stride()
+        width = math.gcd(b, k, p, 8) if r == 1 else 1
+        readable = triton.cdiv(self.rank, width) * width
+        if readable > min(k, p):
+            width, readable = 1, self.rank
         self.constants = dict(
             N=self.states,
+            R=self.rank,
             N_PAD=triton.next_power_of_2(self.states),
             R_PAD=max(16, triton.next_power_of_2(self.rank)) if self.rank else 0,
+            R_READ=readable,
+            ALIGNED=width.bit_length() - 1,
             GROUPED=grouped,
             PER_LINE=per_line,
             SOFTPLUS=delta_softplus,
-            PRECISION="tf32x3" if torch.float32 in (x.dtype, dt.dtype) else "tf32",
+            PRECISION=product_precision(x, dt),
         )
+
+    def cut(self, config: Config) -> tuple[int, int, int]:
+        """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
+        tiles = triton.cdiv(self.length, config.T * config.S)
+        runs = triton.cdiv(tiles, config.tiles) if config.tiles else 1
+        return triton.cdiv(self.channels, config.BLOCK_D), runs, triton.cdiv(tiles, runs)
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.dt, self.A, self.B, self.C, self.D, self.weight, self.bias
@@ -521,39 +731,79 @@ class _Problem:
 
     def sums(self, result: Tensor) -> Tensor:
         """Where sums over directions grow: float32 memory laid out like the result, or the result itself."""
-        alone = len(self.directions) == 1 or self.grouped or result.dtype == torch.float32
+        alone = self.count == 1 or self.grouped or result.dtype == torch.float32
         return result if alone else torch.empty_like(result, dtype=torch.float32)
 
-    def launch(
-        self,
-        kernel: triton.JITFunction,
-        config: Config,
-        tensors: tuple[Tensor | None, ...],
-        strides: tuple[int, ...],
-        maps: tuple[Tensor, ...],
-        independent: bool = False,
-    ) -> None:
-        """All launches of a kernel over (sequences x blocks of channels), and directions if they are independent."""
-        blocks = triton.cdiv(self.channels, config.BLOCK_D)
-        count = len(self.directions)
-        independent = independent or self.grouped
-        grid = (self.batch * self.sequences * blocks, count if independent else 1)
-        chunks = triton.cdiv(self.length, config.T * config.S)
-        wide = _reach(self.dt, self.B, self.C, *maps) >= 2**31
-        options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
-        for begin, end in [(0, count)] if independent else self.launches:
-            kernel[grid](
-                *tensors, begin, end, count, *self.codes, self.height, self.width, self.channels, self.rank, blocks,
-                self.sequences, chunks, *strides,
-                T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR,
-                WIDE=wide, num_warps=config.num_warps, **self.constants, **options,
+    def sizes(self, config: Config) -> tuple[int, ...]:
+        """Arguments of all kernels but one, between their own and the strides."""
+        blocks, runs, tiles = self.cut(config)
+        picture = (self.height, self.width, self.channels)
+        return self.count, self.flips, self.columns, *picture, blocks, self.sequences, runs, tiles
+
+    def options(self, config: Config, *maps: Tensor) -> dict:
+        """Keyword arguments of all kernels but one."""
+        gradients = self.height * self.width * self.count * (self.rank + 2 * self.states or self.channels)
+        wide = max(_reach(self.dt, self.B, self.C, *maps), gradients) >= 2**31
+        limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+        return dict(
+            T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR, SPLIT=self.cut(config)[1] > 1,
+            WIDE=wide, num_warps=config.num_warps, **self.constants, **limit,
+        )  # fmt: skip
+
+    def enter(self, config: Config, gy: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """What the walks start from.
+
+        Returns:
+            The states, and with `gy` the gradients of states, with which runs are entered, (sequences, K, blocks, runs,
+            2N, BLOCK_D), None for a single run; with `gy` the states with which tiles are entered and the decays of the
+            run before them, (sequences, K, blocks, runs, tiles, 2N, BLOCK_D).
+        """
+        blocks, runs, tiles = self.cut(config)
+        walks = (self.batch * self.sequences, self.count, blocks)
+
+        def new(*rows: int) -> Tensor:
+            return torch.empty((*walks, *rows, config.BLOCK_D), dtype=torch.float32, device=self.x.device)
+
+        totals = entries = borders = None
+        if runs > 1:
+            totals, entries = new(runs, 3 * self.states), new(runs, 2 * self.states)
+        if gy is not None:
+            borders = new(runs, tiles, 2 * self.states)
+        if totals is None and borders is None:
+            return None, None
+        maps = (self.x,) if gy is None else (self.x, gy)
+        scan2d_states_kernel[(math.prod(walks) * runs,)](
+            self.x, gy if runs > 1 else None, self.dt, self.A, self.B, self.C, self.weight, self.bias, totals, borders,
+            *self.sizes(config), *_map_strides(self.x), *_map_strides(maps[-1]), *self.strides(),
+            AXES="both", **self.options(config._replace(maxnreg=None), *maps),
+        )  # fmt: skip
+        if runs > 1:
+            scan2d_carry_kernel[(math.prod(walks), self.states)](
+                totals, entries, runs, N=self.states, BLOCK_D=config.BLOCK_D,
+                RUNS=min(16, triton.next_power_of_2(runs)), ADJOINT=gy is not None, num_warps=1,
             )  # fmt: skip
+        return entries, borders
 
+    def launch(
+        self, kernel: triton.JITFunction, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor
+    ) -> None:
+        """Launches a kernel over (sequences, runs, blocks of channels), and groups.
 
-def _map_strides(map: Tensor) -> tuple[int, int, int]:
-    """Of batch, channel and pixel."""
-    b, d, _, p = map.stride()
-    return b, d, p
+        A program walks all directions that cut the map alike, one after the other. Runs of rows and runs of columns
+        cross each other: they are two launches.
+        """
+        blocks, runs, _ = self.cut(config)
+        programs = self.batch * self.sequences * runs * blocks * (self.count if self.grouped else 1)
+        every = (1 << self.count) - 1
+        rows, columns = every & ~self.columns, self.columns
+        if rows and columns and not self.grouped and (runs > 1 or self.per_line):
+            launches = ((rows, "rows", FIRST.value), (columns, "columns", SECOND.value))
+        else:
+            launches = ((every, "both" if rows and columns else "rows" if rows else "columns", 0),)
+        for chosen, axes, order in launches:
+            kernel[(programs,)](
+                *tensors, chosen, order, *self.sizes(config), *strides, AXES=axes, **self.options(config, *maps)
+            )  # fmt: skip
 
 
 def forward(*args) -> Tensor:
@@ -563,50 +813,53 @@ def forward(*args) -> Tensor:
     problem = _Problem(*args)
     x, out = problem.x, _flat(y)
     config = _fwd_config(problem)
-    tensors = (x, *problem.parameters(), problem.sums(out), out)
+    entries, _ = problem.enter(config)
+    tensors = (x, *problem.parameters(), entries, problem.sums(out), out)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
-    problem.launch(scan2d_fwd_kernel, config, tensors, strides, (x, out))
+    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out)
     return y if out is y else y.copy_(out)
 
 
 def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
-    x, dt, A, B, C, directions, D, dt_weight, dt_bias = args[:9]
+    x, dt, A, B, C, _, D, dt_weight, dt_bias, _, grouped, _ = args
     if x.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, dt_weight, dt_bias)]
     problem = _Problem(*args)
     x, gy = problem.x, _flat(grads[0])
     gx = _flat(torch.empty_like(x))
     config = _bwd_config(problem)
-    blocks = triton.cdiv(problem.channels, config.BLOCK_D)
-    chunks = triton.cdiv(problem.length, config.T * config.S)
-    count, states, channels, rank = len(directions), problem.states, problem.channels, dt.shape[2]
+    blocks, runs, _ = problem.cut(config)
+    count, states, channels, rank = problem.count, problem.states, problem.channels, problem.rank
+
+    # Every block of channels gives to the gradients that the channels share, every run to those of the parameters.
     picture = (problem.batch, problem.height, problem.width, count)
-    sequences = problem.batch * problem.sequences
+    parts = x.new_empty((blocks, *picture, rank + 2 * states), dtype=torch.float32)
+    g_dt, g_B, g_C = (x.new_empty((*picture, t.shape[2]), dtype=t.dtype) for t in (dt, B, C))
+    # Where directions are summed, D has one gradient for all.
+    sizes = [A.numel(), 0 if D is None else (count if grouped else 1) * channels]
+    sizes += [0 if t is None else t.numel() for t in (dt_weight, dt_bias)]
+    sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
 
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-    # Every block of channels adds to the gradients that the channels share, every sequence to those of the parameters.
-    g_dt = new(1 if dt_weight is None else blocks, *picture, rank)
-    g_BC = new(blocks, *picture, 2 * states)
-    g_A = new(sequences, count, channels, states)
-    g_D, g_bias = (None if t is None else new(sequences, count, channels) for t in (D, dt_bias))
-    g_weight = None if dt_weight is None else new(sequences, count, channels, rank)
-    entries = new(sequences * blocks, count, chunks, states, config.BLOCK_D)
-    problem.launch(
-        scan2d_states_kernel,
-        config._replace(maxnreg=None),
-        (x, problem.dt, problem.A, problem.B, problem.weight, problem.bias, entries),
-        (*_map_strides(x), *problem.strides()[:5]),
-        (x,),
-        independent=True,
-    )
-    tensors = (gy, x, *problem.parameters(), problem.sums(gx), entries, gx, g_dt, g_BC, g_A, g_D, g_weight, g_bias)
+    entries, borders = problem.enter(config, gy)
+    tensors = (gy, x, *problem.parameters(), entries, borders, problem.sums(gx), gx, g_dt, parts)
+    tensors += sums.split(sizes, dim=1)
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
-    strides += (0 if dt_weight is None else g_dt.stride(0), rank, g_BC.stride(0))
-    problem.launch(scan2d_bwd_kernel, config, tensors, strides, (x, gy, gx))
+    strides += (parts.stride(0), sums.stride(0))
+    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx)
 
-    g_dt, g_BC = (t.squeeze(0) if t.shape[0] == 1 else t.sum(0) for t in (g_dt, g_BC))
-    g_dt, g_B, g_C = (t.permute(0, 3, 4, 1, 2) for t in (g_dt, g_BC[..., :states], g_BC[..., states:]))
-    g_A, g_D, g_weight, g_bias = (None if t is None else t.sum(0) for t in (g_A, g_D, g_weight, g_bias))
-    return [gx, g_dt, g_A, g_B, g_C, g_D, g_weight, g_bias]
+    rows, columns = parts[0, ..., 0].numel(), triton.next_power_of_2(rank + 2 * states)
+    block = max(1, 2048 // columns)
+    scan2d_merge_kernel[(triton.cdiv(rows, block),)](
+        parts, g_dt, g_B, g_C, rows, blocks, parts.stride(0), N=states, R=rank, ROWS=block, COLUMNS=columns
+    )
+    g_A, g_D, g_weight, g_bias = sums.sum(0).split(sizes)
+    return [
+        gx,
+        g_dt.permute(0, 3, 4, 1, 2),
+        g_A.view_as(A),
+        g_B.permute(0, 3, 4, 1, 2),
+        g_C.permute(0, 3, 4, 1, 2),
+        None if D is None else g_D.view(-1, channels).expand(count, channels),
+        None if dt_weight is None else g_weight.view_as(dt_weight),
+        None if dt_bias is None else g_bias.view_as(dt_bias),
+    ]
