@@ -8,7 +8,7 @@ from timm.layers import GELU, get_act_layer
 from torch import Tensor, nn
 
 from ..ops import depthwise_conv2d
-from .vrwkv import autocast_dtype
+from .norm import autocast_dtype
 
 # Activations that `vla.ops.depthwise_conv2d` applies itself.
 FUSED = {nn.SiLU: "silu", nn.GELU: "gelu", GELU: "gelu"}
