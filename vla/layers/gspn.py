@@ -12,6 +12,9 @@ from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .norm import autocast_dtype
 
+# Tracing wraps a function by its name in the module that calls it.
+torch.fx.wrap("autocast_dtype")
+
 # Order of the parameter groups in released weights.
 DIRECTIONS = ["right", "down", "left", "up"]
 
