@@ -640,7 +640,7 @@ def _fwd_config(problem: "_Problem") -> Config:
 
 def _bwd_config(problem: "_Problem") -> Config:
     # The totals of runs cost more with several states.
-    if problem.programs < (1024 if problem.states == 1 else 132) and problem.length >= 512:
+    if problem.programs < (512 if problem.states == 1 else 132) and problem.length >= 512:
         return BACKWARD["runs"]
     return BACKWARD["wide" if problem.channels >= 128 else "many"]
 
