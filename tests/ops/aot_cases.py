@@ -84,6 +84,7 @@ def _selective_scan() -> Iterator[Case]:
     yield Case("language", f, arguments(8, 1536, 4096, 16, 1, gate=True), (BF16,))
     yield Case("one row", f, arguments(1, 1536, 65536, 16, 1), (BF16,))
     yield Case("one row, one state", f, arguments(1, 384, 65536, 1, 4), (BF16,))
+    yield Case("vmamba, 16 states", f, arguments(128, 384, 3136, 16, 4), (BF16,))
     yield Case("64 states", f, arguments(2, 64, 333, 64, 2, gate=True), (FP16,))
     yield Case("bare", f, bare, (FP32,))
 

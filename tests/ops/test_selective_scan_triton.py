@@ -13,6 +13,7 @@ from tests.tolerance import assert_close  # noqa: E402
 from vla.ops import use_backend  # noqa: E402
 
 kernels = importlib.import_module("vla.ops.selective_scan._triton")
+rows_kernels = importlib.import_module("vla.ops.selective_scan._triton_rows")
 
 
 def single(*args, **kwargs):
@@ -36,8 +37,8 @@ def forward_kernel(request, monkeypatch):
 
 @pytest.fixture(params=["time along lanes", "rows along lanes"])
 def backward_kernel(request, monkeypatch):
-    rows = request.param == "rows along lanes"
-    monkeypatch.setattr(kernels, "_rows_backward", lambda scan, align: rows)
+    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: request.param == "rows along lanes")
+    monkeypatch.setattr(rows_kernels, "_SEGMENT", 1)  # parallel segments of 16 steps
 
 
 @pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
@@ -70,11 +71,41 @@ def test_rows_beyond_a_program(channels, backward_kernel):
     compare("triton", full, single(1, channels, 6, 2), delta_softplus=True)
 
 
-@pytest.mark.parametrize("length, states", [(1, 2), (16, 16), (33, 1)])
-def test_rows_along_lanes(length, states, monkeypatch):
-    """Chunks of 16 steps, and as many states as their sums over the rows have lines."""
-    monkeypatch.setattr(kernels, "_rows_backward", lambda scan, align: True)
-    compare("triton", full, single(1, 3, length, states), delta_softplus=True)
+@pytest.mark.parametrize(
+    "length, states, segment, b, c",
+    [
+        (1, 2, 1, "grouped", "grouped"),
+        (16, 18, 1, "shared", "shared"),
+        (69, 3, 9, "grouped", "grouped"),
+        (69, 3, 2, "grouped", "grouped"),
+        (35, 2, 1, "constant", "grouped"),
+        (35, 2, 1, "grouped", "constant"),
+    ],
+)
+def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
+    """Chunks of 16 steps, parallel segments of so many chunks, sums over the rows for 16 states at once."""
+    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: True)
+    monkeypatch.setattr(rows_kernels, "_SEGMENT", segment)
+    compare("triton", full, single(1, 4, length, states, b, c, groups=2), delta_softplus=True)
+
+
+@pytest.mark.parametrize(
+    "batch, channels, length, states, chosen",
+    [
+        (1024, 160, 196, 8, True),
+        (1024, 160, 196, 1, False),
+        (64, 160, 196, 8, False),
+        (8, 1536, 4096, 16, True),
+        (8, 1536, 256, 16, False),
+        (1024, 168, 196, 8, False),
+    ],
+)
+def test_choice_of_backward(batch, channels, length, states, chosen):
+    """Rows along the lanes: several states, lanes that rows fill, and enough rows or segments of them."""
+    u = torch.empty(batch, channels, length, dtype=torch.bfloat16, device="meta")
+    B = torch.empty(batch, states, length, dtype=torch.bfloat16, device="meta")
+    scan = kernels.Scan(u, u, torch.empty(channels, states, device="meta"), B, B, None, None, None, True)
+    assert rows_kernels.suits(scan, scan.alignment()) == chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

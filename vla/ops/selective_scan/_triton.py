@@ -9,10 +9,8 @@ from torch import Tensor
 
 from .._triton import LN2, LOG2E, compose
 from . import _triton_rows
-from ._triton_scan import Scan, aligned, exponent, place, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, steps_last, strides_of
 
-# Programs that keep a GPU busy. Fewer rows than that, and chunks run in parallel.
-_MIN_PROGRAMS = 1024
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
@@ -908,11 +906,11 @@ def _along_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int 
 def _forward_blocks(scan: Scan, align: int) -> tuple:
     """Kernel, rows of a program, steps of a chunk, constants and launch options, as measured on an H200."""
     rows = scan.batch * scan.channels
-    if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * _MIN_PROGRAMS:
+    if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * MIN_PROGRAMS:
         return _along_lanes(scan, 32, 4, 1)
     within = max(32, triton.next_power_of_2(scan.length))
     if scan.states > 1:
-        if rows < 32 * _MIN_PROGRAMS:
+        if rows < 32 * MIN_PROGRAMS:
             return _across_lanes(scan, 2, min(512, within), 2, 168)
         return _across_lanes(scan, 2, min(256, within), 2, 96)
     if scan.u.element_size() > 2:
@@ -933,15 +931,9 @@ def _chunk_blocks(scan: Scan) -> tuple[int, int, dict]:
     return 2, 1, _launch(scan)
 
 
-def _rows_backward(scan: Scan, align: int) -> bool:
-    """Whether the backward has rows along the lanes: with a few states, and so many rows that they fill all lanes."""
-    few_states = 1 < scan.states <= 8 and scan.u.element_size() == 2 and align >= 4
-    return few_states and scan.span % 32 == 0 and scan.batch * scan.channels >= 4 * 32 * _MIN_PROGRAMS
-
-
 def _parallel(scan: Scan, programs: int, chunks: int) -> bool:
     """Whether chunks run in parallel, at the cost of reading the inputs twice: only where programs are few."""
-    return chunks > 1 and programs < _MIN_PROGRAMS
+    return chunks > 1 and programs < MIN_PROGRAMS
 
 
 def forward(
@@ -1025,7 +1017,7 @@ def backward(
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = steps_last(grads[0]), grads[1].contiguous()
-    if _rows_backward(scan, scan.alignment(g)):
+    if _triton_rows.suits(scan, scan.alignment(g)):
         return _triton_rows.backward(scan, g, g_state)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .._triton import softplus2
 
+# Programs that keep a GPU busy. Fewer rows than that, and parts of a sequence run in parallel.
+MIN_PROGRAMS = 1024
+
 
 @triton.jit
 def exponent(s, inside, SOFTPLUS: tl.constexpr):
