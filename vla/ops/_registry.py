@@ -262,5 +262,13 @@ def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
     """`grad` with the dtype and memory layout that the fake kernel promises for a gradient of `tensor`."""
     if grad is None:
         return torch.zeros_like(tensor)
+    # Asked first because a new tensor takes the host longer: dense tensors hand their strides on.
+    if grad.dtype == tensor.dtype and grad.stride() == tensor.stride() and _is_dense(tensor):
+        return grad
     out = torch.empty_like(tensor)
     return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether `torch.empty_like` gives a tensor of the same strides; False also for rarer layouts that are dense."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
