@@ -11,6 +11,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("naive", "torch", "numba", "triton")
@@ -90,7 +93,8 @@ class Operator:
 
         qualname = f"vla::{name}"
         torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        forward_schema = getattr(torch.ops.vla, name).default._schema
+        self._overload = getattr(torch.ops.vla, name).default
+        forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
@@ -118,6 +122,25 @@ class Operator:
 
         register_flop_formula(getattr(torch.ops.vla, name))(forward_flops)
         register_flop_formula(getattr(torch.ops.vla, f"{name}_backward"))(backward_flops)
+
+    def __call__(self, *args):
+        """The operator of these arguments, straight to its backend unless somebody has to see it.
+
+        The dispatcher and the autograd that `torch.library` registers take the host several times as long as to launch
+        the kernels.
+        """
+        if self._is_observed(args):
+            return self._overload(*args)
+        return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
+
+    def _is_observed(self, args: tuple) -> bool:
+        """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+            return True
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return True
+        tensors = (args[i] for i in self.tensor_arguments if args[i] is not None)
+        return any(type(t) not in (Tensor, Parameter) or t.is_meta for t in tensors)
 
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
@@ -192,14 +215,23 @@ class Operator:
         ctx.constants = [None if i in self.tensor_arguments else value for i, value in enumerate(inputs)]
 
     def _autograd_backward(self, ctx, *grads):
+        args = self._saved(ctx)
+        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
+        return self._for_arguments(args, results)
+
+    def _saved(self, ctx) -> list:
+        """The arguments that `_setup_context` saved."""
         args = list(ctx.constants)
         for i, tensor in zip(self.tensor_arguments, ctx.saved_tensors, strict=True):
             args[i] = tensor
-        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
-        needed = [None] * len(args)
-        for i, grad in zip(self.tensor_arguments, results, strict=True):
-            needed[i] = grad if args[i] is not None else None
-        return tuple(needed)
+        return args
+
+    def _for_arguments(self, args: list, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensor arguments as those of all arguments."""
+        results: list[Tensor | None] = [None] * len(args)
+        for i, grad in zip(self.tensor_arguments, grads, strict=True):
+            results[i] = grad if args[i] is not None else None
+        return tuple(results)
 
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
@@ -233,6 +265,24 @@ class Operator:
         results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
         # Autograd may hand an incoming gradient through, but an operator's outputs must not alias its inputs.
         return [None if grad is None else grad.clone() for grad in results]
+
+
+class _Direct(torch.autograd.Function):
+    """Autograd of an operator that nobody looks on, see `Operator.__call__`."""
+
+    # Not with a `setup_context`: `apply` would spend more time on its signature than on all the rest.
+    @staticmethod
+    def forward(ctx, operator: Operator, *args):
+        outputs = operator._forward(*args)
+        operator._setup_context(ctx, args, outputs)
+        ctx.operator = operator
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        args = ctx.operator._saved(ctx)
+        return None, *ctx.operator._for_arguments(args, ctx.operator._backward(list(grads), *args))
 
 
 @cache
