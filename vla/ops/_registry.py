@@ -217,7 +217,8 @@ class Operator:
     def _autograd_backward(self, ctx, *grads):
         args = self._saved(ctx)
         results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
-        return self._for_arguments(args, results)
+        present = (args[i] is not None for i in self.tensor_arguments)
+        return self._for_arguments([r if given else None for r, given in zip(results, present, strict=True)])
 
     def _saved(self, ctx) -> list:
         """The arguments that `_setup_context` saved."""
@@ -226,14 +227,15 @@ class Operator:
             args[i] = tensor
         return args
 
-    def _for_arguments(self, args: list, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def _for_arguments(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients of the tensor arguments as those of all arguments."""
-        results: list[Tensor | None] = [None] * len(args)
+        results: list[Tensor | None] = [None] * len(self.arguments)
         for i, grad in zip(self.tensor_arguments, grads, strict=True):
-            results[i] = grad if args[i] is not None else None
+            results[i] = grad
         return tuple(results)
 
-    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+    def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
+        """One gradient per tensor argument, None for absent ones."""
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
         module = self.module(tensors[0])
@@ -242,17 +244,18 @@ class Operator:
                 results = module.backward(grads, *args)
             else:
                 results = self._differentiate(module.forward, grads, args)
+        return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
+
+    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         # An operator's schema has no optional results: an absent argument gets an empty gradient.
-        return [
-            tensors[0].new_empty(0) if tensor is None else _as_gradient(grad, tensor)
-            for tensor, grad in zip(tensors, results, strict=True)
-        ]
+        empty = args[self.tensor_arguments[0]].new_empty
+        return [empty(0) if grad is None else grad for grad in self._gradients(grads, args)]
 
     def _fake_backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
 
-    def _differentiate(self, forward: Callable, grads: list[Tensor], args: tuple) -> list[Tensor | None]:
+    def _differentiate(self, forward: Callable, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
         inputs = list(args)
         for i in self.tensor_arguments:
             if inputs[i] is not None:
@@ -281,8 +284,8 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        args = ctx.operator._saved(ctx)
-        return None, *ctx.operator._for_arguments(args, ctx.operator._backward(list(grads), *args))
+        operator = ctx.operator
+        return None, *operator._for_arguments(operator._gradients(list(grads), operator._saved(ctx)))
 
 
 @cache
