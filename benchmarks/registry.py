@@ -62,6 +62,11 @@ class Options:
     sizes: tuple[int, ...] = ()
     drop_path: float = 0.0
 
+    @property
+    def on_official_gpu(self) -> bool:
+        """Whether this is the kind of GPU on which the official code was timed."""
+        return self.device.type == "cuda" and "H200" in torch.cuda.get_device_name(self.device)
+
 
 @dataclass(frozen=True)
 class Case:

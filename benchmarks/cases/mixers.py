@@ -77,7 +77,7 @@ def mixers(options: Options) -> Iterator[Measurement]:
 
         return run
 
-    comparable = device.type == "cuda" and options.batch is None
+    comparable = options.batch is None and options.on_official_gpu
     for name, create, channels, side, batch, official in MIXERS:
         batch = options.batch or batch
         label = f"{name} C{channels} {side}x{side} B{batch}"

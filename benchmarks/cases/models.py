@@ -144,7 +144,7 @@ def throughput(name: str, train: bool, mode: str, size: int, batch: int, options
 
         return in_mode(mode, step, model, device)
 
-    comparable = device.type == "cuda" and (size, batch) == (224, 128)
+    comparable = (size, batch) == (224, 128) and options.on_official_gpu
     official = OURS.get(name, (None, None))[train] if comparable else None
     return Measurement(
         label,
@@ -206,7 +206,7 @@ def latency(options: Options) -> Iterator[Measurement]:
                 lambda name=name, mode=mode: setup(name, mode),
                 latency=True,
                 items=1,
-                official_ms=LATENCY.get(name) if device.type == "cuda" and mode == "eager" else None,
+                official_ms=LATENCY.get(name) if mode == "eager" and options.on_official_gpu else None,
                 details=details(name, size, 1, options) | {"pass": "eval", "mode": mode},
             )
 

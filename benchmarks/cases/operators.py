@@ -99,7 +99,7 @@ def _measure(problem: Problem, device: torch.device) -> Iterator[Measurement]:
 
 
 def _measure_all(problems: list[Problem], options: Options) -> Iterator[Measurement]:
-    comparable = options.device.type == "cuda" and options.batch is None
+    comparable = options.batch is None and options.on_official_gpu
     for problem in problems:
         yield from _measure(problem if comparable else replace(problem, official=(None, None)), options.device)
 

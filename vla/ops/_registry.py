@@ -11,6 +11,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("naive", "torch", "numba", "triton")
@@ -90,7 +93,8 @@ class Operator:
 
         qualname = f"vla::{name}"
         torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        forward_schema = getattr(torch.ops.vla, name).default._schema
+        self._overload = getattr(torch.ops.vla, name).default
+        forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
@@ -118,6 +122,25 @@ class Operator:
 
         register_flop_formula(getattr(torch.ops.vla, name))(forward_flops)
         register_flop_formula(getattr(torch.ops.vla, f"{name}_backward"))(backward_flops)
+
+    def __call__(self, *args):
+        """The operator of these arguments, straight to its backend unless somebody has to see it.
+
+        The dispatcher and the autograd that `torch.library` registers take the host several times as long as to launch
+        the kernels.
+        """
+        if self._is_observed(args):
+            return self._overload(*args)
+        return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
+
+    def _is_observed(self, args: tuple) -> bool:
+        """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+            return True
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return True
+        tensors = (args[i] for i in self.tensor_arguments if args[i] is not None)
+        return any(type(t) not in (Tensor, Parameter) or t.is_meta for t in tensors)
 
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
@@ -192,16 +215,27 @@ class Operator:
         ctx.constants = [None if i in self.tensor_arguments else value for i, value in enumerate(inputs)]
 
     def _autograd_backward(self, ctx, *grads):
+        args = self._saved(ctx)
+        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
+        present = (args[i] is not None for i in self.tensor_arguments)
+        return self._for_arguments([r if given else None for r, given in zip(results, present, strict=True)])
+
+    def _saved(self, ctx) -> list:
+        """The arguments that `_setup_context` saved."""
         args = list(ctx.constants)
         for i, tensor in zip(self.tensor_arguments, ctx.saved_tensors, strict=True):
             args[i] = tensor
-        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
-        needed = [None] * len(args)
-        for i, grad in zip(self.tensor_arguments, results, strict=True):
-            needed[i] = grad if args[i] is not None else None
-        return tuple(needed)
+        return args
 
-    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+    def _for_arguments(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensor arguments as those of all arguments."""
+        results: list[Tensor | None] = [None] * len(self.arguments)
+        for i, grad in zip(self.tensor_arguments, grads, strict=True):
+            results[i] = grad
+        return tuple(results)
+
+    def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
+        """One gradient per tensor argument, None for absent ones."""
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
         module = self.module(tensors[0])
@@ -210,17 +244,18 @@ class Operator:
                 results = module.backward(grads, *args)
             else:
                 results = self._differentiate(module.forward, grads, args)
+        return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
+
+    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         # An operator's schema has no optional results: an absent argument gets an empty gradient.
-        return [
-            tensors[0].new_empty(0) if tensor is None else _as_gradient(grad, tensor)
-            for tensor, grad in zip(tensors, results, strict=True)
-        ]
+        empty = args[self.tensor_arguments[0]].new_empty
+        return [empty(0) if grad is None else grad for grad in self._gradients(grads, args)]
 
     def _fake_backward(self, grads: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
 
-    def _differentiate(self, forward: Callable, grads: list[Tensor], args: tuple) -> list[Tensor | None]:
+    def _differentiate(self, forward: Callable, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
         inputs = list(args)
         for i in self.tensor_arguments:
             if inputs[i] is not None:
@@ -233,6 +268,24 @@ class Operator:
         results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
         # Autograd may hand an incoming gradient through, but an operator's outputs must not alias its inputs.
         return [None if grad is None else grad.clone() for grad in results]
+
+
+class _Direct(torch.autograd.Function):
+    """Autograd of an operator that nobody looks on, see `Operator.__call__`."""
+
+    # Not with a `setup_context`: `apply` would spend more time on its signature than on all the rest.
+    @staticmethod
+    def forward(ctx, operator: Operator, *args):
+        outputs = operator._forward(*args)
+        operator._setup_context(ctx, args, outputs)
+        ctx.operator = operator
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        operator = ctx.operator
+        return None, *operator._for_arguments(operator._gradients(list(grads), operator._saved(ctx)))
 
 
 @cache
@@ -262,5 +315,13 @@ def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
     """`grad` with the dtype and memory layout that the fake kernel promises for a gradient of `tensor`."""
     if grad is None:
         return torch.zeros_like(tensor)
+    # Asked first because a new tensor takes the host longer: dense tensors hand their strides on.
+    if grad.dtype == tensor.dtype and grad.stride() == tensor.stride() and _is_dense(tensor):
+        return grad
     out = torch.empty_like(tensor)
     return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether `torch.empty_like` gives a tensor of the same strides; False also for rarer layouts that are dense."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))

@@ -9,6 +9,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+# Triton's own may also be called in kernels, and take the host microseconds for that.
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up, of numbers from 0 and from 1 on."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def softplus2(s):
     """`log2(1 + 2^s)`: softplus with the factor log2(e) on both sides, for the GPU's own exponential.

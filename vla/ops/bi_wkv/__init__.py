@@ -81,4 +81,7 @@ def bi_wkv(
         ValueError: For a shape, device or number of splits that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.bi_wkv(w, u, k, v, gate, official_split)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.bi_wkv(w, u, k, v, gate, official_split)
+    else:
+        return operator(w, u, k, v, gate, official_split)

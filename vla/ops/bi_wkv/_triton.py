@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E
+from .._triton import LOG2E, cdiv, next_power_of_2
 from . import _torch, released
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -832,25 +832,25 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     """Spans and sizes, programs, and options of the kernels."""
     batch, length, channels = k.shape
     block = min(_BLOCK, 1 << (channels.bit_length() - 1))
-    segments = min(_SEGMENTS, triton.next_power_of_2(triton.cdiv(length, _TOKENS)))
-    spans = triton.cdiv(length, segments * _TOKENS)
-    tokens = triton.cdiv(length, segments * spans)
-    spans = triton.cdiv(length, segments * tokens)
+    segments = min(_SEGMENTS, next_power_of_2(cdiv(length, _TOKENS)))
+    spans = cdiv(length, segments * _TOKENS)
+    tokens = cdiv(length, segments * spans)
+    spans = cdiv(length, segments * tokens)
     options = dict(
-        L=tokens, P=triton.next_power_of_2(tokens), W=segments, BLOCK=block, num_warps=max(1, segments * block // 32)
+        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, num_warps=max(1, segments * block // 32)
     )
-    return (spans, length, channels), batch * spans * triton.cdiv(channels, block), options
+    return (spans, length, channels), batch * spans * cdiv(channels, block), options
 
 
 def _outside(w: Tensor, totals: Tensor, options: dict) -> Tensor:
     """States outside of each span from those of each, (B, spans, 2, 3, C)."""
     batch, spans, _, _, channels = totals.shape
     outside = torch.empty_like(totals)
-    groups = min(16, triton.next_power_of_2(triton.cdiv(spans, 8)))
+    groups = min(16, next_power_of_2(cdiv(spans, 8)))
     block = options["BLOCK"]
-    bi_wkv_outside_kernel[(2 * batch * triton.cdiv(channels, block),)](
+    bi_wkv_outside_kernel[(2 * batch * cdiv(channels, block),)](
         w, totals, outside, spans, channels, SPAN=options["W"] * options["L"],
-        P=min(8, triton.next_power_of_2(spans)), W=groups, BLOCK=block, num_warps=max(1, groups * block // 32),
+        P=min(8, next_power_of_2(spans)), W=groups, BLOCK=block, num_warps=max(1, groups * block // 32),
     )  # fmt: skip
     return outside
 

@@ -72,4 +72,7 @@ def depthwise_conv2d(
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.depthwise_conv2d(x, weight, bias, act, dtype)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.depthwise_conv2d(x, weight, bias, act, dtype)
+    else:
+        return operator(x, weight, bias, act, dtype)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E
+from .._triton import LOG2E, cdiv
 
 # Channels of a program: 32 bytes in 16 bits. A warp has as many strips as leave every lane 1 or 2 of them.
 BLOCK_C = 16
@@ -393,7 +393,7 @@ def _strides(x: Tensor, vec: int) -> tuple[int, int, int]:
 
 def _segment(programs: int, height: int) -> int:
     """Rows that a program walks: all of them, unless there are too few programs for a GPU."""
-    return triton.cdiv(height, max(1, min(1024 // programs, height // 4)))
+    return cdiv(height, max(1, min(1024 // programs, height // 4)))
 
 
 def convolved(
@@ -407,10 +407,10 @@ def convolved(
     x, kh, kw = _last(x), *weight.shape[2:]
     columns, vec = 7 if kh * kw <= SMALL else 4, _vec(x)
     block_s = 2 * vec
-    strips = batch * triton.cdiv(width, columns)
-    programs = triton.cdiv(strips, block_s) * triton.cdiv(channels, BLOCK_C)
+    strips = batch * cdiv(width, columns)
+    programs = cdiv(strips, block_s) * cdiv(channels, BLOCK_C)
     segment = _segment(programs, height)
-    depthwise_conv2d_fwd_kernel[(programs, triton.cdiv(height, segment))](
+    depthwise_conv2d_fwd_kernel[(programs, cdiv(height, segment))](
         x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -458,11 +458,11 @@ def backward(
     gx = torch.empty_like(x) if whole else convolved(g, weight, None, None, x.dtype, flip=True)
     columns, vec, per_multiprocessor = (4 if taps <= SMALL else 2, 1, 12) if whole else (4, _vec(g, x), 8)
     block_s = 2 * vec
-    strips = batch * triton.cdiv(width, columns)
-    blocks_c = triton.cdiv(channels, BLOCK_C)
-    groups = max(1, min(triton.cdiv(strips, block_s), MULTIPROCESSORS * per_multiprocessor // blocks_c))
+    strips = batch * cdiv(width, columns)
+    blocks_c = cdiv(channels, BLOCK_C)
+    groups = max(1, min(cdiv(strips, block_s), MULTIPROCESSORS * per_multiprocessor // blocks_c))
     segment = _segment(groups * blocks_c, height)
-    segments = triton.cdiv(height, segment)
+    segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
     depthwise_conv2d_bwd_kernel[(groups * blocks_c, segments)](
         g,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import next_power_of_2
+
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
 
@@ -247,7 +249,7 @@ def _config(channels: int, groups: int) -> tuple[dict, int, int]:
     A thread has 4 channels of every chunk, 16 bytes in float32, of one row, and at most 6 chunks: the backward keeps
     four numbers of each channel.
     """
-    width = max(8, min(32, triton.next_power_of_2(channels)))
+    width = max(8, min(32, next_power_of_2(channels)))
     while channels > 6 * width:
         width *= 2
     block_r = max(1, 512 // width)

@@ -86,4 +86,7 @@ def layer_norm_grn(
         ValueError: For a shape or device that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype)
+    else:
+        return operator(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype)

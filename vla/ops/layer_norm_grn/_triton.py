@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import cdiv, next_power_of_2
+
 # Programs that keep a GPU busy.
 _PROGRAMS = 1024
 
@@ -175,16 +177,16 @@ def layer_norm_grn_bwd_kernel(
 
 def _tile(channels: int) -> tuple[dict, int]:
     """Constants and launch options of the kernels over pixels, and pixels of a tile: 32 entries a thread."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     size = max(1024, block_c)
     return dict(BLOCK_P=size // block_c, BLOCK_C=block_c, num_warps=size // 1024), size // block_c
 
 
 def _parts(batch: int, pixels: int, block_p: int) -> tuple[int, int]:
     """Parts that a picture's pixels are summed in, and tiles of each."""
-    tiles = triton.cdiv(pixels, block_p)
+    tiles = cdiv(pixels, block_p)
     steps = max(1, min(16, batch * tiles // _PROGRAMS))
-    return triton.cdiv(tiles, steps), steps
+    return cdiv(tiles, steps), steps
 
 
 def _dense(map: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -214,7 +216,7 @@ def forward(
             x, None, norm_weight, norm_bias, sums, channels, pixels, parts, steps, norm_eps, BACKWARD=False, **constants
         )
         layer_norm_grn_scale_kernel[(batch,)](sums, weight, scale, channels, parts, eps, BLOCK_C=constants["BLOCK_C"])
-        blocks = triton.cdiv(pixels, block_p)
+        blocks = cdiv(pixels, block_p)
         layer_norm_grn_fwd_kernel[(batch * blocks,)](
             x, norm_weight, norm_bias, bias, scale, y, channels, pixels, blocks, norm_eps, **constants
         )
@@ -251,7 +253,7 @@ def backward(
         sums, norm_weight, norm_bias, weight, scale, parameters, channels, pixels, parts, eps,
         BLOCK_C=constants["BLOCK_C"],
     )  # fmt: skip
-    blocks = triton.cdiv(pixels, block_p)
+    blocks = cdiv(pixels, block_p)
     layer_norm_grn_bwd_kernel[(batch * blocks,)](
         x, g, norm_weight, norm_bias, scale, gx, channels, pixels, blocks, norm_eps, **constants
     )

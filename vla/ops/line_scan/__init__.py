@@ -132,4 +132,7 @@ def line_scan(
         ValueError: For a shape, device, direction or chunk that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.line_scan(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.line_scan(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned)
+    else:
+        return operator(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E
+from .._triton import LOG2E, cdiv, next_power_of_2
 from . import _triton_pairs, _triton_proxy
 from ._triton_proxy import _MIN_TOTAL, _STEEPEST, _exp2, _inverse
 from .frames import from_map_frame, to_map_frame
@@ -451,19 +451,19 @@ class _Sweep:
         across = {s[3] for t, s in zip(maps, strides, strict=True) if t is not None}
         common = math.gcd(self.lines, *threes, *(v for s in strides for v in s[:3]))
         self.W = math.gcd(common, 8) if across == {1} else 1
-        self.P = triton.next_power_of_2(self.rows)
+        self.P = next_power_of_2(self.rows)
         while self.W > 1 and self.W * self.P > 8192:
             self.W //= 2
-        self.N = max(1, min(128 // self.P, triton.next_power_of_2(self.sequences)))
+        self.N = max(1, min(128 // self.P, next_power_of_2(self.sequences)))
         self.warps = max(1, min(32 if self.P > 1024 else 16, self.N * self.P // 32))
         self.rows_inner = self.x.stride(1) != 1 or self.channels == 1
         self.blocks = self.lines // self.W
         # Segments of whole chunks, no more than there are processors for.
         whole = self.chunk // math.gcd(self.chunk, self.W)
-        segments = triton.cdiv(32 * _triton_proxy.processors(self.x), max(1, self.sequences // self.N))
-        self.span = min(self.blocks, triton.cdiv(triton.cdiv(self.blocks, segments), whole) * whole)
-        self.segments = triton.cdiv(self.blocks, self.span)
-        self.programs = triton.cdiv(self.sequences, self.N) * self.segments
+        segments = cdiv(32 * _triton_proxy.processors(self.x), max(1, self.sequences // self.N))
+        self.span = min(self.blocks, cdiv(cdiv(self.blocks, segments), whole) * whole)
+        self.segments = cdiv(self.blocks, self.span)
+        self.programs = cdiv(self.sequences, self.N) * self.segments
         size = 4 * (self.N * self.P + 2 * (1 if self.rows_inner else self.N))
         self.exchange = self.x.new_empty(0 if _GATHER else self.programs * size, dtype=torch.float32)
         sizes = [self.sequences, self.channels, self.rows, self.blocks, self.chunk, self.segments, self.span, 1]
@@ -486,13 +486,13 @@ class _Sweep:
         rows, lines = (width, height) if self.frame in ("down", "up") else (height, width)
         V, strides = self._vectors(maps, lines)
         W = max(V, 2)
-        blocks = triton.cdiv(lines, W)
+        blocks = cdiv(lines, W)
         T = 128
         constants = dict(
             T=T, W=W, V=V, ROWS_INNER=V == 1, REVERSE=self.frame in ("left", "up"), WHOLE=lines % W == 0,
             NORMALIZE=self.normalize, HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, num_warps=T // 32,
         )  # fmt: skip
-        grid = (triton.cdiv(batch * channels * rows * blocks, T),)
+        grid = (cdiv(batch * channels * rows * blocks, T),)
         return grid, [batch * channels, channels, rows, lines, blocks, *strides], constants
 
     def _vectors(self, maps: list[Tensor | None], lines: int) -> tuple[int, list[int]]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E
+from .._triton import LOG2E, cdiv, next_power_of_2
 from .frames import from_map_frame, to_map_frame
 
 # The least sum of sigmoids that divides them.
@@ -578,11 +578,11 @@ class _Launch:
         self.k, self.rank = len(self.directions), proxy.shape[1]
         self.exact = self.x.dtype != proxy.dtype or self.x.dtype == torch.float32
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
-        half = max(8, triton.next_power_of_2(self.rank))
+        half = max(8, next_power_of_2(self.rank))
         self.R = max(16, half) if self.exact else 2 * half
         # bfloat16 holds all of a bfloat16 proxy, and weights well enough for gradients.
         self.V = half if self.proxy.dtype == torch.bfloat16 else self.R
-        self.blocks = triton.cdiv(self.channels, self.C)
+        self.blocks = cdiv(self.channels, self.C)
         self.w_width = self.blocks * self.C
         self.w = self.x.new_empty(self.k, 6, self.w_width, self.R, dtype=self.proxy.dtype)
         self.v = self.w
@@ -590,7 +590,7 @@ class _Launch:
             # The gradients' products are in bfloat16, whose range they need.
             dtype = torch.bfloat16 if self.w.dtype == torch.float16 else self.w.dtype
             self.v = self.x.new_empty(self.k, 6, self.w_width, self.V, dtype=dtype)
-        line_scan_pack_kernel[(6 * self.k, triton.cdiv(self.w_width, 64))](
+        line_scan_pack_kernel[(6 * self.k, cdiv(self.w_width, 64))](
             *(t.contiguous() for t in self.weights), self.w, self.v, self.channels, self.w_width,
             K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, C=64,
         )  # fmt: skip
@@ -615,8 +615,8 @@ class _Launch:
         rows, lines = (self.width, self.height) if turned else (self.height, self.width)
         chunk = min(self.chunk or lines, lines)
         P, halo = _tile(rows, chunk)
-        Q = min(P, triton.next_power_of_2(rows)) if halo == 0 else P
-        return P, Q, rows, lines, chunk, triton.cdiv(rows, Q - 2 * halo), triton.cdiv(lines, chunk), halo
+        Q = min(P, next_power_of_2(rows)) if halo == 0 else P
+        return P, Q, rows, lines, chunk, cdiv(rows, Q - 2 * halo), cdiv(lines, chunk), halo
 
     def _registers(self, few: bool) -> dict:
         """Limits of registers: with 168 a thread, three warps fit a scheduler, with more two."""
@@ -631,7 +631,7 @@ class _Launch:
         y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
         for k, directions, x, target in groups:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
-            programs = self.blocks * triton.cdiv(self.batch * Q, P) * tiles * segments
+            programs = self.blocks * cdiv(self.batch * Q, P) * tiles * segments
             keep = chunk <= 2
             together = 2 if len(directions) % 2 == 0 and not keep else 1
             scratch = y
@@ -659,7 +659,7 @@ class _Launch:
         for k, directions, x, target in groups:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             keep = chunk <= 2
-            units = triton.cdiv(self.batch * Q, P) * tiles * segments
+            units = cdiv(self.batch * Q, P) * tiles * segments
             span = self.SPAN if keep else 1
             in_place = x is self.x
             # Several programs may add to a pixel of gx in one launch.
@@ -669,8 +669,8 @@ class _Launch:
             # As many programs as run at a time, and all with as much to do.
             warps = 12 if keep and not self.exact else 8
             slots = max(1, warps * 16 // P * processors(x) // self.blocks)
-            count = triton.cdiv(units, span)
-            workers = triton.cdiv(count, max(1, triton.cdiv(count, slots)))
+            count = cdiv(units, span)
+            workers = cdiv(count, max(1, cdiv(count, slots)))
             part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
             scratch = part
             if not keep:
@@ -715,7 +715,7 @@ def _tile(rows: int, chunk: int) -> tuple[int, int] | None:
     options = [(P, 0) for P in (16, 32, 64) if rows <= P]
     options += [(P, chunk - 1) for P in (16, 32, 64) if rows > P and P - 2 * (chunk - 1) >= P // 2]
     # Shifting rows is a product with a P x P matrix.
-    return min(options, key=lambda o: triton.cdiv(rows, o[0] - 2 * o[1]) * o[0] * (128 + o[0]), default=None)
+    return min(options, key=lambda o: cdiv(rows, o[0] - 2 * o[1]) * o[0] * (128 + o[0]), default=None)
 
 
 def processors(x: Tensor) -> int:

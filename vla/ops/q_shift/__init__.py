@@ -57,4 +57,7 @@ def q_shift(x: Tensor, shift: int = 1, gamma: float = 0.25, head_dim: int | None
         ValueError: For a shape or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.q_shift(x, shift, gamma, head_dim)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.q_shift(x, shift, gamma, head_dim)
+    else:
+        return operator(x, shift, gamma, head_dim)

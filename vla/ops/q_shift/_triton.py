@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import cdiv, next_power_of_2
+
 
 @triton.jit
 def place(program, channels, height, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -120,9 +122,9 @@ def shifted(
     if x.numel() == 0:
         return out
     batch, channels, height, width = x.shape
-    block_c = min(64, triton.next_power_of_2(channels))
+    block_c = min(64, next_power_of_2(channels))
     block_p = 2048 // block_c
-    q_shift_kernel[(batch * triton.cdiv(height * width, block_p) * triton.cdiv(channels, block_c),)](
+    q_shift_kernel[(batch * cdiv(height * width, block_p) * cdiv(channels, block_c),)](
         x,
         rest,
         out,

@@ -90,4 +90,7 @@ def q_shift_mix(
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.q_shift_mix(x, weight, low, up, shift, gamma, head_dim, dtype)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.q_shift_mix(x, weight, low, up, shift, gamma, head_dim, dtype)
+    else:
+        return operator(x, weight, low, up, shift, gamma, head_dim, dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import product, product_precision
+from .._triton import cdiv, next_power_of_2, product, product_precision
 from ..q_shift._triton import groups, load_from, load_shifted, place, shifted
 
 
@@ -259,12 +259,12 @@ _PROGRAMS = 400
 def _chunks(programs: int, tiles: int) -> int:
     """Chunks of an image, of `tiles` tiles: as few as give a GPU enough programs."""
     wanted = max(1, min(tiles, _PROGRAMS // max(1, programs)))
-    return triton.cdiv(tiles, triton.cdiv(tiles, wanted))
+    return cdiv(tiles, cdiv(tiles, wanted))
 
 
 def _tile(channels: int, low_rank: bool) -> tuple[int, int, int]:
     """BLOCK_P, BLOCK_C and warps, with products of low-rank shares or without."""
-    block_c = min(64, max(16 if low_rank else 1, triton.next_power_of_2(channels)))
+    block_c = min(64, max(16 if low_rank else 1, next_power_of_2(channels)))
     return 2048 // block_c, block_c, 4
 
 
@@ -274,7 +274,7 @@ def _constants(x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, h
     block_p, block_c, num_warps = _tile(x.shape[1], low is not None)
     return groups(x.shape[1], gamma, head_dim) | dict(
         RANK=rank,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_R=max(16, next_power_of_2(rank)),
         PRECISION="tf32" if low is None else product_precision(low),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
@@ -302,7 +302,7 @@ def forward(
     if y.numel() > 0:
         low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
         constants = _constants(x, low, up, gamma, head_dim)
-        tiles = triton.cdiv(height * width, constants["BLOCK_P"]) * triton.cdiv(channels, constants["BLOCK_C"])
+        tiles = cdiv(height * width, constants["BLOCK_P"]) * cdiv(channels, constants["BLOCK_C"])
         q_shift_mix_fwd_kernel[(batch * tiles,)](
             x,
             weight,
@@ -341,13 +341,13 @@ def backward(
     low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
     gx = torch.empty_like(x)
     block_p, block_c, num_warps = _tile(channels, low is not None)
-    programs = batch * triton.cdiv(channels, block_c)
+    programs = batch * cdiv(channels, block_c)
     if low is None:
         constants = groups(channels, gamma, head_dim)
         # Neighbouring channels that move the same way.
         vector = math.gcd(4, *constants.values())
         block_p, num_warps = 32 * 8 * vector // block_c, 8
-        chunks = _chunks(programs, triton.cdiv(height * width, block_p))
+        chunks = _chunks(programs, cdiv(height * width, block_p))
         g_weight = x.new_empty(batch * chunks, mixes, channels, dtype=torch.float32)
         q_shift_mix_bwd_kernel[(programs * chunks,)](
             g,
@@ -371,11 +371,11 @@ def backward(
             num_warps=num_warps,
         )
         return [gx, g_weight.sum(0), None, None]
-    tiles = batch * triton.cdiv(height * width, block_p)
+    tiles = batch * cdiv(height * width, block_p)
     g_weight = x.new_empty(tiles, mixes, channels, dtype=torch.float32)
     stays, moved = x.new_empty(2, batch, height, width, channels, dtype=torch.float32)
     g_share = low.new_empty(mixes, batch * height * width, channels)
-    q_shift_mix_low_rank_bwd_kernel[(tiles * triton.cdiv(channels, block_c),)](
+    q_shift_mix_low_rank_bwd_kernel[(tiles * cdiv(channels, block_c),)](
         g,
         x,
         weight,

@@ -124,4 +124,9 @@ def scan2d(
         ValueError: For a shape, device or direction that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.scan2d(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.scan2d(
+            x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line
+        )
+    else:
+        return operator(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line)

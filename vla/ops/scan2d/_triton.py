@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, compose, pick, product_precision, settle, softplus2
+from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2, pick, product_precision, settle, softplus2
 
 # Whether a launch sums up over directions before another one, or after it.
 FIRST = tl.constexpr(1)
@@ -691,7 +691,7 @@ class _Problem:
         if per_line:
             self.sequences = self.length = max(self.height, self.width)
         # Programs of 32 channels that walk whole sequences.
-        self.programs = self.batch * self.sequences * triton.cdiv(self.channels, 32) * (self.count if grouped else 1)
+        self.programs = self.batch * self.sequences * cdiv(self.channels, 32) * (self.count if grouped else 1)
         self.flips = sum(1 << k for k, direction in enumerate(directions) if direction.endswith("rev"))
         self.columns = sum(1 << k for k, direction in enumerate(directions) if direction.startswith("col"))
 
@@ -699,14 +699,14 @@ class _Problem:
         # what is too many belongs to B and C; the weight has zeros there.
         b, k, r, _, p = self.dt.stride()
         width = math.gcd(b, k, p, 8) if r == 1 else 1
-        readable = triton.cdiv(self.rank, width) * width
+        readable = cdiv(self.rank, width) * width
         if readable > min(k, p):
             width, readable = 1, self.rank
         self.constants = dict(
             N=self.states,
             R=self.rank,
-            N_PAD=triton.next_power_of_2(self.states),
-            R_PAD=max(16, triton.next_power_of_2(self.rank)) if self.rank else 0,
+            N_PAD=next_power_of_2(self.states),
+            R_PAD=max(16, next_power_of_2(self.rank)) if self.rank else 0,
             R_READ=readable,
             ALIGNED=width.bit_length() - 1,
             GROUPED=grouped,
@@ -717,9 +717,9 @@ class _Problem:
 
     def cut(self, config: Config) -> tuple[int, int, int]:
         """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
-        tiles = triton.cdiv(self.length, config.T * config.S)
-        runs = triton.cdiv(tiles, config.tiles) if config.tiles else 1
-        return triton.cdiv(self.channels, config.BLOCK_D), runs, triton.cdiv(tiles, runs)
+        tiles = cdiv(self.length, config.T * config.S)
+        runs = cdiv(tiles, config.tiles) if config.tiles else 1
+        return cdiv(self.channels, config.BLOCK_D), runs, cdiv(tiles, runs)
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.dt, self.A, self.B, self.C, self.D, self.weight, self.bias
@@ -780,7 +780,7 @@ class _Problem:
         if runs > 1:
             scan2d_carry_kernel[(math.prod(walks), self.states)](
                 totals, entries, runs, N=self.states, BLOCK_D=config.BLOCK_D,
-                RUNS=min(16, triton.next_power_of_2(runs)), ADJOINT=gy is not None, num_warps=1,
+                RUNS=min(16, next_power_of_2(runs)), ADJOINT=gy is not None, num_warps=1,
             )  # fmt: skip
         return entries, borders
 
@@ -847,9 +847,9 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
     strides += (parts.stride(0), sums.stride(0))
     problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx)
 
-    rows, columns = parts[0, ..., 0].numel(), triton.next_power_of_2(rank + 2 * states)
+    rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
     block = max(1, 2048 // columns)
-    scan2d_merge_kernel[(triton.cdiv(rows, block),)](
+    scan2d_merge_kernel[(cdiv(rows, block),)](
         parts, g_dt, g_B, g_C, rows, blocks, parts.stride(0), N=states, R=rank, ROWS=block, COLUMNS=columns
     )
     g_A, g_D, g_weight, g_bias = sums.sum(0).split(sizes)

@@ -117,7 +117,10 @@ def selective_scan(
         ValueError: For a shape or device that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    out, last_state = torch.ops.vla.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if torch.jit.is_scripting():
+        out, last_state = torch.ops.vla.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    else:
+        out, last_state = operator(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if return_last_state:
         return out, last_state
     return out

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import cdiv
+
 _BLOCK, _WARPS = 2048, 8
 
 
@@ -27,12 +29,12 @@ def squared_relu_bwd_kernel(g, y, gx, size, BLOCK: tl.constexpr):
 def forward(x: Tensor) -> Tensor:
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        squared_relu_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
+        squared_relu_fwd_kernel[(cdiv(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
     return y
 
 
 def backward(grads: list[Tensor], y: Tensor) -> list[Tensor]:
     g, gx = grads[0].contiguous(), torch.empty_like(y)
     if y.numel() > 0:
-        squared_relu_bwd_kernel[(triton.cdiv(y.numel(), _BLOCK),)](g, y, gx, y.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
+        squared_relu_bwd_kernel[(cdiv(y.numel(), _BLOCK),)](g, y, gx, y.numel(), BLOCK=_BLOCK, num_warps=_WARPS)
     return [gx]

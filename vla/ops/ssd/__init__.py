@@ -101,4 +101,7 @@ def ssd(
         ValueError: For a shape or device that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
-    return torch.ops.vla.ssd(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus)
+    if torch.jit.is_scripting():
+        return torch.ops.vla.ssd(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus)
+    else:
+        return operator(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus)

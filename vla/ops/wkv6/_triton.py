@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, leading, product, product_precision
+from .._triton import LOG2E, cdiv, leading, next_power_of_2, product, product_precision
 
 
 @triton.jit
@@ -384,7 +384,7 @@ def _segments(chunks: int, walks: int) -> int:
     It costs a second walk, so the parts are kept few, and long beside the walk over their ends.
     """
     wanted = max(1, min(512 // walks, chunks // 8))
-    return triton.cdiv(chunks, triton.cdiv(chunks, wanted))
+    return cdiv(chunks, cdiv(chunks, wanted))
 
 
 class _Launcher:
@@ -397,8 +397,8 @@ class _Launcher:
         self.precision = product_precision(r, k, v)
         self.levels, blocks, self.warps = _tiling(self.length, self.precision)
         self.chunk = 1 << self.levels
-        self.chunks = triton.cdiv(self.length, self.chunk)
-        padded = max(16, triton.next_power_of_2(self.size))
+        self.chunks = cdiv(self.length, self.chunk)
+        padded = max(16, next_power_of_2(self.size))
         self.blocks = [(min(k, padded), min(v, padded)) for k, v in blocks]
 
     def states(self, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
@@ -408,7 +408,7 @@ class _Launcher:
         if self.chunks == 1:
             return states
         block_k, block_v = self.blocks[0]
-        walks = 2 * self.sequences * triton.cdiv(self.size, block_k) * triton.cdiv(self.size, block_v)
+        walks = 2 * self.sequences * cdiv(self.size, block_k) * cdiv(self.size, block_v)
         segments = _segments(self.chunks, walks)
         ends = totals = None
         if segments > 1:
@@ -441,7 +441,7 @@ class _Launcher:
 
         if segments > 1:
             walk(None)
-            blocks = triton.cdiv(self.size**2, 256)
+            blocks = cdiv(self.size**2, 256)
             wkv6_segments_kernel[(2 * self.sequences, blocks)](
                 ends, totals, segments, N=self.size, BLOCK=256, num_warps=2
             )
@@ -451,7 +451,7 @@ class _Launcher:
     def outputs(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor) -> Tensor:
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         block_k, block_v = self.blocks[1]
-        wkv6_fwd_kernel[(triton.cdiv(self.size, block_v) * self.chunks * self.sequences,)](
+        wkv6_fwd_kernel[(cdiv(self.size, block_v) * self.chunks * self.sequences,)](
             r,
             k,
             v,
@@ -482,7 +482,7 @@ class _Launcher:
         gr, gk, gw = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, w))
         gu = torch.empty(self.batch * self.chunks, self.heads, self.size, dtype=torch.float32, device=r.device)
         block_k, block_v = self.blocks[2]
-        wkv6_bwd_kernel[(triton.cdiv(self.size, block_k) * self.chunks * self.sequences,)](
+        wkv6_bwd_kernel[(cdiv(self.size, block_k) * self.chunks * self.sequences,)](
             r,
             k,
             v,
