@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, compose
+from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2
 from . import _triton_rows
 from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, steps_last, strides_of
 
@@ -810,7 +810,7 @@ def _entering(
     """
     lanes, per_lane = chunk
     rows, stages, options = _chunk_blocks(scan)
-    chunks = triton.cdiv(scan.length, lanes * per_lane)
+    chunks = cdiv(scan.length, lanes * per_lane)
     adjoint = g is not None
     shape = (scan.batch, scan.channels, scan.states)
     entering = scan.new(*shape, chunks if adjoint else chunks + 1)
@@ -855,9 +855,9 @@ def _entering(
     if not parallel:
         return entering
     count = math.prod(shape)
-    block = min(1024, max(16, triton.next_power_of_2(chunks)))
+    block = min(1024, max(16, next_power_of_2(chunks)))
     block_rows = max(1, 512 // block)
-    selective_scan_carry_kernel[(triton.cdiv(count, block_rows),)](
+    selective_scan_carry_kernel[(cdiv(count, block_rows),)](
         local,
         total,
         scan.A,
@@ -899,7 +899,7 @@ def _across_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int
 
 
 def _along_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": triton.next_power_of_2(scan.states)}
+    constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": next_power_of_2(scan.states)}
     return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
 
 
@@ -908,7 +908,7 @@ def _forward_blocks(scan: Scan, align: int) -> tuple:
     rows = scan.batch * scan.channels
     if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * MIN_PROGRAMS:
         return _along_lanes(scan, 32, 4, 1)
-    within = max(32, triton.next_power_of_2(scan.length))
+    within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
         if rows < 32 * MIN_PROGRAMS:
             return _across_lanes(scan, 2, min(512, within), 2, 168)
@@ -955,7 +955,7 @@ def forward(
     align = scan.alignment()
     kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
     programs = scan.programs(rows)
-    chunks = triton.cdiv(scan.length, chunk)
+    chunks = cdiv(scan.length, chunk)
     parallel = _parallel(scan, programs, chunks)
     if kernel is selective_scan_fwd_kernel:
         constants["EXACT"] = not parallel and chunks > 16
@@ -1024,7 +1024,7 @@ def backward(
     align = scan.alignment(g, gu, gdelta, gz)
     lanes, per_lane = steps = _steps(scan, align)
     rows, blocks, stages, options = _backward_blocks(scan)
-    chunks = triton.cdiv(scan.length, lanes * per_lane)
+    chunks = cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
     per_sequence = programs // scan.batch

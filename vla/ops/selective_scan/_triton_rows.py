@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, pick
+from .._triton import LN2, LOG2E, cdiv, pick
 from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
@@ -513,12 +513,12 @@ def selective_scan_bwd_rows_kernel(
 
 def _segment_chunks(scan: Scan) -> int:
     """Chunks of a segment: all, unless the rows are too few to keep a GPU busy."""
-    return _SEGMENT if scan.programs(_ROWS) < MIN_PROGRAMS else triton.cdiv(scan.length, _CHUNK)
+    return _SEGMENT if scan.programs(_ROWS) < MIN_PROGRAMS else cdiv(scan.length, _CHUNK)
 
 
 def suits(scan: Scan, align: int) -> bool:
     """Whether these kernels are the faster ones: several states, 16 bits, and enough segments to keep a GPU busy."""
-    segments = triton.cdiv(triton.cdiv(scan.length, _CHUNK), _segment_chunks(scan))
+    segments = cdiv(cdiv(scan.length, _CHUNK), _segment_chunks(scan))
     full_lanes = scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
     return scan.states > 1 and scan.u.element_size() == 2 and align >= 4 and full_lanes
 
@@ -532,9 +532,9 @@ def backward(scan: Scan, g: Tensor, g_state: Tensor) -> tuple[Tensor | None, ...
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if scan.z is None else torch.empty_like(scan.z)
     programs = scan.programs(_ROWS)
-    chunks = triton.cdiv(length, _CHUNK)
+    chunks = cdiv(length, _CHUNK)
     segment_chunks = _segment_chunks(scan)
-    segments = triton.cdiv(chunks, segment_chunks)
+    segments = cdiv(chunks, segment_chunks)
     parallel = segments > 1
     sizes = (segments, segment_chunks, scan.span, channels, length, states, scan.B_channels, scan.C_channels)
     strides = (
@@ -584,7 +584,7 @@ def backward(scan: Scan, g: Tensor, g_state: Tensor) -> tuple[Tensor | None, ...
     )
     if parallel:
         for state, behind in ((entering, None), (adjoint, g_state)):
-            selective_scan_borders_kernel[(triton.cdiv(channels, 32), states, batch)](
+            selective_scan_borders_kernel[(cdiv(channels, 32), states, batch)](
                 total,
                 scan.A,
                 state,

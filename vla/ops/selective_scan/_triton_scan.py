@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import softplus2
+from .._triton import cdiv, softplus2
 
 # Programs that keep a GPU busy. Fewer rows than that, and parts of a sequence run in parallel.
 MIN_PROGRAMS = 1024
@@ -79,7 +79,7 @@ class Scan:
         return x.stride(), self.channels // x.shape[1]
 
     def programs(self, rows: int) -> int:
-        return self.batch * (self.channels // self.span) * triton.cdiv(self.span, rows)
+        return self.batch * (self.channels // self.span) * cdiv(self.span, rows)
 
     def alignment(self, *tensors: Tensor | None) -> int:
         """Largest power of two up to 16 that divides the length and all strides between rows of equal steps."""
