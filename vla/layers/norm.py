@@ -27,7 +27,8 @@ _LARGE = 2**20
 
 def _uses_operator(x: Tensor) -> bool:
     # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
-    return x.device.type in ("cuda", "xpu") and x.numel() >= _LARGE and not torch.compiler.is_compiling()
+    # Asked last for its size, of which a compiler would make a condition.
+    return x.device.type in ("cuda", "xpu") and not torch.compiler.is_compiling() and x.numel() >= _LARGE
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:

@@ -95,8 +95,10 @@ class _Eager(torch.autograd.Function):
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    """The module with the kernels for x, if no compiler, tracer or mode needs to see the operator."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    """The module with the kernels for x, if no compiler, tracer, transform or mode needs to see the operator."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
         return None
     if x.numel() == 0 or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
         return None
@@ -178,7 +180,7 @@ def add_layer_norm(
         x: Residual stream, (..., C).
         branch: What is added to it, (..., C).
         weight: See `layer_norm`, like all that follow.
-        bias: Scale per channel.
+        bias: Shift per channel.
         gate: Multiplies the result with its SiLU.
         groups: Groups of channels.
         eps: Added to the variance.
