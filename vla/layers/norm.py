@@ -140,7 +140,7 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """A residual connection and the norm of its result, in one pass over memory: `x + branch` and its norm."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not _has_hooks(self):
                 x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
                 x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .._checks import FLOAT_DTYPES, check_float, check_shape
+from .._checks import check_float, check_result_dtype, check_shape
 from .._registry import Operator
 
 __all__ = ["add_layer_norm", "layer_norm"]
@@ -39,8 +39,7 @@ def _check(
         if tensor is not None and tensor.shape != shape:
             check_shape(_OP, name, tensor, shape, pattern)
     check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    check_result_dtype(_OP, dtype)
 
 
 def _infer(
