@@ -522,7 +522,6 @@ class _Sweep:
         """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
         gx_k = gx if self.in_place else torch.empty_like(self.x, dtype=torch.float32)
         inputs = [self.x, self.gates, self.lam, self.u, self.skip, gy]
-        # The gradients of u and skip are laid out like that of lambda.
         if pairs := self._pairs([*inputs, gx_k, *outputs[:2]]):
             grid, numbers, constants = pairs
             arguments = (self.x if t is None else t for t in (*inputs, gx_k, *outputs))
@@ -568,7 +567,9 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
     )
     gy = grads[0] if proxy is None else grads[0].contiguous()
     if proxy is None:
-        results = [None if t is None else torch.empty_like(t) for t in (gates, lam, u, skip)]
+        # The kernels have one set of strides for the gradients of lambda, u and skip.
+        others = (None if t is None else torch.empty_like(lam, dtype=t.dtype) for t in (lam, u, skip))
+        results = [torch.empty_like(gates), *others]
     else:
         results = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in (gates, lam, u, skip)]
         g_proxy = 0
