@@ -368,6 +368,21 @@ def layer_norm_grn(options: Options) -> Iterator[Measurement]:
 
 
 @case()
+def squared_relu(options: Options) -> Iterator[Measurement]:
+    """Squared ReLU in the shapes of Vision-RWKV's channel mix."""
+
+    def problem(tokens, channels) -> Problem:
+        def make() -> dict[str, Tensor]:
+            return dict(x=torch.randn(batch, tokens, channels, dtype=BF16))
+
+        label = f"B{batch} T{tokens} C{channels}"
+        return Problem(label, ops.squared_relu, BF16, make, "x", {}, dict(x={0: 1}), {0: 1})
+
+    batch = options.batch or 128
+    yield from _measure_all([problem(196, 768), problem(196, 3072)], options)
+
+
+@case()
 def line_scan(options: Options) -> Iterator[Measurement]:
     """Line scan with coefficients from memory, as the official kernel has them, and expanded from a proxy."""
 

@@ -93,6 +93,26 @@ def test_blocks(make, monkeypatch):
         assert_close("value", actual, wanted, 2e-2)
 
 
+@pytest.mark.usefixtures("operator")
+def test_hooks_of_the_second_norm():
+    """The sum and its norm in one pass is not a call of the norm, for which a hook waits."""
+    block, calls = ResidualBlock(8, nn.Identity()), []
+    x = torch.randn(2, 8, 3, 4)
+    expected = block(x)
+    hooks = [
+        block.norm2.register_forward_hook(lambda module, args, y: calls.append(y)),
+        block.norm2.register_forward_pre_hook(lambda module, args: calls.append(args[0])),
+        nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: calls.append(y) if module is block.norm2 else None
+        ),
+    ]
+    for hook in hooks:
+        assert_close("output", block(x), expected)
+        assert calls
+        hook.remove()
+        calls.clear()
+
+
 class Norms(nn.Module):
     def __init__(self):
         super().__init__()

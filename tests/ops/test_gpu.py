@@ -10,10 +10,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops import test_bi_wkv, test_line_scan, test_q_shift_mix, test_scan2d, test_selective_scan, test_wkv6
+from tests.ops import (
+    test_bi_wkv,
+    test_depthwise_conv2d,
+    test_layer_norm,
+    test_layer_norm_grn,
+    test_line_scan,
+    test_q_shift_mix,
+    test_scan2d,
+    test_selective_scan,
+    test_wkv6,
+)
 from tests.ops.harness import randn, run
 from tests.tolerance import RELATIVE, assert_close
-from vla.ops import bi_wkv, line_scan, q_shift, q_shift_mix, scan2d, wkv6
+from vla.ops import (
+    add_layer_norm,
+    bi_wkv,
+    depthwise_conv2d,
+    layer_norm,
+    layer_norm_grn,
+    line_scan,
+    q_shift,
+    q_shift_mix,
+    scan2d,
+    squared_relu,
+    wkv6,
+)
 
 if torch.get_default_device().type != "cuda":
     pytest.skip("run with --device cuda", allow_module_level=True)
@@ -47,6 +69,14 @@ def lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
     return line_scan, lambda: test_line_scan.make(shape, rank), dict(directions=SWEEPS) | options
 
 
+def depthwise(shape: tuple[int, ...], side: int, act: str | None = None, bias: bool = False) -> Case:
+    return depthwise_conv2d, lambda: test_depthwise_conv2d.make(shape, (side, side), bias), dict(act=act)
+
+
+def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: bool) -> Case:
+    return function, lambda: test_layer_norm.make(shape, **kinds), dict(groups=groups)
+
+
 CASES: dict[str, Case] = {
     "selective_scan L1": scan(2, 5, 1, 3),
     "selective_scan L7 N16": scan(3, 7, 7, 16),
@@ -77,6 +107,14 @@ CASES: dict[str, Case] = {
     "q_shift": (q_shift, lambda: {"x": randn(0)(3, 70, 33, 17)}, {}),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((8, 192, 14, 14), 3), {}),
     "q_shift_mix low": (q_shift_mix, lambda: test_q_shift_mix.make((4, 192, 15, 13), 5, 32), dict(head_dim=64)),
+    "depthwise_conv2d 3x3": depthwise((8, 96, 56, 57), 3, "silu", bias=True),
+    "depthwise_conv2d 7x7": depthwise((8, 144, 56, 56), 7),
+    "depthwise_conv2d one picture": depthwise((1, 33, 67, 130), 7),
+    "layer_norm": norm(layer_norm, (8, 3136, 96)),
+    "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
+    "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
+    "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
+    "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 1001, 33)}, {}),
 }
 
 
@@ -103,6 +141,11 @@ HUGE: dict[str, Case] = {
     "bi_wkv": (bi_wkv, lambda: test_bi_wkv.make(1, 4096, 64), {}),
     "line_scan": lines((1, 64, 64, 64), chunk=2),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2), {}),
+    "depthwise_conv2d": depthwise((1, 64, 64, 64), 3, "silu"),
+    "depthwise_conv2d 7x7": depthwise((1, 64, 64, 64), 7),
+    "layer_norm": norm(layer_norm, (1, 4096, 64)),
+    "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((1, 64, 64, 64)), {}),
+    "squared_relu": (squared_relu, lambda: {"x": randn(0)(1, 4096, 64)}, {}),
 }
 
 

@@ -180,6 +180,23 @@ def test_machinery(module, branch, gate):
     check_machinery(module, tuple(tensors.values()), torch.ops.vla.layer_norm.default, arguments)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_tracers_and_transforms_see_the_operator():
+    """Not the kernels, which eager mode launches without it."""
+    x, weight, bias = make((2, 3, 8), torch.float32).values()
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, weight, bias)
+
+    with use_backend("triton"):
+        expected = norm(x)
+        traced = torch.jit.trace(norm, x)
+        assert "vla::layer_norm" in str(traced.graph)
+        assert torch.equal(traced(x), expected)
+        assert torch.equal(torch.func.vmap(norm)(x), expected)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -34,6 +34,29 @@ def test_proxy_with_several_tiles_or_large_ones(rows, chunk):
     check((1, 2, rows, 3), 2, chunk, directions=["left"])
 
 
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_stored_coefficients_that_lie_differently(chunk):
+    tensors = make((2, 3, 4, 6), 0, dtype=FP32)
+    expected = run("naive", line_scan, tensors, directions=ALL, chunk=chunk)
+
+    def of_views(**tensors):
+        tensors["u"] = tensors["u"].mT.contiguous().mT
+        return line_scan(**tensors, directions=ALL, chunk=chunk)
+
+    for name, value in run("triton", of_views, tensors).items():
+        assert_close(name, value, expected[name].double())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_result_lies_in_memory_like_x(rank):
+    """As compilers expect it, who never see the kernels."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensors = make((2, 3, 4, 5), rank, dtype=FP32)
+        tensors["x"] = tensors["x"].contiguous(memory_format=layout)
+        with use_backend("triton"):
+            assert line_scan(**tensors, directions=ALL).is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("rank", [8, 11])
 def test_proxy_in_half_precision(rank, dtype):

@@ -6,6 +6,7 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 
@@ -27,7 +28,8 @@ _LARGE = 2**20
 
 def _uses_operator(x: Tensor) -> bool:
     # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
-    return x.device.type in ("cuda", "xpu") and x.numel() >= _LARGE and not torch.compiler.is_compiling()
+    # Asked last for its size, of which a compiler would make a condition.
+    return x.device.type in ("cuda", "xpu") and not torch.compiler.is_compiling() and x.numel() >= _LARGE
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
@@ -90,15 +92,16 @@ def add_normalize(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     """`x + branch`, and its `normalize`."""
-    if torch.jit.is_scripting():
-        x = x + branch
-        return x, _plain(x, weight, bias, eps, 1, None)
-    else:
-        if _uses_operator(x):
-            dtype = _result_dtype(x, narrow)
-            return ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=dtype)
-        x = x + branch
-        return x, normalize(x, weight, bias, eps, narrow)
+    if _uses_operator(x):
+        return ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_result_dtype(x, narrow))
+    x = x + branch
+    return x, normalize(x, weight, bias, eps, narrow)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or _has_any_global_hook()
 
 
 class LayerNorm(nn.LayerNorm):
@@ -137,9 +140,13 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """A residual connection and the norm of its result, in one pass over memory: `x + branch` and its norm."""
-        x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
-        x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
-        return x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not _has_hooks(self):
+                x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
+                x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
+                return x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
+        x = x + branch
+        return x, self(x)
 
 
 def narrow(norm: nn.Module) -> nn.Module:

@@ -25,6 +25,12 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected a real floating-point type")
 
 
+def check_result_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """Raises `TypeError` unless the dtype asked for is real floating point."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype is {dtype}, expected a real floating-point type")
+
+
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """dtype of states and reductions: float64 if any tensor is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_float, check_ndim, check_shape
+from .._checks import check_float, check_ndim, check_result_dtype, check_shape
 from .._registry import Operator
 
 __all__ = ["ACTIVATIONS", "depthwise_conv2d"]
@@ -25,8 +25,7 @@ def _infer(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtyp
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f"{_OP}: act is {act!r}, expected None or one of {', '.join(ACTIVATIONS)}")
     check_float(_OP, x=x, weight=weight, bias=bias)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    check_result_dtype(_OP, dtype)
     return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 

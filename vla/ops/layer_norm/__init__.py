@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .._checks import FLOAT_DTYPES, check_float, check_shape
+from .._checks import check_float, check_result_dtype, check_shape
 from .._registry import Operator
 
 __all__ = ["add_layer_norm", "layer_norm"]
@@ -39,8 +39,7 @@ def _check(
         if tensor is not None and tensor.shape != shape:
             check_shape(_OP, name, tensor, shape, pattern)
     check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    check_result_dtype(_OP, dtype)
 
 
 def _infer(
@@ -95,8 +94,10 @@ class _Eager(torch.autograd.Function):
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    """The module with the kernels for x, if no compiler, tracer or mode needs to see the operator."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    """The module with the kernels for x, if no compiler, tracer, transform or mode needs to see the operator."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
         return None
     if x.numel() == 0 or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
         return None
@@ -178,7 +179,7 @@ def add_layer_norm(
         x: Residual stream, (..., C).
         branch: What is added to it, (..., C).
         weight: See `layer_norm`, like all that follow.
-        bias: Scale per channel.
+        bias: Shift per channel.
         gate: Multiplies the result with its SiLU.
         groups: Groups of channels.
         eps: Added to the variance.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_float, check_ndim, check_shape
+from .._checks import check_float, check_ndim, check_result_dtype, check_shape
 from .._registry import Operator
 
 __all__ = ["layer_norm_grn"]
@@ -29,8 +29,7 @@ def _infer(
     for name, tensor in parameters.items():
         check_shape(_OP, name, tensor, (channels,), "(C,)")
     check_float(_OP, x=x, **parameters)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    check_result_dtype(_OP, dtype)
     batch, channels, height, width = x.shape
     return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
 

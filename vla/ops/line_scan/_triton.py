@@ -430,6 +430,8 @@ class _Sweep:
             self.skip = None if skip is None else maps[:, -1]
             x = x.contiguous()
         self.x = x if self.in_place else to_map_frame(x, self.direction)
+        self.batch, self.channels, *size = self.x.shape
+        self.rows, self.lines = reversed(size) if self.frame in ("down", "up") else size
         self.chunk = chunk
 
     def strides(self, t: Tensor | None) -> list[int]:
@@ -441,19 +443,10 @@ class _Sweep:
 
     def configure(self, maps: list[Tensor | None]) -> None:
         """Chooses blocks for kernels on these maps, (B, 3, D, H, W) where the five dimensions are."""
-        batch, self.channels, height, width = self.x.shape
-        self.rows, self.lines = (width, height) if self.frame in ("down", "up") else (height, width)
         self.chunk = min(self.chunk or self.lines, self.lines)
-        self.sequences = batch * self.channels
-        strides = [self.strides(t) for t in maps]
-        threes = [t.stride(1) for t in maps if t is not None and t.dim() == 5]
-        # Lines that a thread can read at once.
-        across = {s[3] for t, s in zip(maps, strides, strict=True) if t is not None}
-        common = math.gcd(self.lines, *threes, *(v for s in strides for v in s[:3]))
-        self.W = math.gcd(common, 8) if across == {1} else 1
+        self.sequences = self.batch * self.channels
         self.P = next_power_of_2(self.rows)
-        while self.W > 1 and self.W * self.P > 8192:
-            self.W //= 2
+        self.W, strides = self._vectors(maps, max(1, min(8, 8192 // self.P)))
         self.N = max(1, min(128 // self.P, next_power_of_2(self.sequences)))
         self.warps = max(1, min(32 if self.P > 1024 else 16, self.N * self.P // 32))
         self.rows_inner = self.x.stride(1) != 1 or self.channels == 1
@@ -467,11 +460,7 @@ class _Sweep:
         size = 4 * (self.N * self.P + 2 * (1 if self.rows_inner else self.N))
         self.exchange = self.x.new_empty(0 if _GATHER else self.programs * size, dtype=torch.float32)
         sizes = [self.sequences, self.channels, self.rows, self.blocks, self.chunk, self.segments, self.span, 1]
-        flat = []
-        for t, s in zip(maps, strides, strict=True):
-            s = [v // self.W for v in s[:3]] + s[3:]
-            flat += s if t is None or t.dim() == 4 else [s[0], t.stride(1) // self.W, *s[1:]]
-        self.arguments = [self.exchange, *sizes, *flat]
+        self.arguments = [self.exchange, *sizes, *strides]
         self.constants = dict(
             N=self.N, P=self.P, W=self.W, ROWS_INNER=self.rows_inner, REVERSE=self.frame in ("left", "up"),
             NORMALIZE=self.normalize, HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, GATHER=_GATHER,
@@ -480,27 +469,31 @@ class _Sweep:
 
     def _pairs(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], dict] | None:
         """Grid, numbers and constants for the kernels of chunks of two lines, or None if they don't fit."""
-        batch, channels, height, width = self.x.shape
-        if self.chunk != 2 or (self.x.stride(1) == 1 and channels > 1):
+        if self.chunk != 2 or (self.x.stride(1) == 1 and self.channels > 1):
             return None
-        rows, lines = (width, height) if self.frame in ("down", "up") else (height, width)
-        V, strides = self._vectors(maps, lines)
+        V, strides = self._vectors(maps, 8)
         W = max(V, 2)
-        blocks = cdiv(lines, W)
+        blocks = cdiv(self.lines, W)
         T = 128
         constants = dict(
-            T=T, W=W, V=V, ROWS_INNER=V == 1, REVERSE=self.frame in ("left", "up"), WHOLE=lines % W == 0,
+            T=T, W=W, V=V, ROWS_INNER=V == 1, REVERSE=self.frame in ("left", "up"), WHOLE=self.lines % W == 0,
             NORMALIZE=self.normalize, HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, num_warps=T // 32,
         )  # fmt: skip
-        grid = (cdiv(batch * channels * rows * blocks, T),)
-        return grid, [batch * channels, channels, rows, lines, blocks, *strides], constants
+        sequences = self.batch * self.channels
+        grid = (cdiv(sequences * self.rows * blocks, T),)
+        return grid, [sequences, self.channels, self.rows, self.lines, blocks, *strides], constants
 
-    def _vectors(self, maps: list[Tensor | None], lines: int) -> tuple[int, list[int]]:
-        """How many numbers of a row can be read at once, and all strides in units of that but those across lines."""
+    def _vectors(self, maps: list[Tensor | None], most: int) -> tuple[int, list[int]]:
+        """How many numbers of a row can be read at once, and all strides in units of that but those across lines.
+
+        Args:
+            maps: (B, D, H, W), or (B, 3, D, H, W).
+            most: Limit of these numbers, a power of two.
+        """
         each = [self.strides(t) for t in maps]
         across = {s[3] for t, s in zip(maps, each, strict=True) if t is not None}
         threes = [t.stride(1) for t in maps if t is not None and t.dim() == 5]
-        V = math.gcd(lines, 8, *threes, *(v for s in each for v in s[:3])) if across == {1} else 1
+        V = math.gcd(self.lines, most, *threes, *(v for s in each for v in s[:3])) if across == {1} else 1
         flat = []
         for t, s in zip(maps, each, strict=True):
             s = [v // V for v in s[:3]] + s[3:]
@@ -522,7 +515,6 @@ class _Sweep:
         """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
         gx_k = gx if self.in_place else torch.empty_like(self.x, dtype=torch.float32)
         inputs = [self.x, self.gates, self.lam, self.u, self.skip, gy]
-        # The gradients of u and skip are laid out like that of lambda.
         if pairs := self._pairs([*inputs, gx_k, *outputs[:2]]):
             grid, numbers, constants = pairs
             arguments = (self.x if t is None else t for t in (*inputs, gx_k, *outputs))
@@ -541,9 +533,11 @@ class _Sweep:
 
 
 def forward(*args) -> Tensor:
-    if _triton_proxy.suits(args):
-        return _triton_proxy.forward(*args)
     x, proxy, directions = args[0], args[5], args[6]
+    if _triton_proxy.suits(args):
+        y = _triton_proxy.forward(*args)
+        # Those kernels write channels last, the operator's result lies in memory as x does.
+        return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
     y = torch.empty_like(
         x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
     )
@@ -566,7 +560,9 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
     )
     gy = grads[0] if proxy is None else grads[0].contiguous()
     if proxy is None:
-        results = [None if t is None else torch.empty_like(t) for t in (gates, lam, u, skip)]
+        # The kernels have one set of strides for the gradients of lambda, u and skip.
+        others = (None if t is None else torch.empty_like(lam, dtype=t.dtype) for t in (lam, u, skip))
+        results = [torch.empty_like(gates), *others]
     else:
         results = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in (gates, lam, u, skip)]
         g_proxy = 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, check_float, check_ndim, check_shape
+from .._checks import check_float, check_ndim, check_result_dtype, check_shape
 from .._registry import Operator
 from ..q_shift import check_shift
 
@@ -35,8 +35,7 @@ def _infer(
         check_shape(_OP, "up", up, (mixes, up.shape[1], channels), "(mixes, rank, C)")
         check_shape(_OP, "low", low, (batch, height * width, mixes * up.shape[1]), "(B, H * W, mixes * rank)")
     check_float(_OP, x=x, weight=weight, low=low, up=up)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_OP}: dtype is {dtype}, expected a real floating-point type")
+    check_result_dtype(_OP, dtype)
     return x.new_empty(mixes, batch, height, width, channels, dtype=dtype).permute(0, 1, 4, 2, 3)
 
 
