@@ -129,15 +129,15 @@ class Operator:
         The dispatcher and the autograd that `torch.library` registers take the host several times as long as to launch
         the kernels.
         """
-        if self._is_observed(args):
+        if self.is_observed(args):
             return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
-    def _is_observed(self, args: tuple) -> bool:
+    def is_observed(self, args: tuple) -> bool:
         """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
             return True
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._are_functorch_transforms_active():
             return True
         tensors = (args[i] for i in self.tensor_arguments if args[i] is not None)
         return any(type(t) not in (Tensor, Parameter) or t.is_meta for t in tensors)

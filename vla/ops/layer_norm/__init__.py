@@ -1,11 +1,7 @@
 """Layer norm over channels, with the addition before it and the gate after it: https://arxiv.org/abs/1607.06450."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._checks import check_float, check_result_dtype, check_shape
 from .._registry import Operator
@@ -76,54 +72,6 @@ operator = Operator(
 )
 
 
-class _Eager(torch.autograd.Function):
-    """The operator's kernels without its dispatch, which takes the host several times as long as to launch them."""
-
-    # Not with a `setup_context`: `apply` would spend more time on its signature than on all the rest.
-    @staticmethod
-    def forward(ctx, kernels, x, branch, weight, bias, gate, groups, eps, dtype):
-        ctx.save_for_backward(x, branch, weight, bias, gate)
-        ctx.kernels, ctx.groups, ctx.eps = kernels, groups, eps
-        return kernels.launch_forward(x, branch, weight, bias, gate, groups, eps, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g, g_total):
-        grads = ctx.kernels.launch_backward(g, g_total, *ctx.saved_tensors, ctx.groups, ctx.eps)
-        return None, *grads, None, None, None
-
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The module with the kernels for x, if no compiler, tracer, transform or mode needs to see the operator."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
-        return None
-    if x.numel() == 0 or (x.is_cuda and x.get_device() != torch.cuda.current_device()):
-        return None
-    module = operator.module(x)
-    return module if hasattr(module, "launch_forward") else None
-
-
-def _run(
-    x: Tensor,
-    branch: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    groups: int,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    args = (x, branch, weight, bias, gate, groups, eps, dtype)
-    kernels = _kernels(x)
-    if kernels is None:
-        return torch.ops.vla.layer_norm(*args)
-    operator.check_devices(args)
-    _check(*args)
-    return _Eager.apply(kernels, *args) if torch.is_grad_enabled() else kernels.launch_forward(*args)
-
-
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -160,7 +108,7 @@ def layer_norm(
         y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype)
         return y
     else:
-        return _run(x, None, weight, bias, gate, groups, eps, dtype)[0]
+        return operator(x, None, weight, bias, gate, groups, eps, dtype)[0]
 
 
 def add_layer_norm(
@@ -196,5 +144,5 @@ def add_layer_norm(
         y, total = torch.ops.vla.layer_norm(x, branch, weight, bias, gate, groups, eps, dtype)
         return total, y
     else:
-        y, total = _run(x, branch, weight, bias, gate, groups, eps, dtype)
+        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype)
         return total, y

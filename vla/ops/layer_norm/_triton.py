@@ -268,7 +268,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def launch_forward(
+def forward(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor | None,
@@ -277,8 +277,7 @@ def launch_forward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The norm, and the sum if there is a branch."""
+) -> tuple[Tensor, Tensor]:
     sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = None if branch is None else _empty(x, sum_dtype)
     y = _empty(x, dtype or sum_dtype)
@@ -298,12 +297,11 @@ def launch_forward(
             eps,
             **constants,
         )
-    return y, total
+    return y, x.new_empty(0) if total is None else total
 
 
-def launch_backward(
-    g: Tensor,
-    g_total: Tensor | None,
+def backward(
+    grads: list[Tensor],
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor | None,
@@ -311,8 +309,11 @@ def launch_backward(
     gate: Tensor | None,
     groups: int,
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the five tensors; those of weight and bias may share their memory."""
+    dtype: torch.dtype | None,
+) -> list[Tensor | None]:
+    if x.numel() == 0:
+        return [None] * 5
+    g, g_total = grads
     channels = x.shape[-1] // groups
     rows = x.numel() // channels
     constants, sums_of_program, period = _config(channels, groups)
@@ -326,7 +327,7 @@ def launch_backward(
         sums = torch.empty(shape, dtype=torch.float32, device=x.device)
     layer_norm_bwd_kernel[(programs,)](
         g.contiguous(),
-        _contiguous(g_total),
+        None if branch is None else g_total.contiguous(),
         x.contiguous(),
         _contiguous(branch),
         _contiguous(weight),
@@ -344,17 +345,6 @@ def launch_backward(
     if sums is not None:
         sums = sums.sum(1)
         g_weight = None if weight is None else sums[0]
-        g_bias = None if bias is None else sums[1]
-    return gx, g_branch, g_weight, g_bias, g_gate
-
-
-def forward(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    y, total = launch_forward(x, *args)
-    return y, x.new_empty(0) if total is None else total
-
-
-def backward(grads: list[Tensor], x: Tensor, *args) -> list[Tensor | None]:
-    if x.numel() == 0:
-        return [None] * 5
-    gx, g_branch, g_weight, g_bias, g_gate = launch_backward(*grads, x, *args[:-1])
-    return [gx, g_branch, g_weight, None if g_bias is None else g_bias.clone(), g_gate]
+        # Not another view of the same memory, which an operator's results must not be.
+        g_bias = None if bias is None else sums[1].clone()
+    return [gx, g_branch, g_weight, g_bias, g_gate]
