@@ -99,7 +99,6 @@ class Operator:
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
         ]
-        self.num_outputs = len(forward_schema.returns)
         inputs = schema.split("->")[0].strip().removeprefix("(").removesuffix(")")
         torch.library.define(
             f"{qualname}_backward",

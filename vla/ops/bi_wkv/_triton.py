@@ -238,7 +238,7 @@ def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: t
 @triton.jit
 def _near_sums(
     w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
-    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
@@ -260,7 +260,7 @@ def _near_outputs(
     w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
@@ -348,7 +348,7 @@ def _near_grads(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
@@ -372,7 +372,7 @@ def _near_inputs(
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
-    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
@@ -694,7 +694,7 @@ def bi_wkv_sums_kernel(
     if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
         _near_sums(
             w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
-            stride_vb, stride_vt, stride_vc, CENTRE, L, P, W, BLOCK,
+            stride_vb, stride_vt, stride_vc, CENTRE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_sums(
@@ -758,7 +758,7 @@ def bi_wkv_fwd_kernel(
         _near_outputs(
             w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb, stride_kt,
             stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb, stride_yt, GATED,
-            ONE, L, P, W, BLOCK,
+            ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_outputs(
@@ -783,7 +783,7 @@ def bi_wkv_grads_kernel(
         _near_grads(
             w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
             stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
-            stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            stride_gt, stride_gc, GATED, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_grads(
@@ -811,7 +811,7 @@ def bi_wkv_bwd_kernel(
             w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
             grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
             stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
-            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_inputs(

@@ -489,6 +489,7 @@ def backward(
         num_warps=1,
     )
     sums = parts.sum(0)
+    # Strides that a gradient has to have, which for the dimension of size 1 a view would choose itself.
     g_weight = sums[: channels * taps].as_strided(weight.shape, weight.stride())
     # Not another view of the same memory, which an operator's results must not be.
     return [gx, g_weight, None if bias is None else sums[channels * taps :].clone()]

@@ -176,10 +176,10 @@ def layer_norm_grn_bwd_kernel(
 
 
 def _tile(channels: int) -> tuple[dict, int]:
-    """Constants and launch options of the kernels over pixels, and pixels of a tile: 32 entries a thread."""
+    """Constants and launch options of the kernels over pixels, and pixels of a tile: 32 entries a thread, or more."""
     block_c = next_power_of_2(channels)
     size = max(1024, block_c)
-    return dict(BLOCK_P=size // block_c, BLOCK_C=block_c, num_warps=size // 1024), size // block_c
+    return dict(BLOCK_P=size // block_c, BLOCK_C=block_c, num_warps=min(32, size // 1024)), size // block_c
 
 
 def _parts(batch: int, pixels: int, block_p: int) -> tuple[int, int]:
