@@ -163,7 +163,8 @@ def _result(measurement: Measurement, timing: Timing, bandwidth: float) -> dict:
     }
     if measurement.items:
         result["items_per_second"] = measurement.items / timing.median
-    if timing.peak_memory is not None:
+    # A CUDA graph's memory is a pool of its own, which its replays allocate nothing of.
+    if timing.peak_memory is not None and "graph" not in measurement.details.get("mode", ""):
         result["peak_gib"] = timing.peak_memory / 2**30
     if measurement.bytes:
         result["floor_ms"] = 1e3 * measurement.bytes / bandwidth

@@ -136,6 +136,13 @@ def test_the_clock():
     assert measure_latency(run, FAST, calls=100, seconds=0).calls == 3
 
 
+@pytest.mark.parametrize("mode, told", [("eager", True), ("compiled+graph", False)])
+def test_memory_of_graphs_is_not_told(mode, told):
+    measurement = Measurement("anything", setup=lambda: lambda: None, details={"mode": mode})
+    result = runner._result(measurement, Timing(1.0, 1.0, 1, peak_memory=2**30), bandwidth=1.0)
+    assert ("peak_gib" in result) == told
+
+
 OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}
 OWN = {"scan2d", "wkv6", "q_shift", "q_shift_mix"}
 OWN |= {"depthwise_conv2d", "layer_norm", "layer_norm_grn", "squared_relu"}
