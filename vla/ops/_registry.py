@@ -128,11 +128,11 @@ class Operator:
         The dispatcher and the autograd that `torch.library` registers take the host several times as long as to launch
         the kernels.
         """
-        if self.is_observed(args):
+        if self._is_observed(args):
             return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
-    def is_observed(self, args: tuple) -> bool:
+    def _is_observed(self, args: tuple) -> bool:
         """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
             return True
@@ -180,7 +180,7 @@ class Operator:
             return "computes in float32, the tensors are float64"
         return None
 
-    def module(self, first: Tensor) -> ModuleType:
+    def _module(self, first: Tensor) -> ModuleType:
         """The backend module that serves tensors like `first`."""
         backend = self.backend_for(first.device, first.dtype)
         if backend not in self._modules:
@@ -188,7 +188,7 @@ class Operator:
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
         return self._modules[backend]
 
-    def check_devices(self, args: tuple) -> torch.device:
+    def _check_devices(self, args: tuple) -> torch.device:
         """The device of the first tensor; raises `ValueError` unless all others are there too."""
         first = args[self.tensor_arguments[0]].device
         for i in self.tensor_arguments[1:]:
@@ -200,13 +200,13 @@ class Operator:
         return first
 
     def _forward(self, *args):
-        device = self.check_devices(args)
+        device = self._check_devices(args)
         self.infer(*args)
         with _full_precision(device), _current(device):
-            return self.module(args[self.tensor_arguments[0]]).forward(*args)
+            return self._module(args[self.tensor_arguments[0]]).forward(*args)
 
     def _fake(self, *args):
-        self.check_devices(args)
+        self._check_devices(args)
         return self.infer(*args)
 
     def _setup_context(self, ctx, inputs, output) -> None:
@@ -237,7 +237,7 @@ class Operator:
         """One gradient per tensor argument, None for absent ones."""
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
-        module = self.module(tensors[0])
+        module = self._module(tensors[0])
         with _full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import next_power_of_2
+from .._triton import cdiv, next_power_of_2
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -285,7 +285,7 @@ def forward(
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
         constants, _, _ = _config(channels, groups)
-        layer_norm_fwd_kernel[(-(-rows // constants["BLOCK_R"]),)](
+        layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
             x.contiguous(),
             _contiguous(branch),
             _contiguous(weight),
@@ -317,9 +317,9 @@ def backward(
     channels = x.shape[-1] // groups
     rows = x.numel() // channels
     constants, sums_of_program, period = _config(channels, groups)
-    tiles = -(-rows // constants["BLOCK_R"])
+    tiles = cdiv(rows, constants["BLOCK_R"])
     limit = 2 * _PROGRAMS if x.shape[-1] <= 128 else _PROGRAMS
-    programs = min(-(-tiles // period), max(1, limit // period)) * period
+    programs = min(cdiv(tiles, period), max(1, limit // period)) * period
     gx, g_branch, g_gate = _empty(x), _empty(branch), _empty(gate)
     sums = g_weight = g_bias = None
     if weight is not None or bias is not None:
