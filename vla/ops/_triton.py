@@ -70,6 +70,15 @@ def pick(tile, index, i):
 
 
 @triton.jit
+def repeat(value, COUNT: tl.constexpr):
+    """The same tensor COUNT times in a tuple."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (value,)
+    return out
+
+
+@triton.jit
 def leading(x):
     """The leading 11 bits of a float32 number, as many as TF32 has."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)

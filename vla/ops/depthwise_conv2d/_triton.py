@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv
+from .._triton import LOG2E, cdiv, repeat
 
 # Channels of a program: 32 bytes in 16 bits. A warp has as many strips as leave every lane 1 or 2 of them.
 BLOCK_C = 16
@@ -62,15 +62,6 @@ def times_derivative(g, s, ACT: tl.constexpr):
     out = ()
     for i in tl.static_range(len(g)):
         out = out + (g[i] * derivative(s[i], ACT),)
-    return out
-
-
-@triton.jit
-def repeat(value, N: tl.constexpr):
-    """N times the same tensor."""
-    out = ()
-    for _ in tl.static_range(N):
-        out = out + (value,)
     return out
 
 

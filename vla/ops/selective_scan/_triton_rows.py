@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, pick
+from .._triton import LN2, LOG2E, cdiv, pick, repeat
 from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
@@ -37,15 +37,6 @@ def _stack(rows, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         tile = tl.where(index == i, rows[i][None, :], tile)
     return tile
-
-
-@triton.jit
-def _repeat(row, COUNT: tl.constexpr):
-    """A row COUNT times in a tuple."""
-    rows = ()
-    for _ in tl.static_range(COUNT):
-        rows = rows + (row,)
-    return rows
 
 
 @triton.jit
@@ -196,12 +187,12 @@ def selective_scan_states_rows_kernel(
             h = tl.load(end_ptr + at, later, 0.0)  # (R,)
             tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
             if B_CONSTANT:
-                B = _repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                B = repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
             else:
                 B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
             if PARALLEL:
                 if C_CONSTANT:
-                    C = _repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                    C = repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
                 else:
                     C = _every_lane(tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0), ROWS)  # (T,)
                 adjoint = tl.load(adjoint_ptr + at, later, 0.0)  # (R,)
@@ -395,9 +386,9 @@ def selective_scan_bwd_rows_kernel(
         dt2 = _unstack(dt2_tile)
         x = _unstack(dt2_tile * LN2 * u)
         gy = _unstack(gy_tile)
-        gx = _repeat(zero, CHUNK)
-        gdt = _repeat(zero, CHUNK)
-        y = _repeat(zero, CHUNK)
+        gx = repeat(zero, CHUNK)
+        gdt = repeat(zero, CHUNK)
+        y = repeat(zero, CHUNK)
         if entering_ptr is not None:
             since = tl.load(time_ptr + (batch * chunks + chunk) * channels + channel, valid, 0.0)  # (R,)
         border = border_ptr + (batch * chunks + chunk) * states * channels + channel
@@ -422,12 +413,12 @@ def selective_scan_bwd_rows_kernel(
                 carry_next = tl.load(carry_ptr + at + channels, more, 0.0)  # (R,)
                 gA_next = tl.load(gA_ptr + at + channels, more & later, 0.0)  # (R,)
                 if B_CONSTANT:
-                    B = _repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                    B = repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
                     gB = tl.load(gB_ptr + at, valid & later, 0.0)  # (R,)
                 else:
                     B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
                 if C_CONSTANT:
-                    C = _repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                    C = repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
                     gC = tl.load(gC_ptr + at, valid & later, 0.0)  # (R,)
                 else:
                     C = _every_lane(tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0), ROWS)  # (T,)
