@@ -1,10 +1,11 @@
 """Settings for every test: the device, two threads at most, and uninitialised memory that shows."""
 
 import os
-import warnings
 
 import pytest
 import torch
+
+from tests.device import use
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -19,12 +20,7 @@ def pytest_configure(config):
         # Triton's kernels run on CPU tensors then, interpreted; it is read when a kernel is defined.
         os.environ["TRITON_INTERPRET"] = "1"
         return
-    torch.set_default_device(device)
-    from_numpy = torch.from_numpy
-    torch.from_numpy = lambda array: from_numpy(array).to(device)
-    # Without it, cuBLAS says at every product that it is not deterministic.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    use(device)
 
 
 def pytest_collection_modifyitems(config, items):

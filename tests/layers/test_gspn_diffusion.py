@@ -34,7 +34,9 @@ def test_generator(dtype, backend):
     with use_backend(backend):
         y = net(latent, t=data["t"], labels=data["y"])
         (y * torch.from_numpy(golden.fill_tensor("loss", y.shape))).sum().backward()
-    relative = 1e-9 if dtype == torch.float64 else 2e-4
+    # The embedding of the time is float32, with a device's own sine and cosine.
+    double = 1e-9 if y.device.type == "cpu" else 1e-5
+    relative = double if dtype == torch.float64 else 2e-4
     assert_close("out", y, data["out"], relative)
     assert_close("d_latent", latent.grad, data["d_latent"], relative)
     norms = torch.stack([net.gradients()[key].norm() for key in case["grad_norms_order"]])

@@ -41,7 +41,7 @@ def test_dtypes():
     assert layer(single).dtype is torch.float32
     assert layer.to(torch.bfloat16)(half).dtype is torch.bfloat16
     layer = layer.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert layer(single).dtype is layer(half).dtype is torch.float32
         narrow(layer)
         assert layer(single).dtype is layer(half).dtype is torch.bfloat16
@@ -81,7 +81,7 @@ def test_blocks(make, monkeypatch):
 
     def run() -> list[torch.Tensor]:
         y = block(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             mixed = block(x)
         return [y, mixed, *torch.autograd.grad((y.sin().sum(), mixed.sin().sum()), leaves)]
 

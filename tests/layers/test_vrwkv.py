@@ -70,7 +70,7 @@ def test_mixes(grid, low_rank):
         share = share + torch.einsum("btmr,mrc->mbtc", low.unflatten(2, (3, 2)), up)
     expected = tokens + change * share
     assert_close("mixes", shift.mix(x, weight, grid, low, up), expected)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         mixed = shift.mix(x, weight, grid, low, up)
     assert mixed.dtype is torch.bfloat16
     assert_close("under autocast", mixed, expected)
@@ -80,7 +80,7 @@ def test_mixes(grid, low_rank):
 def test_compiled_under_autocast(version):
     block = VRWKVBlock(16, version=version, head_dim=8)
     x = torch.randn(2, 16, 3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         expected = block(x)
         actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(actual, expected)

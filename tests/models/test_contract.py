@@ -39,16 +39,17 @@ LARGE = {
     "vrwkv_large",
 }
 IN_FULL = [pytest.param(name, marks=[pytest.mark.large] if name in LARGE else []) for name in NAMES]
-SHAPES = [pytest.param(name, "cpu", marks=[pytest.mark.large] if name in LARGE else []) for name in NAMES]
+HERE = torch.get_default_device().type
+SHAPES = [pytest.param(name, HERE, marks=[pytest.mark.large] if name in LARGE else []) for name in NAMES]
 SHAPES += [pytest.param(name, "meta") for name in sorted(LARGE)]
 
 
-def create(name: str, device: str = "cpu", **kwargs) -> nn.Module:
+def create(name: str, device: str = HERE, **kwargs) -> nn.Module:
     with torch.device(device):
         return timm.create_model(name, **kwargs).eval()
 
 
-def image(batch: int, size: int, device: str = "cpu") -> torch.Tensor:
+def image(batch: int, size: int, device: str = HERE) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, device=device)
 
 

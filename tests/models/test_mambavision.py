@@ -310,7 +310,7 @@ def full_cases():
 @pytest.mark.parametrize("name, model_name", list(full_cases()))
 def test_full_size(name, model_name, dtype):
     case, data = INDEX[name], golden.load("mambavision", name)
-    model = create(model_name, "cpu").eval()
+    model = create(model_name, torch.get_default_device()).eval()
     released = next(key for key in (case["keys"], case["keys"].replace("L2_512_21k", "L2")) if key in KEYS)
     model.load_state_dict(checkpoint_filter_fn(golden.fill_state_dict(KEYS[released]), model))
     model.to(dtype)
@@ -330,7 +330,7 @@ def test_full_size(name, model_name, dtype):
 
 def test_full_size_dense_backbone():
     data = golden.load("mambavision", "backbone_seg_T_512x512.npz")
-    backbone = create("mambavision_tiny.ade20k", "cpu").eval()
+    backbone = create("mambavision_tiny.ade20k", torch.get_default_device()).eval()
     shapes = {key.removeprefix("backbone."): shape for key, shape in KEYS["det_T_3x_backbone"].items()}
     backbone.model.load_state_dict(checkpoint_filter_fn(golden.fill_state_dict(shapes), backbone.model))
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_dense_weights_need_features_only():
 
 
 def test_foreign_checkpoint_is_refused():
-    model = create("mambavision_atto", "cpu")
+    model = create("mambavision_atto", torch.get_default_device())
     with pytest.raises(ValueError, match="checkpoint"):
         checkpoint_filter_fn({"epoch": 3}, model)
     with pytest.raises(RuntimeError, match="stem.conv1.weight"):

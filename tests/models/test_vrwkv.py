@@ -204,7 +204,7 @@ def test_bad_options(arguments, message):
 @pytest.mark.parametrize("name", ["vrwkv_atto", "vrwkv6_atto"])
 def test_bfloat16_autocast(name):
     model = timm.create_model(name)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = model(torch.randn(2, 3, 40, 40))
     y.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -135,6 +135,8 @@ def check_reference_values(file, dtype, backend, splits):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("file", FILES)
 def test_reference_values(file, dtype, backend):
+    if backend == "naive" and dtype is torch.float32 and torch.get_default_device().type != "cpu":
+        pytest.skip("in float32 the definition is as exact as a device's exponential")
     check_reference_values(file, dtype, backend, (None, 32, 16))
 
 

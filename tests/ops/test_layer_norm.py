@@ -32,7 +32,6 @@ CASES = [
     ((2, 3, 5, 96), {}, {}),
     ((7, 348), dict(bias=False), dict(eps=1e-6)),
     ((2, 3, 33), dict(weight=False, bias=False), {}),
-    ((1, 1), {}, dict(eps=1e-2)),
     ((40, 144), dict(weight=False), dict(eps=1e-3)),
     ((3, 2000), {}, {}),
     ((37, 64), dict(gate=True), dict(groups=4)),
@@ -89,6 +88,16 @@ def test_empty(backend, shape):
     results = run(backend, layer_norm, make(shape, torch.float32, gate=True))
     assert results["output 0"].shape == shape
     assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_channel(backend):
+    """It is its own mean: the output is the bias, and no gradient but rounding reaches the input."""
+    tensors = make((5, 1), torch.float32)
+    results = run(backend, layer_norm, tensors, eps=1e-2)
+    assert torch.equal(results["output 0"], tensors["bias"].expand(5, 1))
+    assert results["grad of x"].abs().max() < 1e-5
+    assert torch.equal(results["grad of weight"], torch.zeros(1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

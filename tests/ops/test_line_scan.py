@@ -283,7 +283,7 @@ def test_flops_grow_with_pixels_and_rank():
         ({"proxy": torch.zeros(2, 2, 5, 4)}, ValueError, r"proxy has shape \(2, 2, 5, 4\), expected \(B, S, H, W\)"),
         ({"proxy": None}, ValueError, r"gates has shape .*, expected \(B, 3, K, D, H, W\)"),
         ({"x": torch.zeros(2, 3, 4, 5, dtype=torch.long)}, TypeError, "x has dtype torch.int64"),
-        ({"x": torch.zeros(2, 3, 4, 5, device="meta")}, ValueError, "gates is on cpu, expected meta like x"),
+        ({"x": torch.zeros(2, 3, 4, 5, device="meta")}, ValueError, "gates is on (cpu|cuda:0), expected meta like x"),
     ],
 )
 def test_errors(change, error, message):

@@ -186,7 +186,7 @@ def test_flops():
         ({"D": torch.ones(5)}, "D has shape"),
         ({"z": torch.ones(2, 4)}, "z has shape"),
         ({"delta_bias": torch.ones(4, 1)}, "delta_bias has shape"),
-        ({"C": torch.ones(2, 2, 5, device="meta")}, "C is on meta, expected cpu like u"),
+        ({"C": torch.ones(2, 2, 5, device="meta")}, "C is on meta, expected (cpu|cuda:0) like u"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -171,8 +171,11 @@ class VRWKV(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        # Unpooled features come without the classifier's hidden layer.
-        self.head.reset(num_classes, global_pool, reset_other=num_classes == 0 and global_pool == "")
+        if num_classes == 0 and global_pool == "":
+            # Unpooled features come without the classifier's norm and hidden layer.
+            self.head.norm, self.head.pre_logits = nn.Identity(), nn.Identity()
+            self.head.hidden_size, self.head.num_features = None, self.head.in_features
+        self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -70,7 +70,8 @@ def _mean(row, CHANNELS: tl.constexpr):
     total = row[0]
     for i in tl.static_range(1, len(row)):
         total += row[i]
-    return tl.sum(total, 1)[:, None] * (1.0 / CHANNELS)
+    # A product with the reciprocal, or a division which is not exact, gives a row of equal numbers a variance.
+    return tl.div_rn(tl.sum(total, 1)[:, None], CHANNELS)
 
 
 @triton.jit

@@ -228,7 +228,7 @@ def line_scan_bwd_kernel(
 @lru_cache(maxsize=64)
 def _orders(directions: tuple[str, ...], height: int, width: int, aligned: bool) -> tuple[np.ndarray, ...]:
     """Pixels (K, L) that each sweep reads and those that it writes, line by line, and the pixels of a line (K,)."""
-    pixels = torch.arange(height * width).view(height, width)
+    pixels = torch.arange(height * width, device="cpu").view(height, width)
     source, target, rows = [], [], []
     for direction in directions:
         turned = to_frame(pixels, direction)

@@ -1,0 +1,82 @@
+"""Runs every operator's kernels once, forward and backward, on tensors small enough for NVIDIA's checkers.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.ops.sanitize
+compute-sanitizer --tool racecheck python -m tests.ops.sanitize selective_scan line_scan
+"""
+
+import sys
+
+import torch
+
+from tests.device import use
+
+use("cuda")
+
+# They look at the default device.
+from tests.ops import test_gpu  # noqa: E402
+from tests.ops.harness import run  # noqa: E402
+from tests.ops.test_gpu import (  # noqa: E402
+    CROSS,
+    Case,
+    add_layer_norm,
+    bi_wkv,
+    depthwise,
+    directional,
+    layer_norm,
+    layer_norm_grn,
+    lines,
+    norm,
+    q_shift,
+    q_shift_mix,
+    randn,
+    scan,
+    squared_relu,
+    wkv6,
+)
+
+CASES: dict[str, Case] = {
+    "selective_scan": scan(2, 37, 197, 1),
+    "selective_scan grouped": scan(2, 12, 130, 3, 4),
+    "selective_scan windows": scan(40, 33, 49, 8),
+    "selective_scan many rows": scan(16, 40, 70, 16),
+    "selective_scan long": scan(1, 3, 4097, 3),
+    "scan2d": directional((2, 33, 13, 17)),
+    "scan2d runs": directional((1, 16, 40, 41)),
+    "scan2d states": directional((3, 40, 7, 7), states=8, directions=CROSS[:1] * 4),
+    "scan2d grouped": directional((2, 29, 9, 7), rank=3, grouped=True),
+    "scan2d per line": directional((1, 20, 12, 9), per_line=True),
+    "bi_wkv": (bi_wkv, lambda: test_gpu.test_bi_wkv.make(2, 197, 33), {}),
+    "bi_wkv long": (bi_wkv, lambda: test_gpu.test_bi_wkv.make(1, 3000, 20), {}),
+    "wkv6": (wkv6, lambda: test_gpu.test_wkv6.make(1, 100, 2, 32), {}),
+    "wkv6 one chunk": (wkv6, lambda: test_gpu.test_wkv6.make(1, 16, 2, 16), {}),
+    "line_scan": lines((1, 18, 15, 22)),
+    "line_scan chunks": lines((1, 18, 56, 56), chunk=2),
+    "line_scan wide": lines((1, 9, 20, 140), aligned=True),
+    "line_scan stored": lines((1, 12, 15, 22), rank=0),
+    "line_scan stored chunks": lines((1, 6, 28, 28), rank=0, chunk=2),
+    "line_scan stored wide": lines((1, 3, 20, 200), rank=0, aligned=True),
+    "q_shift": (q_shift, lambda: {"x": randn(0)(2, 70, 9, 7)}, {}),
+    "q_shift_mix": (q_shift_mix, lambda: test_gpu.test_q_shift_mix.make((2, 64, 9, 7), 3), {}),
+    "q_shift_mix low": (q_shift_mix, lambda: test_gpu.test_q_shift_mix.make((2, 64, 9, 7), 5, 32), dict(head_dim=32)),
+    "depthwise_conv2d": depthwise((2, 33, 13, 17), 3, "silu", bias=True),
+    "depthwise_conv2d 7x7": depthwise((1, 40, 15, 15), 7),
+    "layer_norm": norm(layer_norm, (2, 200, 96)),
+    "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),
+    "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
+    "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
+    "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
+}
+
+
+def main(names: list[str]) -> None:
+    for name, (function, make, options) in CASES.items():
+        if names and name.split()[0] not in names:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            run("triton", function, {n: t if t is None else t.to(dtype) for n, t in make().items()}, **options)
+            torch.cuda.synchronize()
+            sys.stdout.write(f"{name} {dtype}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
