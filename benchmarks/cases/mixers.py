@@ -1,6 +1,7 @@
 """Token mixers as whole modules, which is what a block really pays."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ from vla.ops import use_backend
 
 from ..checks import check_close
 from ..registry import Measurement, Options, case
-from .models import autocast, precision
+from .models import autocast, captured, precision
 
 # Name, module, channels, side, batch, milliseconds of the official forward and forward + backward on an H200.
 MIXERS: tuple[tuple[str, Callable[[], nn.Module], int, int, int, tuple[float | None, float | None]], ...] = (
@@ -55,10 +56,12 @@ def _check(module: nn.Module, x: Tensor, weight: Tensor) -> None:
 
 @case()
 def mixers(options: Options) -> Iterator[Measurement]:
-    """Token mixers with their projections, forward and forward with backward, eager."""
+    """Token mixers with their projections, forward and forward with backward: eager, and as a CUDA graph."""
     device = options.device
 
-    def setup(create: Callable[[], nn.Module], size: tuple[int, ...], backward: bool) -> Callable[[], object]:
+    def setup(
+        create: Callable[[], nn.Module], size: tuple[int, ...], backward: bool, mode: str
+    ) -> Callable[[], object]:
         torch.manual_seed(0)
         with torch.device(device):
             module = create()
@@ -75,17 +78,19 @@ def mixers(options: Options) -> Iterator[Measurement]:
                 y = module(x)
             return torch.autograd.grad(y, leaves, weight.to(y.dtype)) if backward else y
 
-        return run
+        return captured(run) if mode == "graph" else run
 
+    modes = [mode for mode in options.modes if mode == "eager" or (mode == "graph" and device.type == "cuda")]
     comparable = options.batch is None and options.on_official_gpu
     for name, create, channels, side, batch, official in MIXERS:
         batch = options.batch or batch
         label = f"{name} C{channels} {side}x{side} B{batch}"
-        for backward in (False, True):
+        details = {"module": label, "dtype": precision(device), "layout": "channels last"}
+        for mode, backward in itertools.product(modes, (False, True)):
             what = "forward + backward" if backward else "forward"
             yield Measurement(
-                f"{label} {what}",
-                lambda c=create, s=(batch, channels, side, side), b=backward: setup(c, s, b),
-                details={"module": label, "pass": what, "dtype": precision(device), "layout": "channels last"},
+                f"{label} {what} {mode}",
+                lambda c=create, s=(batch, channels, side, side), b=backward, m=mode: setup(c, s, b, m),
+                details=details | {"pass": what, "mode": mode},
                 official_ms=official[backward] if comparable else None,
             )

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import timm
 import torch
@@ -20,6 +21,8 @@ from vla.train.weights import has_fixed_size
 
 from ..checks import check_close
 from ..registry import Measurement, Options, case
+
+T = TypeVar("T")
 
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny", "deit_small_patch16_224")
 # Pictures a second of the official code on an H200: evaluation, training.
@@ -108,7 +111,7 @@ def in_mode(
     return call
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def captured(call: Callable[[], T]) -> Callable[[], T]:
     """A call as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -120,7 +123,7 @@ def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Tensor:
+    def replay() -> T:
         graph.replay()
         return result
 
