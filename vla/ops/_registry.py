@@ -73,6 +73,8 @@ class Operator:
             empty outputs of the right shape and dtype. It runs before every forward, real and fake.
         flops: Number of floating-point operations of a forward, from the arguments' shapes (tensors are replaced by
             their `torch.Size`).
+        any_strides: The kernels take maps as they lie in memory. A compiler then needs no copies with the strides of
+            eager mode, where it has padded rows, for example.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Operator:
         backends: Sequence[str],
         infer: Callable,
         flops: Callable[..., int],
+        any_strides: bool = False,
     ):
         self.name = name
         self.package = package
@@ -92,7 +95,10 @@ class Operator:
         self._warned = False
 
         qualname = f"vla::{name}"
-        torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.pt2_compliant_tag,)
+        if any_strides and hasattr(torch.Tag, "flexible_layout"):
+            tags += (torch.Tag.flexible_layout,)
+        torch.library.define(qualname, schema, tags=tags)
         self._overload = getattr(torch.ops.vla, name).default
         forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
@@ -103,7 +109,7 @@ class Operator:
         torch.library.define(
             f"{qualname}_backward",
             f"(Tensor[] grad_outputs, {inputs}) -> Tensor[]",
-            tags=(torch.Tag.pt2_compliant_tag,),
+            tags=tags,
         )
 
         torch.library.impl(qualname, "default", self._forward)
