@@ -26,7 +26,7 @@ from vla.layers.groupmamba import (
     block_diagonal,
     grouped_linear,
 )
-from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn
+from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
 
@@ -337,6 +337,20 @@ def test_grouped_linear_as_one_matrix():
     x, *weights = (torch.randn(size, dtype=torch.float64) for size in ((2, 12, 5, 3), (4, 2, 3), (4, 2, 3)))
     expected = torch.cat(grouped_linear(x, weights), dim=1)
     assert_close("output", torch.einsum("bchw,oc->bohw", x, block_diagonal(weights)), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_first_convolution_of_blocks(channels):
+    """How GPUs compute the stem's first layer."""
+    x, weight = torch.randn(2, channels, 10, 16), torch.randn(5, channels, 7, 7)
+    results = []
+    for function in (convolve_blocks, lambda x, weight: nn.functional.conv2d(x, weight, stride=2, padding=3)):
+        leaves = [t.double().requires_grad_() for t in (x, weight)]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close("convolution", actual, expected)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("trained", [False, True])

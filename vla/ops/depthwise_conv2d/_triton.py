@@ -433,17 +433,20 @@ def _strides(x: Tensor, vec: int) -> tuple[int, int, int]:
     return x.stride(0) // vec, x.stride(2) // vec, x.stride(3) // vec
 
 
-def _tile(channels: int, vec: int) -> tuple[int, int]:
-    """Strips and channels of a warp, whose lanes have `vec` channels each: few strips, but hardly an idle lane."""
+def _tile(channels: int, taps: int, vec: int) -> tuple[int, int]:
+    """Strips and channels of a warp, whose lanes have `vec` channels each.
+
+    Up to 9 taps as few strips as leave hardly a lane idle; beyond, 16 channels, 32 bytes of a pixel in 16 bits.
+    """
     for block_c in (64, 32):
-        if block_c <= 32 * vec and 8 * cdiv(channels, block_c) * block_c <= 9 * channels:
+        if taps <= SMALL and block_c <= 32 * vec and 8 * cdiv(channels, block_c) * block_c <= 9 * channels:
             return 32 * vec // block_c, block_c
     return 2 * vec, 16
 
 
-def _segment(programs: int, height: int) -> int:
-    """Rows that a program walks: all of them, unless there are too few programs for a GPU."""
-    return cdiv(height, max(1, min(4096 // programs, height // 4)))
+def _segment(programs: int, height: int, wanted: int) -> int:
+    """Rows that a program walks: all of them, unless there are fewer programs than wanted."""
+    return cdiv(height, max(1, min(wanted // programs, height // 4)))
 
 
 def convolved(
@@ -455,11 +458,12 @@ def convolved(
     if y.numel() == 0:
         return y
     x, kh, kw = _last(x), *weight.shape[2:]
-    columns, vec = 4, _vec(x)
-    block_s, block_c = _tile(channels, vec)
+    # GELU leaves fewer registers.
+    columns, vec = 7 if kh * kw <= SMALL and act != "gelu" else 4, _vec(x)
+    block_s, block_c = _tile(channels, kh * kw, vec)
     strips = batch * cdiv(width, columns)
     programs = cdiv(strips, block_s) * cdiv(channels, block_c)
-    segment = _segment(programs, height)
+    segment = _segment(programs, height, 4096 if kh * kw <= SMALL else 1024)
     depthwise_conv2d_fwd_kernel[(programs, cdiv(height, segment))](
         x,
         weight.contiguous(),
@@ -509,11 +513,11 @@ def backward(
     whole = taps <= SMALL or act is not None
     gx = torch.empty_like(x) if whole else convolved(g, weight, None, None, x.dtype, flip=True)
     columns, vec, per_multiprocessor = (7 if taps <= SMALL else 2, 1, 16) if whole else (4, _vec(g, x), 8)
-    block_s, block_c = _tile(channels, vec)
+    block_s, block_c = _tile(channels, taps, vec)
     strips = batch * cdiv(width, columns)
     blocks_c = cdiv(channels, block_c)
     groups = max(1, min(cdiv(strips, block_s), MULTIPROCESSORS * per_multiprocessor // blocks_c))
-    segment = _segment(groups * blocks_c, height)
+    segment = _segment(groups * blocks_c, height, 1024)
     segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
     depthwise_conv2d_bwd_kernel[(groups * blocks_c, segments)](
