@@ -11,11 +11,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import scan2d
+from ..ops import group_modulation, scan2d
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import LayerNorm2d, narrow, normalize
+from .norm import LayerNorm2d, has_hooks, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -26,6 +26,15 @@ torch.fx.wrap("normalize")
 
 # Numbers of 16 bits in the 16 bytes that the rows of a matrix have to be multiples of for tensor cores' full speed.
 ALIGNMENT = 8
+# Numbers of a map from which a GPU takes longer than some launches more take the host.
+LARGE = 2**20
+# Up to which `vla.ops.group_modulation` has kernels.
+MODULATED_CHANNELS = 128
+
+
+def is_worth_launches(x: Tensor) -> bool:
+    """Whether small operations around a map of this size make a GPU faster; a compiler makes few launches of them."""
+    return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
@@ -35,7 +44,7 @@ def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """
     observed = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     # Tracing by torch.fx hands proxies through.
-    if isinstance(maps[0], Tensor) and maps[0].is_cuda and not observed and torch.is_grad_enabled():
+    if isinstance(maps[0], Tensor) and not observed and torch.is_grad_enabled() and is_worth_launches(maps[0]):
         return checkpoint(function, *maps, use_reentrant=False)
     return function(*maps)
 
@@ -69,7 +78,7 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
     """`F.linear`, at a GPU's full speed for any numbers of features."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        if x.is_cuda:
+        if is_worth_launches(x):
             return aligned_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -267,11 +276,41 @@ class GroupMambaMixer(nn.Module):
         if torch.jit.is_scripting():
             return self.modulate(y, z, n, gate)
         else:
+            if self.infers(y, n):
+                return self.modulate_at_once(y, z, n, gate)
             return recomputed(self.modulate, y, z, n, gate)
 
     def modulate(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
         y = self.ssm.close(y, z) * n * gate[:, :, None, None]
         return self.proj(self.norm(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def infers(self, y: Tensor, n: Tensor) -> bool:
+        """Whether `vla.ops.group_modulation` is what follows the scan, and faster than its parts."""
+        if not isinstance(y, Tensor) or not y.is_cuda or torch.is_grad_enabled() or y.dtype.itemsize != 2:
+            return False
+        parts = (self.ssm.out_norm, self.ssm.out_proj, self.norm, self.proj)
+        return y.shape == n.shape and y.shape[1] <= MODULATED_CHANNELS and not any(has_hooks(part) for part in parts)
+
+    @torch.jit.ignore
+    def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        """`modulate`, without gradients."""
+        out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
+        out = group_modulation(
+            *(x.permute(0, 2, 3, 1) for x in (y, z, n)),
+            gate,
+            out_norm.weight.flatten(),
+            out_norm.bias.flatten(),
+            block_diagonal([self.ssm.out_proj.weight]).to(y.dtype),
+            norm.weight,
+            norm.bias,
+            proj.weight.to(y.dtype),
+            proj.bias,
+            out_norm.groups,
+            out_norm.eps,
+            norm.eps,
+        )
+        return out.permute(0, 3, 1, 2)
 
 
 class ConvMlp(nn.Module):

@@ -61,7 +61,8 @@ class Operator:
 
     A backend is a module of the operator's folder, `naive.py` or `_<backend>.py`, imported at its first use, with two
     functions: `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output
-    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`.
+    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`,
+    that of `_torch.py` for kernels.
     (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
     Args:
@@ -188,7 +189,9 @@ class Operator:
 
     def _module(self, first: Tensor) -> ModuleType:
         """The backend module that serves tensors like `first`."""
-        backend = self.backend_for(first.device, first.dtype)
+        return self._load(self.backend_for(first.device, first.dtype))
+
+    def _load(self, backend: str) -> ModuleType:
         if backend not in self._modules:
             module = backend if backend == "naive" else f"_{backend}"
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
@@ -248,7 +251,9 @@ class Operator:
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
-                results = self._differentiate(module.forward, grads, args)
+                # Kernels of inference alone leave that to PyTorch's own operators.
+                plain = module if module.__name__.endswith((".naive", "._torch")) else self._load("torch")
+                results = self._differentiate(plain.forward, grads, args)
         return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
 
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
