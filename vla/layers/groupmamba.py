@@ -61,6 +61,8 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if bias is not None and columns == 0 and out_features > in_features and torch.is_grad_enabled():
         columns = ALIGNMENT
     rows = -out_features % ALIGNMENT
+    if columns == 0 and rows == 0:
+        return F.linear(x, weight, bias)
     if columns > 0:
         # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
         tail = torch.eye(1, columns, dtype=x.dtype, device=x.device)
@@ -76,15 +78,15 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 @torch.fx.wrap
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
-    """`F.linear`, at a GPU's full speed for any numbers of features."""
+    """`F.linear`, in 16 bits at a GPU's full speed for any numbers of features."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        if is_worth_launches(x):
+        if x.dtype.itemsize == 2 and is_worth_launches(x):
             return aligned_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, at a GPU's full speed for any numbers of features."""
+    """`nn.Linear`, in 16 bits at a GPU's full speed for any numbers of features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
