@@ -39,7 +39,7 @@ def test_empty_batch(backend):
 
 def test_strides():
     """Halves of a wider map, as a product with two weights leaves them, and one with its channels first."""
-    tensors = make((2, 3, 5, 16), dtype=torch.float32)
+    tensors = make((2, 3, 5, 16), dtype=torch.bfloat16)
     wide = torch.cat([tensors["y"], tensors["z"]], dim=-1)
     with use_backend("triton"):
         expected = group_modulation(**tensors, groups=4)
