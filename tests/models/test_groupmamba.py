@@ -8,11 +8,13 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vla  # noqa: F401
 from tests import golden
 from tests.models.official import Official, check
 from tests.tolerance import assert_close
+from vla.layers import groupmamba
 from vla.layers.block import DEFAULT_NORM
 from vla.layers.downsample import ConvDownsample
 from vla.layers.groupmamba import (
@@ -20,10 +22,11 @@ from vla.layers.groupmamba import (
     GroupedSS2D,
     GroupMambaBlock,
     GroupMambaMixer,
+    aligned_linear,
     block_diagonal,
     grouped_linear,
 )
-from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn
+from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
 
@@ -331,6 +334,56 @@ def test_bad_arguments():
 
 def test_grouped_linear_as_one_matrix():
     """How GPUs compute it."""
-    x, weight = torch.randn(2, 12, 5, 3, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
-    expected = grouped_linear(x, weight)
-    assert_close("output", torch.einsum("bchw,oc->bohw", x, block_diagonal(weight)), expected)
+    x, *weights = (torch.randn(size, dtype=torch.float64) for size in ((2, 12, 5, 3), (4, 2, 3), (4, 2, 3)))
+    expected = torch.cat(grouped_linear(x, weights), dim=1)
+    assert_close("output", torch.einsum("bchw,oc->bohw", x, block_diagonal(weights)), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_first_convolution_of_blocks(channels):
+    """How GPUs compute the stem's first layer."""
+    x, weight = torch.randn(2, channels, 10, 16), torch.randn(5, channels, 7, 7)
+    results = []
+    for function in (convolve_blocks, lambda x, weight: nn.functional.conv2d(x, weight, stride=2, padding=3)):
+        leaves = [t.double().requires_grad_() for t in (x, weight)]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close("convolution", actual, expected)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("features", [(8, 16), (16, 8), (12, 12), (12, 20), (21, 5), (3, 29)])
+def test_aligned_linear(features, bias, trained):
+    """How GPUs compute a linear layer: values and gradients are those of PyTorch's."""
+    tensors = [torch.randn(size, dtype=torch.float64) for size in ((2, 3, features[0]), features[::-1])]
+    tensors += [torch.randn(features[1], dtype=torch.float64)] if bias else []
+    with torch.set_grad_enabled(trained):
+        results = []
+        for function in (aligned_linear, nn.functional.linear):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            y = function(*leaves)
+            results.append([y, *(torch.autograd.grad(y.square().sum(), leaves) if trained else ())])
+    for actual, expected in zip(*results, strict=True):
+        assert_close("linear", actual, expected)
+
+
+def test_recomputed(monkeypatch):
+    """What the backward computes anew gives the gradients of what is kept."""
+    block = GroupMambaBlock(16).double()
+    x = torch.randn(2, 16, 4, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), leaves)
+    calls = []
+
+    def recomputed(function, *maps):
+        calls.append(function.__name__)
+        return checkpoint(function, *maps, use_reentrant=False)
+
+    monkeypatch.setattr(groupmamba, "recomputed", recomputed)
+    actual = torch.autograd.grad(block(x).square().sum(), leaves)
+    assert calls == ["modulate", "contract"]
+    for grad, other in zip(actual, expected, strict=True):
+        assert_close("gradient", grad, other)

@@ -240,6 +240,23 @@ def _layer_norm() -> Iterator[Case]:
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 
 
+def _group_modulation() -> Iterator[Case]:
+    def arguments(batch, height, width, channels):
+        def make(dtype: torch.dtype) -> dict:
+            tensors = {name: rows(dtype, batch, height, width, channels) for name in ("y", "z", "n")}
+            vectors = ("out_norm_weight", "out_norm_bias", "norm_weight", "norm_bias", "proj_bias")
+            tensors |= {name: weight(channels) for name in vectors}
+            tensors |= {name: weight(channels, channels) for name in ("out_proj", "proj")}
+            return tensors | dict(gate=rows(dtype, batch, channels), groups=4)
+
+        return make
+
+    f = ops.group_modulation
+    yield Case("groupmamba", f, arguments(128, 56, 56, 64), (BF16,))
+    yield Case("groupmamba stage 2", f, arguments(128, 28, 28, 128), (BF16, FP16))
+    yield Case("groupmamba base", f, arguments(128, 56, 56, 96), (BF16,))
+
+
 def _depthwise_conv2d() -> Iterator[Case]:
     def arguments(layout, kernel, act, bias, *size, **options):
         def make(dtype: torch.dtype) -> dict:
@@ -322,5 +339,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
+    "group_modulation": tuple(_group_modulation()),
     "line_scan": tuple(_line_scan()),
 }

@@ -34,6 +34,9 @@ CASES = [
     ((1, 2, 29, 3), (1, 3), False, True, "silu"),
     ((1, 2, 25, 2), (3, 3), True, True, None),
     ((2, 4, 3, 2), (1, 1), True, True, "gelu"),
+    # Widths that strips of 4 and of 7 columns divide.
+    ((1, 20, 9, 14), (3, 3), True, True, "gelu"),
+    ((2, 64, 3, 28), (3, 3), False, True, "silu"),
 ]
 
 

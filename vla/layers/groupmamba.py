@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..ops import scan2d
+from ..ops import group_modulation, scan2d
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import LayerNorm2d, narrow, normalize
+from .norm import LayerNorm2d, has_hooks, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -22,20 +24,98 @@ __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "Gr
 torch.fx.wrap("normalize")
 
 
-def block_diagonal(weight: Tensor) -> Tensor:
-    """One matrix (K * O, K * I) that applies the K matrices (K, O, I) to their groups of channels."""
-    return torch.diag_embed(weight.permute(1, 2, 0), dim1=0, dim2=2).flatten(2, 3).flatten(0, 1)
+# Numbers of 16 bits in the 16 bytes that the rows of a matrix have to be multiples of for tensor cores' full speed.
+ALIGNMENT = 8
+# Numbers of a map from which a GPU takes longer than some launches more take the host.
+LARGE = 2**20
+# Up to which `vla.ops.group_modulation` has kernels.
+MODULATED_CHANNELS = 128
+
+
+def is_worth_launches(x: Tensor) -> bool:
+    """Whether small operations around a map of this size make a GPU faster; a compiler makes few launches of them."""
+    return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
+
+
+def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """`function(*maps)`, of which autograd keeps only `maps` on a GPU: what is in between, the backward computes anew.
+
+    A compiler decides itself what to keep, and transforms of `torch.func` do without.
+    """
+    observed = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    # Tracing by torch.fx hands proxies through.
+    if isinstance(maps[0], Tensor) and not observed and torch.is_grad_enabled() and is_worth_launches(maps[0]):
+        return checkpoint(function, *maps, use_reentrant=False)
+    return function(*maps)
+
+
+def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
+
+    Where columns are added, or the bias' gradient would be a sum over a map much wider than x, the bias is one more
+    column of the weight, and x has a column of ones: the product for the weight's gradient then has that sum.
+    """
+    out_features, in_features = weight.shape
+    # A product with fewer rows takes hardly longer than the copy that x may have to be.
+    columns = -in_features % ALIGNMENT if out_features >= in_features else 0
+    if bias is not None and columns == 0 and out_features > in_features and torch.is_grad_enabled():
+        columns = ALIGNMENT
+    rows = -out_features % ALIGNMENT
+    if columns == 0 and rows == 0:
+        return F.linear(x, weight, bias)
+    if columns > 0:
+        # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
+        tail = torch.eye(1, columns, dtype=x.dtype, device=x.device)
+        x = torch.cat([x, tail.expand(*x.shape[:-1], columns)], dim=-1)
+        column = weight.new_zeros(out_features) if bias is None else bias
+        weight = torch.cat([weight, column[:, None]], dim=1)
+        weight = F.pad(weight, (0, columns - 1, 0, rows))
+        return F.linear(x, weight)[..., :out_features]
+    if bias is not None:
+        bias = F.pad(bias, (0, rows))
+    return F.linear(x, F.pad(weight, (0, 0, 0, rows)), bias)[..., :out_features]
 
 
 @torch.fx.wrap
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Every group of channels through its own matrix: x (B, K * I, H, W), weight (K, O, I) -> (B, K * O, H, W)."""
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+    """`F.linear`, in 16 bits at a GPU's full speed for any numbers of features."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+        if x.dtype.itemsize == 2 and is_worth_launches(x):
+            return aligned_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, in 16 bits at a GPU's full speed for any numbers of features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def block_diagonal(weights: list[Tensor]) -> Tensor:
+    """One matrix (len(weights) * K * O, K * I) that applies the K matrices (K, O, I) of each to groups of channels."""
+    stacked = torch.stack(weights).permute(0, 2, 3, 1)  # (len(weights), O, I, K)
+    return torch.diag_embed(stacked, dim1=1, dim2=3).flatten(3, 4).flatten(0, 2)
+
+
+@torch.fx.wrap
+def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Every group of channels through its own matrix.
+
+    Args:
+        x: Map, (B, K * I, H, W).
+        weights: Matrices of the groups, (K, O, I), all of one shape.
+
+    Returns:
+        A map (B, K * O, H, W) for each of the weights.
+    """
     if x.is_cuda:
         # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
-        # grouped convolution.
-        return F.linear(x.permute(0, 2, 3, 1), block_diagonal(weight)).permute(0, 3, 1, 2)
+        # grouped convolution. Several weights make one product, which reads x once.
+        y = linear(x.permute(0, 2, 3, 1), block_diagonal(weights)).permute(0, 3, 1, 2)
+        return list(y.chunk(len(weights), dim=1))
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
-    return F.conv2d(x, weight.flatten(0, 1)[:, :, None, None], groups=weight.shape[0])
+    return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
 
 
 class GroupedLinear(nn.Module):
@@ -53,7 +133,7 @@ class GroupedLinear(nn.Module):
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return grouped_linear(x, self.weight)
+        return grouped_linear(x, [self.weight])[0]
 
 
 class GroupedLayerNorm(nn.Module):
@@ -87,7 +167,7 @@ class GroupedScan2d(SelectiveScan2d):
 
     def forward(self, x: Tensor) -> Tensor:
         k, n = len(self.directions), self.d_state
-        projected = grouped_linear(x, self.x_proj_weight).unflatten(1, (k, self.dt_rank + 2 * n))
+        projected = grouped_linear(x, [self.x_proj_weight])[0].unflatten(1, (k, self.dt_rank + 2 * n))
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
         return scan2d(
             x,
@@ -144,9 +224,16 @@ class GroupedSS2D(nn.Module):
         self.out_norm = GroupedLayerNorm(k, inner)
         self.out_proj = GroupedLinear(k, inner, width)
 
+    def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, z = grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
+        return self.scan(self.conv(x)), z
+
+    def close(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(self.out_norm(y, z))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.scan(self.conv(self.in_proj(x)))
-        return self.out_proj(self.out_norm(y, self.gate_proj(x)))
+        y, z = self.scan_and_gate(x)
+        return self.close(y, z)
 
 
 class GroupMambaMixer(nn.Module):
@@ -177,17 +264,55 @@ class GroupMambaMixer(nn.Module):
             raise ValueError(f"GroupMambaMixer: dim is {dim}, expected a multiple of 4, one group per direction")
         self.norm = narrow(DEFAULT_NORM(dim))
         hidden = max(1, dim // reduction)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.ssm = GroupedSS2D(dim, d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank)
         self.skip_scale = nn.Parameter(torch.ones(1))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
         gate = torch.sigmoid(self.fc2(F.relu(self.fc1(n.mean((2, 3))))))
-        y = self.ssm(n) * n * (self.skip_scale * gate)[:, :, None, None]
+        y, z = self.ssm.scan_and_gate(n)
+        gate = self.skip_scale * gate
+        if torch.jit.is_scripting():
+            return self.modulate(y, z, n, gate)
+        else:
+            if self.infers(y, n):
+                return self.modulate_at_once(y, z, n, gate)
+            return recomputed(self.modulate, y, z, n, gate)
+
+    def modulate(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        y = self.ssm.close(y, z) * n * gate[:, :, None, None]
         return self.proj(self.norm(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def infers(self, y: Tensor, n: Tensor) -> bool:
+        """Whether `vla.ops.group_modulation` is what follows the scan, and faster than its parts."""
+        if not isinstance(y, Tensor) or not y.is_cuda or torch.is_grad_enabled() or y.dtype.itemsize != 2:
+            return False
+        parts = (self.ssm.out_norm, self.ssm.out_proj, self.norm, self.proj)
+        return y.shape == n.shape and y.shape[1] <= MODULATED_CHANNELS and not any(has_hooks(part) for part in parts)
+
+    @torch.jit.ignore
+    def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        """`modulate`, without gradients."""
+        out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
+        out = group_modulation(
+            *(x.permute(0, 2, 3, 1) for x in (y, z, n)),
+            gate,
+            out_norm.weight.flatten(),
+            out_norm.bias.flatten(),
+            block_diagonal([self.ssm.out_proj.weight]).to(y.dtype),
+            norm.weight,
+            norm.bias,
+            proj.weight.to(y.dtype),
+            proj.bias,
+            out_norm.groups,
+            out_norm.eps,
+            norm.eps,
+        )
+        return out.permute(0, 3, 1, 2)
 
 
 class ConvMlp(nn.Module):
@@ -202,16 +327,21 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, act_layer: str | type[nn.Module] = nn.GELU, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.conv = DepthwiseConv2d(hidden_dim, 3, act_layer=act_layer)
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x).permute(0, 3, 1, 2)
-        x = self.drop1(self.conv(x)).permute(0, 2, 3, 1)
-        return self.drop2(self.fc2(x))
+        if torch.jit.is_scripting():
+            return self.drop2(self.contract(x))
+        else:
+            return self.drop2(recomputed(self.contract, x))
+
+    def contract(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop1(self.conv(x)).permute(0, 2, 3, 1))
 
 
 class GroupMambaBlock(ResidualBlock):

@@ -9,6 +9,7 @@ import re
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -16,12 +17,44 @@ from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
-from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
-from ..layers.norm import LayerNorm2d, narrow
+from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer, is_worth_launches
+from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
+
+
+def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution with 7 x 7 kernels, stride 2 and padding 3, of blocks of 2 x 4 pixels.
+
+    cuDNN has no fast one of three channels. Of a block they are 24, and kernels of 4 x 3 blocks make two neighbouring
+    pixels of the result of them. Half of the numbers in those are zero, but tensor cores multiply all of them faster
+    than other units the rest.
+
+    Args:
+        x: Images, (B, C, H, W), H and W multiples of 2 and 4.
+        weight: Kernels, (O, C, 7, 7).
+
+    Returns:
+        Map, (B, O, H / 2, W / 2).
+    """
+    # Two rows of blocks above and one below; the convolution adds columns by itself.
+    blocks = F.pad(x, (0, 0, 4, 2)).unflatten(3, (-1, 4)).unflatten(2, (-1, 2))  # (B, C, H / 2 + 3, 2, W / 4, 4)
+    blocks = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)  # (B, 2 * 4 * C, H / 2 + 3, W / 4)
+    kernels = torch.stack([F.pad(weight, (1, 4, 1, 0)), F.pad(weight, (3, 2, 1, 0))])  # (2, O, C, 8, 12)
+    kernels = kernels.unflatten(4, (3, 4)).unflatten(3, (4, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(2, 4).flatten(0, 1)
+    y = F.conv2d(blocks.contiguous(memory_format=torch.channels_last), kernels, padding=(0, 1))
+    return y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+@torch.fx.wrap
+def convolve_images(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution with 7 x 7 kernels, stride 2 and padding 3."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+        if is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0:
+            return convolve_blocks(x.to(autocast_dtype(x) or x.dtype), weight)
+    return F.conv2d(x, weight, stride=2, padding=3)
 
 
 class Stem(nn.Module):
@@ -43,7 +76,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act1(self.norm1(self.conv1(x)))
+        x = self.act1(self.norm1(convolve_images(x, self.conv1.weight)))
         x = self.act2(self.norm2(self.conv2(x)))
         x = self.act3(self.norm3(self.conv3(x)))
         return self.norm4(self.conv4(x))

@@ -3,6 +3,7 @@
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
 from .depthwise_conv2d import depthwise_conv2d
+from .group_modulation import group_modulation
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
@@ -20,6 +21,7 @@ __all__ = [
     "cross_merge",
     "cross_scan",
     "depthwise_conv2d",
+    "group_modulation",
     "layer_norm",
     "layer_norm_grn",
     "line_scan",

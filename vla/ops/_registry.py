@@ -61,7 +61,8 @@ class Operator:
 
     A backend is a module of the operator's folder, `naive.py` or `_<backend>.py`, imported at its first use, with two
     functions: `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output
-    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`.
+    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`,
+    that of `_torch.py` for kernels.
     (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
     Args:
@@ -73,6 +74,8 @@ class Operator:
             empty outputs of the right shape and dtype. It runs before every forward, real and fake.
         flops: Number of floating-point operations of a forward, from the arguments' shapes (tensors are replaced by
             their `torch.Size`).
+        any_strides: The kernels take maps as they lie in memory. A compiler then needs no copies with the strides of
+            eager mode, where it has padded rows, for example.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Operator:
         backends: Sequence[str],
         infer: Callable,
         flops: Callable[..., int],
+        any_strides: bool = False,
     ):
         self.name = name
         self.package = package
@@ -92,7 +96,10 @@ class Operator:
         self._warned = False
 
         qualname = f"vla::{name}"
-        torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.pt2_compliant_tag,)
+        if any_strides and hasattr(torch.Tag, "flexible_layout"):
+            tags += (torch.Tag.flexible_layout,)
+        torch.library.define(qualname, schema, tags=tags)
         self._overload = getattr(torch.ops.vla, name).default
         forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
@@ -103,7 +110,7 @@ class Operator:
         torch.library.define(
             f"{qualname}_backward",
             f"(Tensor[] grad_outputs, {inputs}) -> Tensor[]",
-            tags=(torch.Tag.pt2_compliant_tag,),
+            tags=tags,
         )
 
         torch.library.impl(qualname, "default", self._forward)
@@ -182,7 +189,9 @@ class Operator:
 
     def _module(self, first: Tensor) -> ModuleType:
         """The backend module that serves tensors like `first`."""
-        backend = self.backend_for(first.device, first.dtype)
+        return self._load(self.backend_for(first.device, first.dtype))
+
+    def _load(self, backend: str) -> ModuleType:
         if backend not in self._modules:
             module = backend if backend == "naive" else f"_{backend}"
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
@@ -242,7 +251,9 @@ class Operator:
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
-                results = self._differentiate(module.forward, grads, args)
+                # Kernels of inference alone leave that to PyTorch's own operators.
+                plain = module if module.__name__.endswith((".naive", "._torch")) else self._load("torch")
+                results = self._differentiate(plain.forward, grads, args)
         return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
 
     def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:

@@ -11,38 +11,44 @@ from torch import Tensor
 
 from .._triton import LOG2E, cdiv, repeat
 
-# Channels of a program: 32 bytes in 16 bits. A warp has as many strips as leave every lane 1 or 2 of them.
-BLOCK_C = 16
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
+# Sums, and parts of one at a time, of the program that adds up the gradients of the kernels.
+SUM_BLOCK = 32
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
 
 
 @triton.jit
-def normal_cdf(s):
-    """The normal distribution up to s, and exp(-s^2 / 2).
+def reciprocal(x):
+    """1 / x of positive numbers, in 2 instructions where a division takes 8 and is no more exact than 2e-7 either."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def normal_tail(s):
+    """The normal distribution beyond |s|, and exp(-s^2 / 2).
 
     Abramowitz and Stegun 7.1.26, absolute error 1e-7: its exponential is one that the derivative needs anyway, and
     it takes fewer instructions than `tl.erf`.
     """
     exponential = tl.exp2(s * s * (-0.5 * LOG2E))
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(s))
-    series = -1.453152027 + 1.061405429 * t
-    series = 1.421413741 + series * t
-    series = -0.284496736 + series * t
-    series = 0.254829592 + series * t
-    tail = 0.5 * series * t * exponential
-    return tl.where(s < 0.0, tail, 1.0 - tail), exponential
+    t = reciprocal(1.0 + 0.23164189 * tl.abs(s))
+    series = -0.7265760135 + 0.5307027145 * t
+    series = 0.7107068705 + series * t
+    series = -0.142248368 + series * t
+    series = 0.127414796 + series * t
+    return series * (t * exponential), exponential
 
 
 @triton.jit
 def activation(s, ACT: tl.constexpr):
     if ACT == "silu":
-        return s / (1.0 + tl.exp2(s * -LOG2E))
+        return s * reciprocal(1.0 + tl.exp2(s * -LOG2E))
     elif ACT == "gelu":
-        cdf, _ = normal_cdf(s)
-        return s * cdf
+        tail, _ = normal_tail(s)
+        return tl.maximum(s, 0.0) - tl.abs(s) * tail
     else:
         return s
 
@@ -50,11 +56,11 @@ def activation(s, ACT: tl.constexpr):
 @triton.jit
 def derivative(s, ACT: tl.constexpr):
     if ACT == "silu":
-        p = 1.0 / (1.0 + tl.exp2(s * -LOG2E))
+        p = reciprocal(1.0 + tl.exp2(s * -LOG2E))
         return p + p * s * (1.0 - p)
     else:
-        cdf, exponential = normal_cdf(s)
-        return cdf + 0.3989422804014327 * s * exponential
+        tail, exponential = normal_tail(s)
+        return tl.where(s < 0.0, tail, 1.0 - tail) + 0.3989422804014327 * s * exponential
 
 
 @triton.jit
@@ -74,46 +80,69 @@ def float32(row):
 
 
 @triton.jit
-def keep(row, condition):
-    """The row, or zeros."""
+def own_rows(row, number, first, last, SEGMENTED: tl.constexpr):
+    """The row of this number if it is from `first` on and before `last`, else zeros; without segments every row is."""
+    if not SEGMENTED:
+        return row
     out = ()
     for i in tl.static_range(len(row)):
-        out = out + (tl.where(condition, row[i], 0.0),)
+        out = out + (tl.where((number >= first) & (number < last), row[i], 0.0),)
     return out
 
 
 @triton.jit
-def on_map(column, inside, width, N: tl.constexpr):
-    """Which entries of N columns from `column` on are on the map."""
+def on_map(column, inside, width, COLUMNS: tl.constexpr, AROUND: tl.constexpr, EVEN: tl.constexpr):
+    """Which columns of a strip from `column` on, and of AROUND on both its sides, are on the map.
+
+    EVEN: The width divides into strips, so that a strip is on the map as a whole, and so is what is on a side of it.
+    """
     masks = ()
-    for j in tl.static_range(N):
-        masks = masks + (inside & (column + j >= 0) & (column + j < width),)
+    for j in tl.static_range(-AROUND, COLUMNS + AROUND):
+        if EVEN and AROUND <= COLUMNS:
+            if j < 0:
+                mask = inside & (column > 0)
+            elif j < COLUMNS:
+                mask = inside
+            else:
+                mask = inside & (column + COLUMNS < width)
+        else:
+            mask = inside & (column + j >= 0) & (column + j < width)
+        masks = masks + (mask,)
     return masks
 
 
 @triton.jit
-def load_row(pointers, stride, masks):
-    """Neighbouring pixels of a row, zero outside of the masks."""
+def load_row(pointers, number, height, row_stride, stride: tl.constexpr, masks):
+    """Neighbouring pixels of the row of this number, zero outside of the masks and below the map."""
+    pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
     row = ()
     for j in tl.static_range(len(masks)):
-        row = row + (tl.load(pointers + j * stride, masks[j], 0.0),)  # (BLOCK_S, BLOCK_C)
+        row = row + (tl.load(pointers + j * stride, masks[j] & (number < height), 0.0),)  # (BLOCK_S, BLOCK_C)
     return row
 
 
 @triton.jit
-def store_row(pointers, stride, masks, inside, row):
+def store_row(pointers, stride: tl.constexpr, masks, inside, row):
     for j in tl.static_range(len(row)):
         tl.store(pointers + j * stride, row[j].to(pointers.dtype.element_ty), masks[j] & inside)
 
 
 @triton.jit
-def load_taps(weight, channel, inside, TAPS: tl.constexpr, FLIP: tl.constexpr):
-    """The kernels (C, TAPS) of some channels, FLIP from the last tap to the first."""
+def load_taps(weight, channel, inside, TAPS: tl.constexpr):
+    """The kernels (C, TAPS) of some channels."""
     taps = ()
     for t in tl.static_range(TAPS):
-        tap = weight + channel * TAPS + (TAPS - 1 - t if FLIP else t)
-        taps = taps + (tl.load(tap, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
+        taps = taps + (tl.load(weight + channel * TAPS + t, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
     return taps
+
+
+@triton.jit
+def flip(taps):
+    """From the last tap to the first."""
+    out = ()
+    for t in tl.static_range(len(taps)):
+        out = out + (taps[len(taps) - 1 - t],)
+    return out
 
 
 @triton.jit
@@ -147,7 +176,7 @@ def correlate_taps(sums, rows, row, KH: tl.constexpr, KW: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("channels", "height", "width", "strips", "segment"),
-        *("x_batch", "x_row", "x_column", "y_batch", "y_row", "y_column"),
+        *("x_batch", "x_row", "y_batch", "y_row"),
     ]
 )
 def depthwise_conv2d_fwd_kernel(
@@ -162,15 +191,16 @@ def depthwise_conv2d_fwd_kernel(
     segment,
     x_batch,
     x_row,
-    x_column,
+    x_column: tl.constexpr,
     y_batch,
     y_row,
-    y_column,
+    y_column: tl.constexpr,
     ACT: tl.constexpr,
     FLIP: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -183,7 +213,9 @@ def depthwise_conv2d_fwd_kernel(
     strip = tl.program_id(0) // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + 0 * strip
     inside = channel < channels
-    taps = load_taps(weight, channel, inside, KH * KW, FLIP)
+    taps = load_taps(weight, channel, inside, KH * KW)
+    if FLIP:
+        taps = flip(taps)
     if bias is not None:
         start = tl.load(bias + channel, inside, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
     else:
@@ -195,8 +227,8 @@ def depthwise_conv2d_fwd_kernel(
     inside &= strip < strips
     x += image * x_batch * VEC + (column - LEFT) * x_column * VEC + channel
     y += image * y_batch * VEC + column * y_column * VEC + channel
-    x_masks = on_map(column - LEFT, inside, width, COLUMNS + KW - 1)
-    y_masks = on_map(column, inside, width, COLUMNS)
+    x_masks = on_map(column, inside, width, COLUMNS, LEFT, EVEN)
+    y_masks = on_map(column, inside, width, COLUMNS, 0, EVEN)
 
     first = tl.program_id(1) * segment
     last = tl.minimum(first + segment, height)
@@ -204,11 +236,10 @@ def depthwise_conv2d_fwd_kernel(
     end = tl.minimum(last + TOP, height)
     # Rows of the output whose window is at the row of the input, from the one that this row completes.
     sums = repeat(start, KH * COLUMNS)
-    following = load_row(x + begin.to(tl.int64) * x_row * VEC, x_column * VEC, x_masks)
+    following = load_row(x, begin, height, x_row * VEC, x_column * VEC, x_masks)
     for row in range(begin, end):
         current = float32(following)
-        ahead = tl.minimum(row + 1, height - 1).to(tl.int64)
-        following = load_row(x + ahead * x_row * VEC, x_column * VEC, x_masks)
+        following = load_row(x, row + 1, height, x_row * VEC, x_column * VEC, x_masks)
         sums = correlate(sums, current, taps, KH, KW)
         out = ()
         for j in tl.static_range(COLUMNS):
@@ -227,7 +258,7 @@ def depthwise_conv2d_fwd_kernel(
 @triton.jit(
     do_not_specialize=[
         *("channels", "height", "width", "strips", "segment"),
-        *("x_batch", "x_row", "x_column", "g_batch", "g_row", "g_column", "gx_batch", "gx_row", "gx_column"),
+        *("x_batch", "x_row", "g_batch", "g_row", "gx_batch", "gx_row"),
     ]
 )
 def depthwise_conv2d_bwd_kernel(
@@ -244,17 +275,19 @@ def depthwise_conv2d_bwd_kernel(
     segment,
     g_batch,
     g_row,
-    g_column,
+    g_column: tl.constexpr,
     x_batch,
     x_row,
-    x_column,
+    x_column: tl.constexpr,
     gx_batch,
     gx_row,
-    gx_column,
+    gx_column: tl.constexpr,
     ACT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEGMENTED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -275,10 +308,8 @@ def depthwise_conv2d_bwd_kernel(
     lane = tl.arange(0, BLOCK_S)[:, None]
     channel = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + 0 * lane
     exists = channel < channels
-    if ACT is not None:
-        taps = load_taps(weight, channel, exists, TAPS, False)
-    if gx is not None:
-        flipped = load_taps(weight, channel, exists, TAPS, True)
+    if ACT is not None or gx is not None:
+        taps = load_taps(weight, channel, exists, TAPS)
     zero = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     start = zero
     if ACT is not None and bias is not None:
@@ -298,11 +329,11 @@ def depthwise_conv2d_bwd_kernel(
         inside = exists & (strip < strips)
         x_strip = x + image * x_batch * VEC + (column - AROUND) * x_column * VEC + channel
         g_strip = g + image * g_batch * VEC + (column - LEFT) * g_column * VEC + channel
-        x_masks = on_map(column - AROUND, inside, width, COLUMNS + 2 * AROUND)
-        g_masks = on_map(column - LEFT, inside, width, COLUMNS + KW - 1)
+        x_masks = on_map(column, inside, width, COLUMNS, AROUND, EVEN)
+        g_masks = on_map(column, inside, width, COLUMNS, LEFT, EVEN)
         if gx is not None:
             gx_strip = gx + image * gx_batch * VEC + column * gx_column * VEC + channel
-            gx_masks = on_map(column, inside, width, COLUMNS)
+            gx_masks = on_map(column, inside, width, COLUMNS, 0, EVEN)
 
         # Rows of x around the row of g, as far as they are the program's own, and sums as in the forward: of what goes
         # into the activation, and of gx.
@@ -310,35 +341,29 @@ def depthwise_conv2d_bwd_kernel(
         before = repeat(start, KH * AROUND_COLUMNS)
         gx_sums = repeat(zero, KH * COLUMNS)
         for row in range(tl.maximum(begin - TOP, 0), begin + TOP):
-            ahead = tl.minimum(row, height - 1).to(tl.int64)
-            current = float32(load_row(x_strip + ahead * x_row * VEC, x_column * VEC, x_masks))
-            rows = rows[COLUMNS:] + keep(current[AROUND : AROUND + COLUMNS], (row >= first) & (row < last))
+            current = float32(load_row(x_strip, row, height, x_row * VEC, x_column * VEC, x_masks))
+            rows = rows[COLUMNS:] + own_rows(current[AROUND : AROUND + COLUMNS], row, first, last, SEGMENTED)
             if ACT is not None:
-                before = correlate(before, keep(current, row < height), taps, KH, KW)
+                before = correlate(before, current, taps, KH, KW)
                 before = before[AROUND_COLUMNS:] + repeat(start, AROUND_COLUMNS)
-        x_following = load_row(
-            x_strip + tl.minimum(begin + TOP, height - 1).to(tl.int64) * x_row * VEC, x_column * VEC, x_masks
-        )
-        g_following = load_row(g_strip + begin.to(tl.int64) * g_row * VEC, g_column * VEC, g_masks)
+        x_following = load_row(x_strip, begin + TOP, height, x_row * VEC, x_column * VEC, x_masks)
+        g_following = load_row(g_strip, begin, height, g_row * VEC, g_column * VEC, g_masks)
         for row in range(begin, end):
             current, g_current = float32(x_following), float32(g_following)
-            ahead = tl.minimum(row + TOP + 1, height - 1).to(tl.int64)
-            x_following = load_row(x_strip + ahead * x_row * VEC, x_column * VEC, x_masks)
-            ahead = tl.minimum(row + 1, height - 1).to(tl.int64)
-            g_following = load_row(g_strip + ahead * g_row * VEC, g_column * VEC, g_masks)
-            own = (row + TOP >= first) & (row + TOP < last)
-            rows = rows[COLUMNS:] + keep(current[AROUND : AROUND + COLUMNS], own)
+            x_following = load_row(x_strip, row + TOP + 1, height, x_row * VEC, x_column * VEC, x_masks)
+            g_following = load_row(g_strip, row + 1, height, g_row * VEC, g_column * VEC, g_masks)
+            rows = rows[COLUMNS:] + own_rows(current[AROUND : AROUND + COLUMNS], row + TOP, first, last, SEGMENTED)
             if ACT is not None:
-                before = correlate(before, keep(current, row + TOP < height), taps, KH, KW)
+                before = correlate(before, current, taps, KH, KW)
                 g_current = times_derivative(g_current, before, ACT)
                 before = before[AROUND_COLUMNS:] + repeat(start, AROUND_COLUMNS)
             if bias is not None:
-                own_g = keep(g_current[LEFT : LEFT + COLUMNS], (row >= first) & (row < last))
+                own_g = own_rows(g_current[LEFT : LEFT + COLUMNS], row, first, last, SEGMENTED)
                 for j in tl.static_range(COLUMNS):
                     g_bias += own_g[j]
             g_taps = correlate_taps(g_taps, rows, g_current, KH, KW)
             if gx is not None:
-                gx_sums = correlate(gx_sums, g_current, flipped, KH, KW)
+                gx_sums = correlate(gx_sums, g_current, flip(taps), KH, KW)
                 done = tl.maximum(row - TOP, first).to(tl.int64)
                 store_row(
                     gx_strip + done * gx_row * VEC, gx_column * VEC, gx_masks, row - TOP >= first, gx_sums[:COLUMNS]
@@ -367,6 +392,32 @@ def depthwise_conv2d_bwd_kernel(
         tl.store(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
 
 
+@triton.jit(do_not_specialize=["parts_count", "g_weight_size", "g_bias_size"])
+def depthwise_conv2d_sum_kernel(
+    parts,
+    g_weight,
+    g_bias,
+    parts_count,
+    g_weight_size,
+    g_bias_size,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums of the partial sums, in a fixed order."""
+    size = g_weight_size + g_bias_size
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    sums = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    for first in range(0, parts_count, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)[:, None]
+        sums += tl.load(parts + part.to(tl.int64) * size + entry, (part < parts_count) & (entry < size), 0.0)
+    total = tl.sum(sums, 0)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(g_weight + entry, total.to(g_weight.dtype.element_ty), entry < g_weight_size)
+    if g_bias is not None:
+        is_bias = (entry >= g_weight_size) & (entry < size)
+        tl.store(g_bias + entry - g_weight_size, total.to(g_bias.dtype.element_ty), is_bias)
+
+
 def _last(x: Tensor) -> Tensor:
     """The map itself if the channels of a pixel are neighbours in memory, else a channels-last copy."""
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
@@ -382,9 +433,20 @@ def _strides(x: Tensor, vec: int) -> tuple[int, int, int]:
     return x.stride(0) // vec, x.stride(2) // vec, x.stride(3) // vec
 
 
-def _segment(programs: int, height: int) -> int:
-    """Rows that a program walks: all of them, unless there are too few programs for a GPU."""
-    return cdiv(height, max(1, min(1024 // programs, height // 4)))
+def _tile(channels: int, taps: int, vec: int) -> tuple[int, int]:
+    """Strips and channels of a warp, whose lanes have `vec` channels each.
+
+    Up to 9 taps as few strips as leave hardly a lane idle; beyond, 16 channels, 32 bytes of a pixel in 16 bits.
+    """
+    for block_c in (64, 32):
+        if taps <= SMALL and block_c <= 32 * vec and 8 * cdiv(channels, block_c) * block_c <= 9 * channels:
+            return 32 * vec // block_c, block_c
+    return 2 * vec, 16
+
+
+def _segment(programs: int, height: int, wanted: int) -> int:
+    """Rows that a program walks: all of them, unless there are fewer programs than wanted."""
+    return cdiv(height, max(1, min(wanted // programs, height // 4)))
 
 
 def convolved(
@@ -396,11 +458,12 @@ def convolved(
     if y.numel() == 0:
         return y
     x, kh, kw = _last(x), *weight.shape[2:]
-    columns, vec = 7 if kh * kw <= SMALL else 4, _vec(x)
-    block_s = 2 * vec
+    # GELU leaves fewer registers.
+    columns, vec = 7 if kh * kw <= SMALL and act != "gelu" else 4, _vec(x)
+    block_s, block_c = _tile(channels, kh * kw, vec)
     strips = batch * cdiv(width, columns)
-    programs = cdiv(strips, block_s) * cdiv(channels, BLOCK_C)
-    segment = _segment(programs, height)
+    programs = cdiv(strips, block_s) * cdiv(channels, block_c)
+    segment = _segment(programs, height, 4096 if kh * kw <= SMALL else 1024)
     depthwise_conv2d_fwd_kernel[(programs, cdiv(height, segment))](
         x,
         weight.contiguous(),
@@ -418,9 +481,10 @@ def convolved(
         KH=kh,
         KW=kw,
         COLUMNS=columns,
+        EVEN=width % columns == 0,
         VEC=vec,
         BLOCK_S=block_s,
-        BLOCK_C=BLOCK_C,
+        BLOCK_C=block_c,
         num_warps=1,
     )
     return y
@@ -443,23 +507,24 @@ def backward(
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, bias)]
     batch, channels, height, width = x.shape
     g, x, weight, kh, kw = _last(g), _last(x), weight.contiguous(), *weight.shape[2:]
+    bias = None if bias is None else bias.contiguous()
     taps = kh * kw
     # All gradients in one pass, unless the registers only suffice for the sums of the taps.
     whole = taps <= SMALL or act is not None
     gx = torch.empty_like(x) if whole else convolved(g, weight, None, None, x.dtype, flip=True)
-    columns, vec, per_multiprocessor = (4 if taps <= SMALL else 2, 1, 12) if whole else (4, _vec(g, x), 8)
-    block_s = 2 * vec
+    columns, vec, per_multiprocessor = (7 if taps <= SMALL else 2, 1, 16) if whole else (4, _vec(g, x), 8)
+    block_s, block_c = _tile(channels, taps, vec)
     strips = batch * cdiv(width, columns)
-    blocks_c = cdiv(channels, BLOCK_C)
+    blocks_c = cdiv(channels, block_c)
     groups = max(1, min(cdiv(strips, block_s), MULTIPROCESSORS * per_multiprocessor // blocks_c))
-    segment = _segment(groups * blocks_c, height)
+    segment = _segment(groups * blocks_c, height, 1024)
     segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
     depthwise_conv2d_bwd_kernel[(groups * blocks_c, segments)](
         g,
         x,
         weight,
-        None if bias is None else bias.contiguous(),
+        bias,
         gx if whole else None,
         parts,
         channels // vec,
@@ -474,13 +539,23 @@ def backward(
         KH=kh,
         KW=kw,
         COLUMNS=columns,
+        EVEN=width % columns == 0,
+        SEGMENTED=segments > 1,
         VEC=vec,
         BLOCK_S=block_s,
-        BLOCK_C=BLOCK_C,
+        BLOCK_C=block_c,
         num_warps=1,
     )
-    sums = parts.sum(0)
-    # Strides that a gradient has to have, which for the dimension of size 1 a view would choose itself.
-    g_weight = sums[: channels * taps].as_strided(weight.shape, weight.stride())
-    # Not another view of the same memory, which an operator's results must not be.
-    return [gx, g_weight, None if bias is None else sums[channels * taps :].clone()]
+    g_weight, g_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    depthwise_conv2d_sum_kernel[(cdiv(parts.shape[1], SUM_BLOCK),)](
+        parts,
+        g_weight,
+        g_bias,
+        parts.shape[0],
+        weight.numel(),
+        parts.shape[1] - weight.numel(),
+        BLOCK_P=SUM_BLOCK,
+        BLOCK=SUM_BLOCK,
+        num_warps=4,
+    )
+    return [gx, g_weight, g_bias]

@@ -1,0 +1,80 @@
+"""The end of GroupMamba's mixer: all backends against the definition in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from vla.ops import group_modulation, use_backend
+
+BACKENDS = ["torch", "triton"]
+
+
+def make(shape, groups=4, dtype=torch.float64):
+    """Tensor arguments by name."""
+    normal, channels = randn(0), shape[3]
+    tensors = {name: normal(*shape) for name in ("y", "z", "n")}
+    tensors["gate"] = normal(shape[0], channels)
+    for name in ("out_norm_weight", "out_norm_bias", "norm_weight", "norm_bias", "proj_bias"):
+        tensors[name] = normal(channels)
+    for name in ("out_proj", "proj"):
+        tensors[name] = normal(channels, channels) / channels**0.5
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 3, 5, 16), 4), ((1, 1, 1, 12), 4), ((3, 4, 7, 20), 1), ((1, 9, 8, 148), 4)], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_naive(backend, shape, groups, dtype):
+    compare(backend, group_modulation, make(shape, groups, dtype), groups=groups)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_empty_batch(backend):
+    results = run(backend, group_modulation, make((0, 3, 4, 8), dtype=torch.float32), groups=4)
+    assert results["output 0"].shape == (0, 3, 4, 8)
+
+
+def test_strides():
+    """Halves of a wider map, as a product with two weights leaves them, and one with its channels first."""
+    tensors = make((2, 3, 5, 16), dtype=torch.bfloat16)
+    wide = torch.cat([tensors["y"], tensors["z"]], dim=-1)
+    with use_backend("triton"):
+        expected = group_modulation(**tensors, groups=4)
+        tensors["y"], tensors["z"] = wide.chunk(2, dim=-1)
+        tensors["n"] = tensors["n"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        assert torch.equal(group_modulation(**tensors, groups=4), expected)
+
+
+class End(nn.Module):
+    def forward(self, y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb):
+        return group_modulation(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, 4)
+
+
+NAMES = ("y", "z", "n", "gate", "out_norm_weight", "out_norm_bias", "out_proj", "norm_weight", "norm_bias", "proj")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    tensors = make((2, 3, 2, 8))
+    tensors = tuple(tensors[name] for name in (*NAMES, "proj_bias"))
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 4, 1e-5, 1e-5, None)
+    check_machinery(End(), tensors, torch.ops.vla.group_modulation.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"y": torch.ones(2, 3, 8)}, r"y has shape \(2, 3, 8\), expected \(B, H, W, C\)"),
+        ({"z": torch.ones(2, 3, 4, 4)}, "z has shape .* expected that of y"),
+        ({"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\), expected \(B, C\) = \(2, 8\)"),
+        ({"proj": torch.ones(8, 4)}, r"proj has shape \(8, 4\), expected \(C, C\) = \(8, 8\)"),
+        ({"proj_bias": torch.ones(4)}, r"proj_bias has shape \(4,\), expected \(C,\) = \(8,\)"),
+        ({"groups": 3}, "groups is 3, expected a divisor of the 8 channels"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^group_modulation: {message}"):
+        group_modulation(**(make((2, 3, 4, 8)) | dict(groups=4) | change))

@@ -1,0 +1,33 @@
+"""The end of GroupMamba's mixer by PyTorch's own norms and products."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import state_dtype
+
+
+def forward(
+    y: Tensor,
+    z: Tensor,
+    n: Tensor,
+    gate: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    out_proj: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    groups: int,
+    out_eps: float,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    state, factor, channels = state_dtype(y, z, n), y.dtype, y.shape[-1]
+    rows = y.to(state).unflatten(-1, (groups, channels // groups))
+    rows = F.layer_norm(rows, rows.shape[-1:], eps=out_eps).flatten(-2)
+    rows = (rows * out_norm_weight.to(state) + out_norm_bias.to(state)) * F.silu(z.to(state))
+    a = F.linear(rows.to(factor), out_proj.to(factor)).to(state) * n.to(state) * gate.to(state)[:, None, None]
+    a = F.layer_norm(a, (channels,), norm_weight.to(state), norm_bias.to(state), eps)
+    return (F.linear(a.to(factor), proj.to(factor)).to(state) + proj_bias.to(state)).to(dtype or factor)

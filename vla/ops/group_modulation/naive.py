@@ -1,0 +1,39 @@
+"""The end of GroupMamba's mixer as it is defined."""
+
+import torch
+from torch import Tensor
+
+from .._checks import state_dtype
+
+
+def _normalize(x: Tensor, eps: float) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + eps)
+
+
+def forward(
+    y: Tensor,
+    z: Tensor,
+    n: Tensor,
+    gate: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    out_proj: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    groups: int,
+    out_eps: float,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    state = state_dtype(y, z, n)
+    result_dtype = dtype or y.dtype
+    y, z, n, gate, out_proj, proj = (t.to(state) for t in (y, z, n, gate, out_proj, proj))
+    y = _normalize(y.unflatten(-1, (groups, -1)), out_eps).flatten(-2)
+    y = (y * out_norm_weight.to(state) + out_norm_bias.to(state)) * z / (1 + torch.exp(-z))
+    a = y @ out_proj.T * n * gate[:, None, None]
+    a = _normalize(a, eps) * norm_weight.to(state) + norm_bias.to(state)
+    return (a @ proj.T + proj_bias.to(state)).to(result_dtype)
