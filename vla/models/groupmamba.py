@@ -57,12 +57,22 @@ def convolve_images(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, stride=2, padding=3)
 
 
+class ImageConv2d(nn.Conv2d):
+    """`nn.Conv2d` of images with 7 x 7 kernels, stride 2 and padding 3, at a GPU's full speed."""
+
+    def __init__(self, in_chans: int, out_chans: int):
+        super().__init__(in_chans, out_chans, 7, stride=2, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_images(x, self.weight)
+
+
 class Stem(nn.Module):
     """Four convolutions, two of them strided, (B, in_chans, H, W) -> (B, dim, ~H / 4, ~W / 4)."""
 
     def __init__(self, in_chans: int, hidden_dim: int, dim: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, hidden_dim, 7, stride=2, padding=3, bias=False)
+        self.conv1 = ImageConv2d(in_chans, hidden_dim)
         self.norm1 = nn.BatchNorm2d(hidden_dim)
         self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False)
@@ -76,7 +86,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act1(self.norm1(convolve_images(x, self.conv1.weight)))
+        x = self.act1(self.norm1(self.conv1(x)))
         x = self.act2(self.norm2(self.conv2(x)))
         x = self.act3(self.norm3(self.conv3(x)))
         return self.norm4(self.conv4(x))
