@@ -43,9 +43,8 @@ class _Sweep:
         *_, d, h, w = t.stride()
         return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
 
-    # Rows of a band, and blocks of lines between which bands exchange what they share.
-    BAND = 256
-    BLOCKS = 2
+    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
+    BAND, HALO = 256, 32
 
     def _long(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[list], dict]:
         """Grid, arguments of every launch and constants for the kernels of longer chunks.
@@ -61,7 +60,7 @@ class _Sweep:
         P = min(next_power_of_2(self.rows), self.BAND)
         bands, halo = 1, 0
         if self.rows > P:
-            halo = self.BLOCKS * W
+            halo = self.HALO
             bands = cdiv(self.rows, P - 2 * halo)
         N = max(1, min(128 // P, next_power_of_2(sequences))) if bands == 1 else 1
         # Segments of whole chunks, no more than there are processors for.

@@ -151,7 +151,8 @@ def _at(w, stride, V: tl.constexpr):
     "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "y_b", "y_d", "y_i", "y_w",
 ])  # fmt: skip
 def line_scan_fwd_kernel(
-    x, gates, lam, u, skip, y, before, after, sequences, channels, rows, units, chunk, first, last, segments, span, halo,
+    x, gates, lam, u, skip, y, before, after,
+    sequences, channels, rows, units, chunk, first, last, segments, span, halo,
     x_b, x_d, x_i, x_w, g_b, g_n, g_d, g_i, g_w, lam_b, lam_d, lam_i, lam_w, u_b, u_d, u_i, u_w,
     skip_b, skip_d, skip_i, skip_w, y_b, y_d, y_i, y_w,
     N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr,
