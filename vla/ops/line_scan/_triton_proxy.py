@@ -55,6 +55,20 @@ def _inverse(x):
 
 
 @triton.jit
+def _hold(x):
+    """`x` in float32, computed in one place.
+
+    What depends on loads alone, the compiler would rather compute once for every layout that it is used in, and then
+    not load it ahead.
+    """
+    x = x.to(tl.float32)
+    if _FTZ:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return x
+
+
+@triton.jit
 def _halves(h):
     """A float32 tile as the sum of two bfloat16 tiles, good to 16 bits."""
     high = (h.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -418,7 +432,8 @@ def line_scan_proxy_bwd_kernel(
                     t = steps - 1 - n
                     zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
                     own_z = tl.load(own_z_ptr + t * tt * S, own_z_mask, 0.0)
-                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
+                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0)
+                    xt = xt.to(tl.float32) if KEEP else _hold(xt)
                     gyt = tl.load(gy_ptr + t * tt * channels, mask, 0.0).to(tl.float32)
                     gx_before = zero
                     if KEEP:
@@ -564,7 +579,7 @@ class _Launch:
     # Channels of a block.
     C = 16
     # Units of short chunks whose weights' gradients are summed in registers.
-    SPAN = 14
+    SPAN = 28
 
     def __init__(self, args: tuple, with_gradients: bool):
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
