@@ -43,11 +43,11 @@ class _Sweep:
         *_, d, h, w = t.stride()
         return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
 
-    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
+    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines, forward.
     BAND, HALO = 256, 32
 
-    def _long(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[list], dict]:
-        """Grid, arguments of every launch and constants for the kernels of longer chunks.
+    def _long(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], list[int], list[int], dict]:
+        """Grid, sizes, blocks, other numbers and constants for the kernels of longer chunks.
 
         Args:
             maps: (B, D, H, W), or (B, 3, D, H, W).
@@ -58,31 +58,28 @@ class _Sweep:
         blocks, chunk = cdiv(self.lines, W), min(self.chunk or self.lines, self.lines)
         sequences = self.batch * self.channels
         P = min(next_power_of_2(self.rows), self.BAND)
-        bands, halo = 1, 0
-        if self.rows > P:
-            halo = self.HALO
-            bands = cdiv(self.rows, P - 2 * halo)
-        N = max(1, min(128 // P, next_power_of_2(sequences))) if bands == 1 else 1
+        halo = self.HALO if self.rows > P else 0
+        bands = cdiv(self.rows, P - 2 * halo)
+        rows_inner = self.x.stride(1) != 1 or self.channels == 1
+        # Lines of one warp exchange states without waiting for others, but channels are read side by side.
+        N = max(1, min((32 if rows_inner else 128) // P, next_power_of_2(sequences)))
         # Segments of whole chunks, no more than there are processors for.
         whole = chunk // math.gcd(chunk, W)
         segments = 1 if bands > 1 else cdiv(32 * _triton_proxy.processors(self.x), max(1, sequences // N))
         span = min(blocks, cdiv(cdiv(blocks, segments), whole) * whole)
         segments = cdiv(blocks, span)
         constants = dict(
-            N=N, P=P, W=W, V=V, WHOLE=self.lines % W == 0, ROWS_INNER=self.x.stride(1) != 1 or self.channels == 1,
+            N=N, P=P, W=W, V=V, WHOLE=self.lines % W == 0, ROWS_INNER=rows_inner,
             REVERSE=self.frame in ("left", "up"), SHORT=chunk < W, BANDS=bands > 1, NORMALIZE=self.normalize,
             HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, num_warps=max(1, N * P // 32),
         )  # fmt: skip
-        sizes = [sequences, self.channels, self.rows, self.lines // V, chunk]
         grid = (cdiv(sequences, N) * bands * segments,)
-        step = halo // W if bands > 1 else blocks
-        # What passes between launches: of the last one, and of this.
-        edges = self.x.new_empty((2, sequences, self.rows) if bands > 1 else (2, 0), dtype=torch.float32)
-        launches = [
-            [edges[n % 2], edges[1 - n % 2], *sizes, first, min(first + step, blocks), segments, span, halo, *strides]
-            for n, first in enumerate(range(0, blocks, step))
-        ]
-        return grid, launches, constants
+        sizes = [sequences, self.channels, self.rows, self.lines // V, chunk]
+        return grid, sizes, blocks, [segments, span, halo, *strides], constants
+
+    def _edges(self, count: int) -> Tensor:
+        """States or their gradients on lines between blocks (count, sequences, rows)."""
+        return self.x.new_empty(count, self.batch * self.channels, self.rows, dtype=torch.float32)
 
     def _pairs(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], dict] | None:
         """Grid, numbers and constants for the kernels of chunks of two lines, or None if they don't fit."""
@@ -124,14 +121,17 @@ class _Sweep:
             grid, numbers, constants = pairs
             arguments = (self.x if t is None else t for t in maps)
             _triton_pairs.line_scan_pairs_fwd_kernel[grid](*arguments, *numbers, ADD=add, **constants)
-        else:
-            self._forward(maps, ADD=add, STATES=False)
-
-    def _forward(self, maps: list[Tensor | None], **constants) -> None:
-        grid, launches, common = self._long(maps)
+            return
         arguments = [self.x if t is None else t for t in maps]
-        for launch in launches:
-            _triton_stored.line_scan_fwd_kernel[grid](*arguments, *launch, **common | constants)
+        grid, sizes, blocks, numbers, constants = self._long(maps)
+        step = self.HALO // constants["W"] if constants["BANDS"] else blocks
+        edges = self._edges(2 if constants["BANDS"] else 0)
+        for n, first in enumerate(range(0, blocks, step)):
+            ends = (edges[n % 2], edges[1 - n % 2]) if constants["BANDS"] else (edges, edges)
+            _triton_stored.line_scan_fwd_kernel[grid](
+                *arguments, *ends, *sizes, first, min(first + step, blocks), *numbers, ADD=add, STATES=False,
+                **constants,
+            )  # fmt: skip
 
     def backward(self, gy: Tensor, gx: Tensor, add: bool, outputs: list[Tensor | None]) -> None:
         """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
@@ -143,13 +143,31 @@ class _Sweep:
             arguments = (self.x if t is None else t for t in (*inputs, gx_k, *outputs))
             _triton_pairs.line_scan_pairs_bwd_kernel[grid](*arguments, *numbers, ADD=add_k, **constants)
         else:
-            states = torch.empty_like(self.x)
-            self._forward([*inputs[:5], states], ADD=False, STATES=True)
             # The gradients of lambda, u and skip have one set of strides.
-            grid, launches, constants = self._long([*inputs, states, gx_k, *outputs[:2]])
-            arguments = [self.x if t is None else t for t in (*inputs, states, gx_k, *outputs)]
-            for launch in reversed(launches):
-                _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, ADD=add_k, **constants)
+            maps = [*inputs, gx_k, *outputs[:2]]
+            grid, sizes, blocks, numbers, constants = self._long(maps)
+            arguments = [self.x if t is None else t for t in (*inputs, gx_k, *outputs)]
+            segments, span, *others = numbers
+            states = edges = ends = self._edges(0)
+            step = blocks
+            if constants["BANDS"]:
+                step = span = self.HALO // 2 // constants["W"]
+                edges, ends = self._edges(blocks + 1), self._edges(2)
+                ahead = self.HALO // constants["W"]
+                # The numbers of the maps that forward and backward have in common come first in both.
+                for first in range(0, blocks, ahead):
+                    _triton_stored.line_scan_fwd_kernel[grid](
+                        *arguments[:6], edges[first], edges[first + 1 :], *sizes, first, min(first + ahead, blocks),
+                        segments, blocks, *others[:26], ADD=False, STATES=True, **constants,
+                    )  # fmt: skip
+            if span > 1:
+                states = self.x.new_empty(grid[0], span, constants["N"] * constants["P"], dtype=torch.float32)
+            for n, first in reversed(list(enumerate(range(0, blocks, step)))):
+                passed = (edges[first], ends[n % 2], ends[1 - n % 2]) if constants["BANDS"] else (edges, ends, ends)
+                _triton_stored.line_scan_bwd_kernel[grid](
+                    *arguments, states, *passed, *sizes, first, min(first + step, blocks), segments, span, *others,
+                    ADD=add_k, **constants,
+                )  # fmt: skip
         if not self.in_place:
             turned = from_map_frame(gx_k, self.direction)
             gx.copy_(turned + gx if add else turned)
