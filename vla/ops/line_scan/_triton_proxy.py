@@ -262,7 +262,7 @@ def _proxy_line_gradients(
 ):  # fmt: skip
     """Gradients of one line: of `x`, of what goes to the states of the line before, and of the six coefficients.
 
-    `h` are the states of the line before.
+    `h` are the states of the line before. ONCE hands neighbours' gradients on in one bfloat16: they go no further.
     """
     lam = _dot(w3, z)
     g = gy * _dot(w4, z) + carry
@@ -337,7 +337,7 @@ def line_scan_proxy_bwd_kernel(
     Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ADD_GX: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from one block of C channels of some groups of `span` units (P rows of the lines of one chunk).
+    """Gradients from one block of C channels of some groups: `span` chunks of P rows each, `per` groups a tile of rows.
 
     So that no two programs write to one place, gz has a leading axis of channel blocks, gw one of workers and gx, if
     PARTIAL, one of sweeps. Otherwise a group holds all that its sweeps read, and they add to one gx. ADD and ADD_GX add
@@ -578,7 +578,7 @@ class _Launch:
 
     # Channels of a block.
     C = 16
-    # Units of short chunks whose weights' gradients are summed in registers.
+    # Short chunks whose weights' gradients are summed in registers.
     SPAN = 28
 
     def __init__(self, args: tuple, with_gradients: bool):

@@ -319,6 +319,8 @@ def line_scan_bwd_kernel(
                 xs[j], lams[j], ls[j], ms[j], rs[j], h, fresh, rows, index, has_left, has_right, R, ROW, NORMALIZE
             )
         tl.store(states + (n + 1 - start) * R, h)
+    # What one thread wrote, another may read.
+    tl.debug_barrier()
     for back in range(stop - start):
         n = stop - 1 - back
         # (R, W)
