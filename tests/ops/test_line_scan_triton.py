@@ -99,14 +99,14 @@ def test_stored(lines, direction):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "direction"),
-    [((1, 1, 66, 24), FP32, "right"), ((1, 1, 34, 66), FP32, "up"), ((1, 1, 130, 48), FP16, "left")],
+    [((1, 1, 35, 24), FP32, "right"), ((1, 1, 9, 34), FP32, "up"), ((1, 1, 66, 32), FP16, "left")],
     ids=str,
 )
 def test_stored_in_bands(shape, dtype, direction, monkeypatch):
     """Tall maps, of which a program has some rows only."""
     sweep = importlib.import_module("vla.ops.line_scan._triton")._Sweep
-    monkeypatch.setattr(sweep, "BAND", 64 if dtype == FP32 else 128)
-    monkeypatch.setattr(sweep, "HALO", 16 if dtype == FP32 else 32)
+    monkeypatch.setattr(sweep, "BAND", 32 if dtype == FP32 else 64)
+    monkeypatch.setattr(sweep, "HALO", 8 if dtype == FP32 else 16)
     check(shape, 0, 0, dtype, output=dtype == FP32, directions=[direction])
 
 

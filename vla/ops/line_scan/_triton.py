@@ -43,23 +43,34 @@ class _Sweep:
         *_, d, h, w = t.stride()
         return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
 
-    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines, forward.
+    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
     BAND, HALO = 256, 32
+    # Lines of a block, backward, at least: its stores fill more of a sector.
+    LEAST = 8
 
-    def _long(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], list[int], list[int], dict]:
-        """Grid, sizes, blocks, other numbers and constants for the kernels of longer chunks.
+    def _long(self, maps: list[Tensor | None], least: int = 1) -> tuple[tuple[int], list[list], dict]:
+        """Grid, arguments of every launch and constants for the kernels of longer chunks.
 
         Args:
             maps: (B, D, H, W), or (B, 3, D, H, W).
+            least: Lines of a block at least, where lines are next to each other.
         """
         V, strides = self._vectors(maps, 8)
         # Lines of a block: whole sectors of memory, if lines are next to each other.
-        W = V if 1 < V < 8 else 16 if V == 8 and self.lines % 16 == 0 and self.x.element_size() == 2 else max(V, 4)
+        W = (
+            max(V, least)
+            if 1 < V < 8
+            else 16
+            if V == 8 and self.lines % 16 == 0 and self.x.element_size() == 2
+            else max(V, 4)
+        )
         blocks, chunk = cdiv(self.lines, W), min(self.chunk or self.lines, self.lines)
         sequences = self.batch * self.channels
         P = min(next_power_of_2(self.rows), self.BAND)
-        halo = self.HALO if self.rows > P else 0
-        bands = cdiv(self.rows, P - 2 * halo)
+        bands, halo = 1, 0
+        if self.rows > P:
+            halo = self.HALO
+            bands = cdiv(self.rows, P - 2 * halo)
         rows_inner = self.x.stride(1) != 1 or self.channels == 1
         # Lines of one warp exchange states without waiting for others, but channels are read side by side.
         N = max(1, min((32 if rows_inner else 128) // P, next_power_of_2(sequences)))
@@ -73,13 +84,16 @@ class _Sweep:
             REVERSE=self.frame in ("left", "up"), SHORT=chunk < W, BANDS=bands > 1, NORMALIZE=self.normalize,
             HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, num_warps=max(1, N * P // 32),
         )  # fmt: skip
-        grid = (cdiv(sequences, N) * bands * segments,)
         sizes = [sequences, self.channels, self.rows, self.lines // V, chunk]
-        return grid, sizes, blocks, [segments, span, halo, *strides], constants
-
-    def _edges(self, count: int) -> Tensor:
-        """States or their gradients on lines between blocks (count, sequences, rows)."""
-        return self.x.new_empty(count, self.batch * self.channels, self.rows, dtype=torch.float32)
+        grid = (cdiv(sequences, N) * bands * segments,)
+        step = halo // W if bands > 1 else blocks
+        # What passes between launches: of the last one, and of this.
+        edges = self.x.new_empty((2, sequences, self.rows) if bands > 1 else (2, 0), dtype=torch.float32)
+        launches = [
+            [edges[n % 2], edges[1 - n % 2], *sizes, first, min(first + step, blocks), segments, span, halo, *strides]
+            for n, first in enumerate(range(0, blocks, step))
+        ]
+        return grid, launches, constants
 
     def _pairs(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], dict] | None:
         """Grid, numbers and constants for the kernels of chunks of two lines, or None if they don't fit."""
@@ -121,17 +135,14 @@ class _Sweep:
             grid, numbers, constants = pairs
             arguments = (self.x if t is None else t for t in maps)
             _triton_pairs.line_scan_pairs_fwd_kernel[grid](*arguments, *numbers, ADD=add, **constants)
-            return
+        else:
+            self._forward(maps, ADD=add, STATES=False)
+
+    def _forward(self, maps: list[Tensor | None], least: int = 1, **constants) -> None:
+        grid, launches, common = self._long(maps, least)
         arguments = [self.x if t is None else t for t in maps]
-        grid, sizes, blocks, numbers, constants = self._long(maps)
-        step = self.HALO // constants["W"] if constants["BANDS"] else blocks
-        edges = self._edges(2 if constants["BANDS"] else 0)
-        for n, first in enumerate(range(0, blocks, step)):
-            ends = (edges[n % 2], edges[1 - n % 2]) if constants["BANDS"] else (edges, edges)
-            _triton_stored.line_scan_fwd_kernel[grid](
-                *arguments, *ends, *sizes, first, min(first + step, blocks), *numbers, ADD=add, STATES=False,
-                **constants,
-            )  # fmt: skip
+        for launch in launches:
+            _triton_stored.line_scan_fwd_kernel[grid](*arguments, *launch, **common | constants)
 
     def backward(self, gy: Tensor, gx: Tensor, add: bool, outputs: list[Tensor | None]) -> None:
         """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
@@ -143,31 +154,13 @@ class _Sweep:
             arguments = (self.x if t is None else t for t in (*inputs, gx_k, *outputs))
             _triton_pairs.line_scan_pairs_bwd_kernel[grid](*arguments, *numbers, ADD=add_k, **constants)
         else:
+            states = torch.empty_like(self.x)
+            self._forward([*inputs[:5], states], self.LEAST, ADD=False, STATES=True)
             # The gradients of lambda, u and skip have one set of strides.
-            maps = [*inputs, gx_k, *outputs[:2]]
-            grid, sizes, blocks, numbers, constants = self._long(maps)
-            arguments = [self.x if t is None else t for t in (*inputs, gx_k, *outputs)]
-            segments, span, *others = numbers
-            states = edges = ends = self._edges(0)
-            step = blocks
-            if constants["BANDS"]:
-                step = span = self.HALO // 2 // constants["W"]
-                edges, ends = self._edges(blocks + 1), self._edges(2)
-                ahead = self.HALO // constants["W"]
-                # The numbers of the maps that forward and backward have in common come first in both.
-                for first in range(0, blocks, ahead):
-                    _triton_stored.line_scan_fwd_kernel[grid](
-                        *arguments[:6], edges[first], edges[first + 1 :], *sizes, first, min(first + ahead, blocks),
-                        segments, blocks, *others[:26], ADD=False, STATES=True, **constants,
-                    )  # fmt: skip
-            if span > 1:
-                states = self.x.new_empty(grid[0], span, constants["N"] * constants["P"], dtype=torch.float32)
-            for n, first in reversed(list(enumerate(range(0, blocks, step)))):
-                passed = (edges[first], ends[n % 2], ends[1 - n % 2]) if constants["BANDS"] else (edges, ends, ends)
-                _triton_stored.line_scan_bwd_kernel[grid](
-                    *arguments, states, *passed, *sizes, first, min(first + step, blocks), segments, span, *others,
-                    ADD=add_k, **constants,
-                )  # fmt: skip
+            grid, launches, constants = self._long([*inputs, states, gx_k, *outputs[:2]], self.LEAST)
+            arguments = [self.x if t is None else t for t in (*inputs, states, gx_k, *outputs)]
+            for launch in reversed(launches):
+                _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, ADD=add_k, **constants)
         if not self.in_place:
             turned = from_map_frame(gx_k, self.direction)
             gx.copy_(turned + gx if add else turned)

@@ -90,20 +90,12 @@ def _stack(lines, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _around(h, index, has_left, has_right, R: tl.constexpr, ROW: tl.constexpr):
-    """`h[i - 1]` and `h[i + 1]` of a line (R,), 0 outside the map, in one exchange between threads."""
-    source = tl.join(tl.maximum(index - ROW, 0), tl.minimum(index + ROW, R - 1))
-    above, below = tl.split(tl.reshape(tl.gather(h, tl.reshape(source, [2 * R]), 0), [R, 2]))
-    return tl.where(has_left, above, 0.0), tl.where(has_right, below, 0.0)
-
-
-@triton.jit
-def _hand_on(down, up, index, has_left, has_right, R: tl.constexpr, ROW: tl.constexpr):
-    """`down[i - 1] + up[i + 1]` of lines (R,), in one exchange between threads."""
+def _around(down, up, index, has_left, has_right, R: tl.constexpr, ROW: tl.constexpr):
+    """`down[i - 1]` and `up[i + 1]` of lines (R,), 0 outside the map, in one exchange between threads."""
     source = tl.join(2 * tl.maximum(index - ROW, 0), 2 * tl.minimum(index + ROW, R - 1) + 1)
     both = tl.gather(tl.reshape(tl.join(down, up), [2 * R]), tl.reshape(source, [2 * R]), 0)
     above, below = tl.split(tl.reshape(both, [R, 2]))
-    return tl.where(has_left, above, 0.0) + tl.where(has_right, below, 0.0)
+    return tl.where(has_left, above, 0.0), tl.where(has_right, below, 0.0)
 
 
 @triton.jit
@@ -115,22 +107,6 @@ def _fresh(j: tl.constexpr, phase, chunk, W: tl.constexpr, SHORT: tl.constexpr):
         return phase == 0
     else:
         return phase + j == chunk
-
-
-@triton.jit
-def _advance(
-    x, lam, l, m, r, h, fresh, rows, index, has_left, has_right,
-    R: tl.constexpr, ROW: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """States (R,) of a line, and those of the line before it above and below."""
-    above, below = _around(h, index, has_left, has_right, R, ROW)
-    l, m, r = l.to(tl.float32), m.to(tl.float32), r.to(tl.float32)
-    if NORMALIZE:
-        l, m, r, share, _, _, _, _, _ = _open_gates(l, m, r, has_left | (rows == 1), has_right)
-        mixed = (l * above + m * h + r * below) * share
-    else:
-        mixed = l * above + m * h + r * below
-    return lam.to(tl.float32) * x.to(tl.float32) + tl.where(fresh, 0.0, mixed), above, below
 
 
 @triton.jit
@@ -183,14 +159,13 @@ def line_scan_fwd_kernel(
     ROWS_INNER: tl.constexpr, REVERSE: tl.constexpr, SHORT: tl.constexpr, BANDS: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_U: tl.constexpr, HAS_SKIP: tl.constexpr, ADD: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one sweep for blocks `first` to `last` of W lines.
+    """Outputs of one sweep, or if STATES the states before every line, for blocks `first` to `last` of W lines.
 
     A program has one segment of the blocks and P rows of N maps (a picture's channel each). Strides (but those across
     lines, `_w`) and the number of lines are in units of V, so that the compiler sees how many numbers can be read at
     once. Blocks are WHOLE if they are inside the map. If BANDS, P rows are a band of the map's and overlap `halo` rows
-    of the next at each end, which every line spoils one row more of; states before the first block then come from
-    `before`, those after the last go to `after`, (sequences, rows). If STATES those after every block go there, and
-    nothing else is computed.
+    of the next at each end, which every line spoils one row more of; states then come from `before` and go to `after`,
+    (sequences, rows).
     """
     R: tl.constexpr = N * P
     ROW: tl.constexpr = 1 if ROWS_INNER else N
@@ -228,26 +203,31 @@ def line_scan_fwd_kernel(
         phase = n * W % chunk
         outs = ()
         for j in tl.static_range(W):
-            fresh = _fresh(j, phase, chunk, W, SHORT)
-            h, _, _ = _advance(
-                xs[j], lams[j], ls[j], ms[j], rs[j], h, fresh, rows, index, has_left, has_right, R, ROW, NORMALIZE
-            )
-            out = h
-            if HAS_U:
-                out *= us[j].to(tl.float32)
-            if HAS_SKIP:
-                out += skips[j].to(tl.float32) * xs[j].to(tl.float32)
-            outs = outs + (out.to(tl.float32 if ADD else y.dtype.element_ty),)
-        if STATES:
-            tl.store(after + (n - first).to(tl.int64) * sequences * rows + line, h, tl.reshape(own, [R]))
-        else:
-            out = _stack(outs, R, W, REVERSE)
-            yp = y + _at(w, y_w, V)
-            own_mask = mask & own
-            if ADD:
-                out += tl.load(yp, own_mask, 0.0).to(tl.float32)
-            tl.store(yp, out.to(y.dtype.element_ty), own_mask)
-    if BANDS and not STATES:
+            if STATES:
+                outs = outs + (h.to(y.dtype.element_ty),)
+            l, m, r = ls[j].to(tl.float32), ms[j].to(tl.float32), rs[j].to(tl.float32)
+            above, below = _around(h, h, index, has_left, has_right, R, ROW)
+            if NORMALIZE:
+                l, m, r, share, _, _, _, _, _ = _open_gates(l, m, r, has_left | (rows == 1), has_right)
+                mixed = (l * above + m * h + r * below) * share
+            else:
+                mixed = l * above + m * h + r * below
+            xj = xs[j].to(tl.float32)
+            h = lams[j].to(tl.float32) * xj + tl.where(_fresh(j, phase, chunk, W, SHORT), 0.0, mixed)
+            if not STATES:
+                out = h
+                if HAS_U:
+                    out *= us[j].to(tl.float32)
+                if HAS_SKIP:
+                    out += skips[j].to(tl.float32) * xj
+                outs = outs + (out.to(tl.float32 if ADD else y.dtype.element_ty),)
+        out = _stack(outs, R, W, REVERSE)
+        yp = y + _at(w, y_w, V)
+        own_mask = mask & own
+        if ADD:
+            out += tl.load(yp, own_mask, 0.0).to(tl.float32)
+        tl.store(yp, out.to(y.dtype.element_ty), own_mask)
+    if BANDS:
         tl.store(after + line, h, tl.reshape(own, [R]))
 
 
@@ -255,14 +235,14 @@ def line_scan_fwd_kernel(
     "sequences", "channels", "rows", "units", "chunk", "first", "last", "segments", "span", "halo",
     "x_b", "x_d", "x_i", "x_w", "g_b", "g_n", "g_d", "g_i", "g_w", "lam_b", "lam_d", "lam_i", "lam_w",
     "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "gy_b", "gy_d", "gy_i", "gy_w",
-    "gx_b", "gx_d", "gx_i", "gx_w", "gg_b", "gg_n", "gg_d", "gg_i", "gg_w",
+    "h_b", "h_d", "h_i", "h_w", "gx_b", "gx_d", "gx_i", "gx_w", "gg_b", "gg_n", "gg_d", "gg_i", "gg_w",
     "gc_b", "gc_d", "gc_i", "gc_w",
 ])  # fmt: skip
 def line_scan_bwd_kernel(
-    x, gates, lam, u, skip, gy, gx, g_gates, g_lam, g_u, g_skip, states, edge, before, after,
+    x, gates, lam, u, skip, gy, hs, gx, g_gates, g_lam, g_u, g_skip, before, after,
     sequences, channels, rows, units, chunk, first, last, segments, span, halo,
     x_b, x_d, x_i, x_w, g_b, g_n, g_d, g_i, g_w, lam_b, lam_d, lam_i, lam_w, u_b, u_d, u_i, u_w,
-    skip_b, skip_d, skip_i, skip_w, gy_b, gy_d, gy_i, gy_w, gx_b, gx_d, gx_i, gx_w,
+    skip_b, skip_d, skip_i, skip_w, gy_b, gy_d, gy_i, gy_w, h_b, h_d, h_i, h_w, gx_b, gx_d, gx_i, gx_w,
     gg_b, gg_n, gg_d, gg_i, gg_w, gc_b, gc_d, gc_i, gc_w,
     N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr,
     ROWS_INNER: tl.constexpr, REVERSE: tl.constexpr, SHORT: tl.constexpr, BANDS: tl.constexpr,
@@ -270,9 +250,7 @@ def line_scan_bwd_kernel(
 ):  # fmt: skip
     """Gradients of one sweep, from block `last` back to `first`; arguments as in the forward.
 
-    States are computed again, of every block twice: first `states` (programs, span, R) gets those before each. If
-    BANDS, `edge` (sequences, rows) has those before the first, and what passes from one launch to the next is the
-    gradient of these; the rows that bands share suffice for half as many lines as in the forward.
+    `hs` are the states before every line. What passes between launches is the gradient of the last block's states.
     """
     R: tl.constexpr = N * P
     ROW: tl.constexpr = 1 if ROWS_INNER else N
@@ -287,73 +265,46 @@ def line_scan_bwd_kernel(
     u += (b * u_b + d * u_d + i * u_i) * V
     skip += (b * skip_b + d * skip_d + i * skip_i) * V
     gy += (b * gy_b + d * gy_d + i * gy_i) * V
+    hs += (b * h_b + d * h_d + i * h_i) * V
     gx += (b * gx_b + d * gx_d + i * gx_i) * V
     g_gates += (b * gg_b + d * gg_d + i * gg_i) * V
     gg_n = gg_n.to(tl.int64) * V
     part = (b * gc_b + d * gc_d + i * gc_i) * V
+    h_i = h_i.to(tl.int64) * V
     dtype: tl.constexpr = g_gates.dtype.element_ty
     start = first + segment * span
     stop = tl.minimum(start + span, last)
-    states += tl.program_id(0).to(tl.int64) * span * R + index
     carry = tl.zeros([R], tl.float32)
-    h_start = tl.zeros([R], tl.float32)
     if BANDS:
         line = q.to(tl.int64) * rows + tl.reshape(i, [R])
         carry = tl.load(before + line, tl.reshape(row_mask, [R]) & (stop * W < units * V), 0.0)
-        h_start = tl.load(edge + line, tl.reshape(row_mask, [R]) & (start > 0), 0.0)
-    h = h_start
-    for n in range(start, stop - 1):
-        # (R, W)
-        w = _lines(n, units, V, W, REVERSE)
-        mask = row_mask if WHOLE else row_mask & (w >= 0) & (w < units * V)
-        gp = gates + _at(w, g_w, V)
-        xs = _unstack(tl.load(x + _at(w, x_w, V), mask, 0.0), R, W, REVERSE)
-        lams = _unstack(tl.load(lam + _at(w, lam_w, V), mask, 0.0), R, W, REVERSE)
-        ls = _unstack(tl.load(gp, mask, 0.0), R, W, REVERSE)
-        ms = _unstack(tl.load(gp + g_n, mask, 0.0), R, W, REVERSE)
-        rs = _unstack(tl.load(gp + 2 * g_n, mask, 0.0), R, W, REVERSE)
-        phase = n * W % chunk
-        for j in tl.static_range(W):
-            fresh = _fresh(j, phase, chunk, W, SHORT)
-            h, _, _ = _advance(
-                xs[j], lams[j], ls[j], ms[j], rs[j], h, fresh, rows, index, has_left, has_right, R, ROW, NORMALIZE
-            )
-        tl.store(states + (n + 1 - start) * R, h)
-    # What one thread wrote, another may read.
-    tl.debug_barrier()
     for back in range(stop - start):
         n = stop - 1 - back
         # (R, W)
         w = _lines(n, units, V, W, REVERSE)
         mask = row_mask if WHOLE else row_mask & (w >= 0) & (w < units * V)
         gp = gates + _at(w, g_w, V)
+        hp = hs + _at(w, h_w, V)
         xs = _unstack(tl.load(x + _at(w, x_w, V), mask, 0.0), R, W, REVERSE)
         lams = _unstack(tl.load(lam + _at(w, lam_w, V), mask, 0.0), R, W, REVERSE)
         ls = _unstack(tl.load(gp, mask, 0.0), R, W, REVERSE)
         ms = _unstack(tl.load(gp + g_n, mask, 0.0), R, W, REVERSE)
         rs = _unstack(tl.load(gp + 2 * g_n, mask, 0.0), R, W, REVERSE)
         gys = _unstack(tl.load(gy + _at(w, gy_w, V), mask, 0.0), R, W, REVERSE)
+        states = _unstack(tl.load(hp, mask, 0.0), R, W, REVERSE)
+        aboves = _unstack(tl.load(hp - h_i, mask & has_left[:, None], 0.0), R, W, REVERSE)
+        belows = _unstack(tl.load(hp + h_i, mask & has_right[:, None], 0.0), R, W, REVERSE)
         us, skips = xs, xs
         if HAS_U:
             us = _unstack(tl.load(u + _at(w, u_w, V), mask, 0.0), R, W, REVERSE)
         if HAS_SKIP:
             skips = _unstack(tl.load(skip + _at(w, skip_w, V), mask, 0.0), R, W, REVERSE)
         phase = n * W % chunk
-        h = tl.where(n > start, tl.load(states + (n - start) * R, (index >= 0) & (n > start), 0.0), h_start)
-        # States before each line, in the row itself, above and below
-        hs, aboves, belows = (), (), ()
-        for j in tl.static_range(W):
-            hs = hs + (h,)
-            fresh = _fresh(j, phase, chunk, W, SHORT)
-            h, above, below = _advance(
-                xs[j], lams[j], ls[j], ms[j], rs[j], h, fresh, rows, index, has_left, has_right, R, ROW, NORMALIZE
-            )
-            aboves, belows = aboves + (above,), belows + (below,)
         # Lines from the last to the first
         g_xs, g_lams, g_ls, g_ms, g_rs, g_us, g_skips = (), (), (), (), (), (), ()
         for j in tl.static_range(W - 1, -1, -1):
             xj, lamj, gyj = xs[j].to(tl.float32), lams[j].to(tl.float32), gys[j].to(tl.float32)
-            h, above, below = hs[j], aboves[j], belows[j]
+            h, above, below = states[j].to(tl.float32), aboves[j].to(tl.float32), belows[j].to(tl.float32)
             l, m, r = ls[j].to(tl.float32), ms[j].to(tl.float32), rs[j].to(tl.float32)
             g = gyj + carry
             if HAS_U:
@@ -379,7 +330,8 @@ def line_scan_bwd_kernel(
                 mixed = l * above + m * h + r * below
                 g_l, g_m, g_r = handed * above, handed * h, handed * below
                 l, m, r = l * handed, m * handed, r * handed
-            carry = m + _hand_on(r, l, index, has_left, has_right, R, ROW)
+            from_above, from_below = _around(r, l, index, has_left, has_right, R, ROW)
+            carry = m + from_above + from_below
             g_xs = g_xs + (g_x.to(tl.float32 if ADD else gx.dtype.element_ty),)
             g_lams = g_lams + ((g * xj).to(g_lam.dtype.element_ty),)
             g_ls, g_ms, g_rs = g_ls + (g_l.to(dtype),), g_ms + (g_m.to(dtype),), g_rs + (g_r.to(dtype),)
