@@ -57,13 +57,9 @@ class _Sweep:
         """
         V, strides = self._vectors(maps, 8)
         # Lines of a block: whole sectors of memory, if lines are next to each other.
-        W = (
-            max(V, least)
-            if 1 < V < 8
-            else 16
-            if V == 8 and self.lines % 16 == 0 and self.x.element_size() == 2
-            else max(V, 4)
-        )
+        W = max(V, least if V > 1 else 4)
+        if V == 8 and self.lines % 16 == 0 and self.x.element_size() == 2:
+            W = 16
         blocks, chunk = cdiv(self.lines, W), min(self.chunk or self.lines, self.lines)
         sequences = self.batch * self.channels
         P = min(next_power_of_2(self.rows), self.BAND)
