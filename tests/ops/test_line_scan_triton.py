@@ -1,5 +1,7 @@
 """Line scan's Triton kernels against the definition in float64: interpreted on CPUs, where it takes small maps."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -93,6 +95,19 @@ def test_stored(lines, direction):
     """Lines next to each other in memory are read two, four or eight at once."""
     for chunk, normalize, output in [(0, True, True), (3, True, False), (2, False, True), (1, False, False)]:
         check((2, 2, 3, lines), 0, chunk, FP32, normalize, output, [direction])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "direction"),
+    [((1, 1, 35, 24), FP32, "right"), ((1, 1, 9, 34), FP32, "up"), ((1, 1, 66, 32), FP16, "left")],
+    ids=str,
+)
+def test_stored_in_bands(shape, dtype, direction, monkeypatch):
+    """Tall maps, of which a program has some rows only."""
+    sweep = importlib.import_module("vla.ops.line_scan._triton")._Sweep
+    monkeypatch.setattr(sweep, "BAND", 32 if dtype == FP32 else 64)
+    monkeypatch.setattr(sweep, "HALO", 8 if dtype == FP32 else 16)
+    check(shape, 0, 0, dtype, output=dtype == FP32, directions=[direction])
 
 
 @pytest.mark.parametrize("direction", ["right", "left", "up"])

@@ -55,6 +55,20 @@ def _inverse(x):
 
 
 @triton.jit
+def _hold(x):
+    """`x` in float32, computed in one place.
+
+    What depends on loads alone, the compiler would rather compute once for every layout that it is used in, and then
+    not load it ahead.
+    """
+    x = x.to(tl.float32)
+    if _FTZ:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return x
+
+
+@triton.jit
 def _halves(h):
     """A float32 tile as the sum of two bfloat16 tiles, good to 16 bits."""
     high = (h.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
@@ -72,7 +86,7 @@ def _shifts(p, Q: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def _neighbours(h, before, after, EXACT: tl.constexpr):
     """`h[i - 1]` and `h[i + 1]` of a tile (C, P): rows move by products with shift matrices."""
-    if EXACT:
+    if EXACT or h.dtype == tl.bfloat16:
         return _dot(h, before), _dot(h, after)
     else:
         high, low = _halves(h)
@@ -103,16 +117,15 @@ def _mix(w0, w1, w2, z, no_left, no_right, h, before, after, EXACT: tl.constexpr
 
 
 @triton.jit
-def _rows_of_tile(unit, batch, rows, tiles, segments, halo, P: tl.constexpr, Q: tl.constexpr):
-    """Segment of a unit, and of its P rows the picture, the row, whether it exists and is the tile's own."""
+def _rows_of_tile(n, batch, rows, tiles, halo, P: tl.constexpr, Q: tl.constexpr):
+    """Of the P rows of the n-th tile: picture, row, whether it exists and whether it is the tile's own."""
     p = tl.arange(0, P)
-    segment = unit % segments
-    tile = unit // segments % tiles
-    b = (unit // (tiles * segments) * (P // Q) + p // Q).to(tl.int64)
+    tile = n % tiles
+    b = (n // tiles * (P // Q) + p // Q).to(tl.int64)
     i = tile * (Q - 2 * halo) - halo + p % Q
     inside = (i >= 0) & (i < rows) & (b < batch)
     own = inside & (p % Q >= halo) & (p % Q < Q - halo)
-    return segment, b, i, inside, own
+    return b, i, inside, own
 
 
 @triton.jit
@@ -142,7 +155,8 @@ def line_scan_proxy_fwd_kernel(
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
-    segment, b, i, inside, own = _rows_of_tile(tl.program_id(0) // blocks, batch, rows, tiles, segments, halo, P, Q)
+    segment = tl.program_id(0) // blocks % segments
+    b, i, inside, own = _rows_of_tile(tl.program_id(0) // (blocks * segments), batch, rows, tiles, halo, P, Q)
     p = tl.arange(0, P)
     before, after = _shifts(p, Q, low)
     zero = tl.zeros([C, P], tl.float32)
@@ -244,11 +258,11 @@ def line_scan_proxy_fwd_kernel(
 @triton.jit
 def _proxy_line_gradients(
     z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-    FRESH: tl.constexpr, EXACT: tl.constexpr,
+    FRESH: tl.constexpr, EXACT: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one line: of `x`, of what goes to the states of the line before, and of the six coefficients.
 
-    `h` are the states of the line before.
+    `h` are the states of the line before. ONCE hands neighbours' gradients on in one bfloat16: they go no further.
     """
     lam = _dot(w3, z)
     g = gy * _dot(w4, z) + carry
@@ -262,6 +276,7 @@ def _proxy_line_gradients(
         total = al + am + ar
         share = _inverse(tl.maximum(total, _MIN_TOTAL))
         above, below = _neighbours(h, before, after, EXACT)
+        h = h.to(tl.float32)
         mixed = (al * above + am * h + ar * below) * share
         state += mixed
         mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
@@ -273,6 +288,8 @@ def _proxy_line_gradients(
         carry = sm
         if EXACT:
             carry = _dot_add(sr, before, _dot_add(sl, after, carry))
+        elif ONCE:
+            carry = _dot_add(sr.to(tl.bfloat16), before, _dot_add(sl.to(tl.bfloat16), after, carry))
         else:
             sl_high, sl_low = _halves(sl)
             sr_high, sr_low = _halves(sr)
@@ -302,12 +319,6 @@ def _proxy_gradient(g, v, gz, TWICE: tl.constexpr):
 
 
 @triton.jit
-def _stack(g0, g1, C: tl.constexpr, P: tl.constexpr):
-    """Two tiles (C, P) as one (2 C, P)."""
-    return tl.reshape(tl.permute(tl.join(g0, g1), [2, 0, 1]), [2 * C, P])
-
-
-@triton.jit
 def _add(pointer, value, mask, more):
     """Stores `value`, added to what is there already if `more` (1, 1)."""
     value += tl.load(pointer, mask & more, 0.0).to(tl.float32)
@@ -315,18 +326,18 @@ def _add(pointer, value, mask, more):
 
 
 @triton.jit(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "units", "span", "workers",
+    "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "groups", "per", "span", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
     x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
-    units, span, workers,
+    groups, per, span, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
     Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ADD_GX: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from one block of C channels of some groups of `span` units (P rows of the lines of one chunk).
+    """Gradients from one block of C channels of some groups: `span` chunks of P rows each, `per` groups a tile of rows.
 
     So that no two programs write to one place, gz has a leading axis of channel blocks, gw one of workers and gx, if
     PARTIAL, one of sweeps. Otherwise a group holds all that its sweeps read, and they add to one gx. ADD and ADD_GX add
@@ -336,6 +347,8 @@ def line_scan_proxy_bwd_kernel(
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
     # A float16 gradient has more digits than one bfloat16.
     TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
+    # Digits that states keep for gradients.
+    kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     worker = tl.program_id(0) // blocks
@@ -355,56 +368,51 @@ def line_scan_proxy_bwd_kernel(
     w += c[:, None] * R + s[None, :]
     # Contiguity is understated here and below, so that threads access what they hold and exchange nothing.
     gw += worker.to(tl.int64) * (K * 6) * v_j + tl.max_contiguous(c[:, None] * V + sv[None, :], [1, 2])
-    if KEEP:
-        v += c[:, None] * V + sv[None, :]
-    else:
-        # Weights of two coefficients, (2 C, V)
-        two = tl.arange(0, 2 * C)
-        v += (block * C + two % C)[:, None] * V + sv[None, :]
-        v01_at, v24_at, v35_at = two // C * v_j, (2 + two // C * 2) * v_j, (3 + two // C * 2) * v_j
-        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + tl.arange(0, C)[:, None] + p[None, :] * C
-    for group in range(worker, tl.cdiv(units, span), workers):
+    v += c[:, None] * V + sv[None, :]
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + tl.arange(0, C)[:, None] + p[None, :] * C
+    for group in range(worker, groups, workers):
+        b, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
+        start = group % per * span
+        has_left = ((i > 0) | (rows == 1))[None, :]
+        has_right = (i < rows - 1)[None, :]
+        mask = inside[None, :] & c_mask
+        own_mask = own[None, :] & c_mask
+        z_mask = inside[None, :] & s_mask
+        own_z_mask = own[:, None] & (sv % HALF < S)[None, :]
+        gz_mask = own[:, None] & (sg < S)[None, :]
+        target = b * pixels + to + i * ti
+        z_row = z + target[None, :] * S + (s % HALF)[:, None]
+        own_z_row = z + target[:, None] * S + (sv % HALF)[None, :]
+        gy_row = gy + target[None, :] * channels + c[:, None]
+        gz_row = gz + tl.max_contiguous(
+            ((block * batch).to(tl.int64) * pixels + target[:, None]) * S + sg[None, :], [1, 2]
+        )
         for k in range(K):
             w_k, v_k = w + k * 6 * w_j, v + k * 6 * v_j
             w0, w1, w2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
             w3, w4, w5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
-            if KEEP:
-                v0, v1, v2 = tl.load(v_k), tl.load(v_k + v_j), tl.load(v_k + 2 * v_j)
-                v3, v4, v5 = tl.load(v_k + 3 * v_j), tl.load(v_k + 4 * v_j), tl.load(v_k + 5 * v_j)
-            else:
-                v01, v24 = tl.load(v_k + v01_at[:, None]), tl.load(v_k + v24_at[:, None])
-                v35 = tl.load(v_k + v35_at[:, None])
+            v0, v1, v2 = tl.load(v_k), tl.load(v_k + v_j), tl.load(v_k + 2 * v_j)
+            v3, v4, v5 = tl.load(v_k + 3 * v_j), tl.load(v_k + 4 * v_j), tl.load(v_k + 5 * v_j)
             gw0 = tl.zeros([C, V], tl.float32)
             gw1, gw2, gw3, gw4, gw5 = gw0, gw0, gw0, gw0, gw0
             again = no | ADD | (k > 0)
+            source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, 0)
+            source = (b * pixels + source)[None, :] * channels + c[:, None]
+            x_row, gx_row = x + source, gx + source
+            if PARTIAL:
+                gx_row += k * (batch.to(tl.int64) * pixels * channels)
+            gx_mask = own_mask if PARTIAL else own_mask & again
             # What was written in the last sweep may be read by other threads in this one.
             tl.debug_barrier()
-            for unit in range(group * span, tl.minimum((group + 1) * span, units)):
-                segment, b, i, inside, own = _rows_of_tile(unit, batch, rows, tiles, segments, halo, P, Q)
-                has_left = ((i > 0) | (rows == 1))[None, :]
-                has_right = (i < rows - 1)[None, :]
-                mask = inside[None, :] & c_mask
-                own_mask = own[None, :] & c_mask
-                z_mask = inside[None, :] & s_mask
-                own_z_mask = own[:, None] & (sv % HALF < S)[None, :]
-                gz_mask = own[:, None] & (sg < S)[None, :]
+            for segment in range(start, tl.minimum(start + span, segments)):
                 first = (segment * chunk).to(tl.int64)
                 steps = tl.minimum(chunk, lines - segment * chunk)
-                target = b * pixels + to + i * ti + first * tt
-                source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-                source += b * pixels
-                z_ptr = z + target[None, :] * S + (s % HALF)[:, None]
-                own_z_ptr = z + target[:, None] * S + (sv % HALF)[None, :]
-                gy_ptr = gy + target[None, :] * channels + c[:, None]
-                gz_ptr = gz + tl.max_contiguous(
-                    ((block * batch).to(tl.int64) * pixels + target[:, None]) * S + sg[None, :], [1, 2]
-                )
-                x_ptr = x + source[None, :] * channels + c[:, None]
-                gx_ptr = gx + source[None, :] * channels + c[:, None]
-                if PARTIAL:
-                    gx_ptr += k * (batch.to(tl.int64) * pixels * channels)
-                h = zero
+                z_ptr, own_z_ptr = z_row + first * tt * S, own_z_row + first * tt * S
+                gy_ptr, gz_ptr = gy_row + first * tt * channels, gz_row + first * tt * S
+                x_ptr, gx_ptr = x_row + first * st * channels, gx_row + first * st * channels
+                carry = zero
                 if not KEEP:
+                    h = zero
                     no_left, no_right = tl.where(has_left, zero, _CLOSED), tl.where(has_right, zero, _CLOSED)
                     zn, xn = tl.load(z_ptr, z_mask, 0.0), tl.load(x_ptr, mask, 0.0)
                     for t in range(steps):
@@ -416,56 +424,57 @@ def line_scan_proxy_bwd_kernel(
                         tl.store(scratch + t * (P * C), h.to(scratch.dtype.element_ty))
                     tl.debug_barrier()
                     h_next = tl.load(scratch + tl.maximum(steps - 2, 0) * (P * C))
-                carry = zero
+                    last = (steps - 1).to(tl.int64)
+                    if ADD_GX or not PARTIAL:
+                        gx_next = tl.load(gx_ptr + last * st * channels, gx_mask, 0.0)
+                    gz_next = tl.load(gz_ptr + last * tt * S, gz_mask & again, 0.0)
                 for n in range(steps):
                     t = steps - 1 - n
                     zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
                     own_z = tl.load(own_z_ptr + t * tt * S, own_z_mask, 0.0)
-                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0).to(tl.float32)
+                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0)
+                    xt = xt.to(tl.float32) if KEEP else _hold(xt)
                     gyt = tl.load(gy_ptr + t * tt * channels, mask, 0.0).to(tl.float32)
-                    if not KEEP:
-                        # What is added to is read before it is needed, and the states one line before.
-                        h = h_next.to(tl.float32)
-                        h_next = tl.load(scratch + tl.maximum(t - 2, 0) * (P * C))
                     gx_before = zero
-                    if ADD_GX or not PARTIAL:
-                        gx_mask = own_mask if PARTIAL else own_mask & again
-                        gx_before = tl.load(gx_ptr + t * st * channels, gx_mask, 0.0).to(tl.float32)
-                    if not KEEP:
-                        gz_before = tl.load(gz_ptr + t * tt * S, gz_mask & again, 0.0)
+                    if KEEP:
+                        if ADD_GX or not PARTIAL:
+                            gx_before = tl.load(gx_ptr + t * st * channels, gx_mask, 0.0).to(tl.float32)
+                    else:
+                        # The states, and what is added to, are read one line before they are needed.
+                        state = tl.where(no | (t > 0), h_next, 0.0)
+                        h_next = tl.load(scratch + tl.maximum(t - 2, 0) * (P * C))
+                        t_next = tl.maximum(t - 1, 0)
+                        gz_before = gz_next
+                        gz_next = tl.load(gz_ptr + t_next * tt * S, gz_mask & again, 0.0)
+                        if ADD_GX or not PARTIAL:
+                            gx_before = gx_next.to(tl.float32)
+                            gx_next = tl.load(gx_ptr + t_next * st * channels, gx_mask, 0.0)
                     g_z = tl.zeros([P, V], tl.float32)
                     if V > HALF:
                         z_high, z_low = _halves(own_z.to(tl.float32))
                         own_z = tl.where((sv < HALF)[None, :], z_high, z_low)
-                    if t > 0:
+                    # In a long chunk the first line is one of many: states of 0 cost less than a branch.
+                    if t > 0 or not KEEP:
                         if KEEP:
-                            h = _dot(w3, tl.load(z_ptr, z_mask, 0.0)) * tl.load(x_ptr, mask, 0.0).to(tl.float32)
+                            state = _dot(w3, tl.load(z_ptr, z_mask, 0.0)) * tl.load(x_ptr, mask, 0.0).to(tl.float32)
+                            state = state.to(kept)
                         g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                            zt, xt, gyt, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                            False, EXACT)  # fmt: skip
+                            zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                            False, EXACT, KEEP and not TWICE)  # fmt: skip
                         gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
                         gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
                         gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
-                        if KEEP:
-                            g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
-                            g_z = _proxy_gradient(g2, v2, g_z, TWICE)
-                        else:
-                            g_z = _proxy_gradient(_stack(g0, g1, C, P), v01, g_z, TWICE)
+                        g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
+                        g_z = _proxy_gradient(g2, v2, g_z, TWICE)
                     else:
                         g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                            zt, xt, gyt, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                            True, EXACT)  # fmt: skip
-                        g2 = zero
+                            zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                            True, EXACT, KEEP and not TWICE)  # fmt: skip
                     gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
                     gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
                     gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
-                    if KEEP:
-                        g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
-                        g_z = _proxy_gradient(g5, v5, g_z, TWICE)
-                    else:
-                        # Fewer exchanges between threads. In short chunks this was slower.
-                        g_z = _proxy_gradient(_stack(g2, g4, C, P), v24, g_z, TWICE)
-                        g_z = _proxy_gradient(_stack(g3, g5, C, P), v35, g_z, TWICE)
+                    g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
+                    g_z = _proxy_gradient(g5, v5, g_z, TWICE)
                     tl.store(gx_ptr + t * st * channels, (g_x + gx_before).to(gx.dtype.element_ty), own_mask)
                     if V > HALF:
                         g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
@@ -569,8 +578,8 @@ class _Launch:
 
     # Channels of a block.
     C = 16
-    # Units of short chunks whose weights' gradients are summed in registers.
-    SPAN = 14
+    # Short chunks whose weights' gradients are summed in registers.
+    SPAN = 28
 
     def __init__(self, args: tuple, with_gradients: bool):
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
@@ -659,26 +668,27 @@ class _Launch:
         for k, directions, x, target in groups:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             keep = chunk <= 2
-            units = cdiv(self.batch * Q, P) * tiles * segments
-            span = self.SPAN if keep else 1
+            # Groups of chunks in one row of tiles.
+            per = cdiv(segments, self.SPAN) if keep else segments
+            span = cdiv(segments, per)
+            groups = cdiv(self.batch * Q, P) * tiles * per
             in_place = x is self.x
             # Several programs may add to a pixel of gx in one launch.
-            partial = not in_place or (len(directions) > 1 and span % (tiles * segments) != 0)
+            partial = not in_place or (len(directions) > 1 and tiles * per > 1)
             if gx is None or not in_place:
                 gx = x.new_empty(len(directions) if partial else 1, *x.shape)
             # As many programs as run at a time, and all with as much to do.
             warps = 12 if keep and not self.exact else 8
             slots = max(1, warps * 16 // P * processors(x) // self.blocks)
-            count = cdiv(units, span)
-            workers = cdiv(count, max(1, cdiv(count, slots)))
+            workers = cdiv(groups, max(1, cdiv(groups, slots)))
             part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
             scratch = part
             if not keep:
-                dtype = x.dtype if x.dtype == torch.bfloat16 and not self.exact else torch.float32
+                dtype = torch.bfloat16 if self.w.dtype == torch.bfloat16 else torch.float32
                 scratch = x.new_empty(self.blocks * workers, chunk, P, self.C, dtype=dtype)
             line_scan_proxy_bwd_kernel[(self.blocks * workers,)](
                 x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels, pixels,
-                rows, lines, chunk, tiles, segments, halo, self.w_width, units, span, workers, *target,
+                rows, lines, chunk, tiles, segments, halo, self.w_width, groups, per, span, workers, *target,
                 *self._sources(directions),
                 K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
                 ADD=k > 0, ADD_GX=k > 0 and in_place, PARTIAL=partial, num_warps=P // 16,
