@@ -1,0 +1,527 @@
+"""GPU kernels of the MLP in 16 bits: tiles of the hidden channels go from tensor core to tensor core."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LOG2E, cdiv, next_power_of_2
+
+# Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a
+# tile's width must. Columns outside are zero.
+
+
+@triton.jit
+def _normal_tail(a):
+    """Probability of more than a >= 0 in a normal distribution.
+
+    2 to the power of a polynomial, the minimax one for the error of a times the probability (7e-7): the exponential is
+    the only operation that is not a multiply-add.
+    """
+    p = 0.00719424677916423 - 0.00048760740339161854 * a
+    p = -0.05213135594882522 + p * a
+    p = -0.4596203768090395 + p * a
+    p = -1.1509821430367992 + p * a
+    return tl.exp2(-1.0000051087301474 + p * a)
+
+
+@triton.jit
+def _activate(s, ACT: tl.constexpr):
+    if ACT == "gelu":
+        a = tl.abs(s)
+        return tl.maximum(s, 0.0) - a * _normal_tail(a)
+    elif ACT == "gelu_tanh":
+        return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
+    elif ACT == "silu":
+        return s * tl.sigmoid(s)
+    elif ACT == "squared_relu":
+        s = tl.maximum(s, 0.0)
+        return s * s
+    else:
+        return tl.maximum(s, 0.0)
+
+
+@triton.jit
+def _activate_both(s, ACT: tl.constexpr):
+    """The activation and its derivative."""
+    if ACT == "gelu":
+        a = tl.abs(s)
+        tail = _normal_tail(a)
+        density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
+        return tl.maximum(s, 0.0) - a * tail, tl.where(s < 0.0, tail, 1.0 - tail) + s * density
+    elif ACT == "gelu_tanh":
+        share = tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
+        slope = 1.5957691216057308 + 0.21406443847660462 * s * s
+        return s * share, share + s * share * (1.0 - share) * slope
+    elif ACT == "silu":
+        share = tl.sigmoid(s)
+        return s * share, share + s * share * (1.0 - share)
+    elif ACT == "squared_relu":
+        s = tl.maximum(s, 0.0)
+        return s * s, 2.0 * s
+    else:
+        return tl.maximum(s, 0.0), tl.where(s > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def _range(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers from `first` on, and which of them are below SIZE, None for all."""
+    number = first + tl.arange(0, BLOCK)
+    return number, (number < SIZE if SIZE % BLOCK else None)
+
+
+@triton.jit
+def _columns(i, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Numbers of the columns of part i, and which of them are inside, None for all."""
+    column = tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
+    return column, (column < SIZE if LEAD + REST > SIZE else None)
+
+
+@triton.jit
+def _mask(rows, columns):
+    """Where both are inside; None stands for everywhere."""
+    if rows is None:
+        return None if columns is None else columns[None, :]
+    elif columns is None:
+        return rows[:, None]
+    else:
+        return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def _fetch(pointer, mask):
+    return tl.load(pointer) if mask is None else tl.load(pointer, mask, 0.0)
+
+
+@triton.jit
+def _load(pointer, inside, STRIDE: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    """The rows that `pointer` (BLOCK,) points to, of SIZE numbers with STRIDE between them."""
+    parts = ()
+    for i in tl.static_range(0, 2 if REST else 1):
+        column, valid = _columns(i, SIZE, LEAD, REST)
+        parts = parts + (_fetch(pointer[:, None] + column[None, :] * STRIDE, _mask(inside, valid)),)
+    return parts
+
+
+@triton.jit
+def _store(pointer, parts, inside, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    for i in tl.static_range(0, len(parts)):
+        column, valid = _columns(i, SIZE, LEAD, REST)
+        value = parts[i].to(pointer.dtype.element_ty)
+        tl.store(pointer[:, None] + column[None, :], value, _mask(inside, valid))
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    sums = (tl.zeros((ROWS, LEAD), tl.float32),)
+    if REST:
+        sums = sums + (tl.zeros((ROWS, REST), tl.float32),)
+    return sums
+
+
+@triton.jit
+def _dot(a, b, total, DTYPE: tl.constexpr):
+    return tl.dot(a.to(DTYPE), b.to(DTYPE), total)
+
+
+@triton.jit
+def _products(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """Products of every row of a with every row of b, (ROWS, COLUMNS)."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(0, len(a)):
+        total = _dot(a[i], b[i].T, total, DTYPE)
+    return total
+
+
+@triton.jit
+def _accumulate(sums, tile, rows, DTYPE: tl.constexpr):
+    """Adds to the sums the combinations of `rows` whose coefficients are the rows of `tile`."""
+    out = ()
+    for i in tl.static_range(0, len(rows)):
+        out = out + (_dot(tile, rows[i], sums[i], DTYPE),)
+    return out
+
+
+@triton.jit
+def mlp_fwd_kernel(
+    x,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    y,
+    rows,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    OUT_LEAD: tl.constexpr,
+    OUT_REST: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_M rows of x (rows, CHANNELS) to those of y (rows, OUT), through all hidden channels."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
+    sums = _zeros(BLOCK_M, OUT_LEAD, OUT_REST)
+    for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
+        hidden, inside = _range(first, HIDDEN, BLOCK_H)
+        w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
+        w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+        s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
+        if bias1 is not None:
+            s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+        sums = _accumulate(sums, _activate(s, ACT).to(x.dtype.element_ty), w2, DTYPE)
+    if bias2 is not None:
+        shifted = ()
+        for i in tl.static_range(0, len(sums)):
+            column, valid = _columns(i, OUT, OUT_LEAD, OUT_REST)
+            shifted = shifted + (sums[i] + _fetch(bias2 + column, valid).to(tl.float32)[None, :],)
+        sums = shifted
+    _store(y + row * OUT, sums, row < rows, OUT, OUT_LEAD, OUT_REST)
+
+
+@triton.jit
+def mlp_bwd_kernel(
+    g,
+    x,
+    weight1,
+    bias1,
+    weight2,
+    gx,
+    g_sums,
+    rows,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    OUT_LEAD: tl.constexpr,
+    OUT_REST: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of BLOCK_M rows of x (rows, CHANNELS), and the sum of those rows of g (rows, OUT)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
+    g_rows = _load(g + row * OUT, row < rows, 1, OUT, OUT_LEAD, OUT_REST)
+    if g_sums is not None:
+        for i in tl.static_range(0, len(g_rows)):
+            column, valid = _columns(i, OUT, OUT_LEAD, OUT_REST)
+            tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), valid)
+    sums = _zeros(BLOCK_M, LEAD, REST)
+    for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
+        hidden, inside = _range(first, HIDDEN, BLOCK_H)
+        w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
+        w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+        s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
+        if bias1 is not None:
+            s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+        value, slope = _activate_both(s, ACT)
+        gs = _products(g_rows, w2, BLOCK_M, BLOCK_H, DTYPE) * slope
+        sums = _accumulate(sums, gs.to(x.dtype.element_ty), w1, DTYPE)
+    _store(gx + row * CHANNELS, sums, row < rows, CHANNELS, LEAD, REST)
+
+
+@triton.jit
+def mlp_bwd_weights_kernel(
+    g,
+    x,
+    weight1,
+    bias1,
+    weight2,
+    g_weight1,
+    g_weight2,
+    g_bias1,
+    rows,
+    size,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    OUT_LEAD: tl.constexpr,
+    OUT_REST: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of the weights of BLOCK_H hidden channels, as sums over every so many tiles of rows.
+
+    Products have the hidden channels as their rows, so that they can stay in registers as the next products' operands.
+    A program has its own `size` numbers in `g_weight1` (HIDDEN, CHANNELS), `g_weight2` (HIDDEN, OUT) and `g_bias1`.
+    """
+    hidden, inside = _range(tl.program_id(0) * BLOCK_H, HIDDEN, BLOCK_H)
+    w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
+    w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+    if bias1 is not None:
+        bias = _fetch(bias1 + hidden, inside).to(tl.float32)[:, None]
+    sums1 = _zeros(BLOCK_H, LEAD, REST)
+    sums2 = _zeros(BLOCK_H, OUT_LEAD, OUT_REST)
+    bias_sums = tl.zeros((BLOCK_H,), tl.float32)
+    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
+        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
+        g_rows = _load(g + row * OUT, row < rows, 1, OUT, OUT_LEAD, OUT_REST)
+        s = _products(w1, x_rows, BLOCK_H, BLOCK_M, DTYPE)
+        if bias1 is not None:
+            s += bias
+        value, slope = _activate_both(s, ACT)
+        gs = _products(w2, g_rows, BLOCK_H, BLOCK_M, DTYPE) * slope
+        bias_sums += tl.sum(gs, 1)
+        sums2 = _accumulate(sums2, value.to(x.dtype.element_ty), g_rows, DTYPE)
+        sums1 = _accumulate(sums1, gs.to(x.dtype.element_ty), x_rows, DTYPE)
+    own = tl.program_id(1).to(tl.int64) * size
+    _store(g_weight1 + own + hidden * CHANNELS, sums1, inside, CHANNELS, LEAD, REST)
+    _store(g_weight2 + own + hidden * OUT, sums2, inside, OUT, OUT_LEAD, OUT_REST)
+    tl.store(g_bias1 + own + hidden, bias_sums, inside)
+
+
+@triton.jit
+def _tile(rows, HIDDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BAND: tl.constexpr):
+    """First row and hidden channel of a program's tile: programs of a band of BAND rows of tiles share their rows."""
+    tiles: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    band = tl.program_id(0) // (BAND * tiles)
+    height = tl.minimum(tl.cdiv(rows, BLOCK_M) - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * tiles)
+    return (band * BAND + place % height) * BLOCK_M, place // height * BLOCK_H
+
+
+@triton.jit
+def _matrix_product(
+    a,
+    b,
+    inside,
+    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Products of rows of SIZE numbers, which `a` (BLOCK_M,) and `b` (BLOCK_H,) point to, these with STRIDE between."""
+    total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for first in tl.range(0, SIZE, BLOCK_C, num_stages=STAGES):
+        column, valid = _range(first, SIZE, BLOCK_C)
+        a_tile = _fetch(a[:, None] + column[None, :], _mask(None, valid))
+        b_tile = _fetch(b[:, None] + column[None, :] * STRIDE, _mask(inside, valid))
+        total = _dot(a_tile, b_tile.T, total, DTYPE)
+    return total
+
+
+@triton.jit
+def mlp_hidden_kernel(
+    x,
+    weight1,
+    bias1,
+    h,
+    rows,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BAND: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A tile of the hidden channels h (rows, HIDDEN)."""
+    first_row, first = _tile(rows, HIDDEN, BLOCK_M, BLOCK_H, BAND)
+    row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
+    hidden, inside = _range(first, HIDDEN, BLOCK_H)
+    # Rows outside are read as the last one, without a mask.
+    x_row = x + tl.minimum(row, rows - 1) * CHANNELS
+    w1_row = weight1 + hidden * CHANNELS
+    s = _matrix_product(x_row, w1_row, inside, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES)
+    if bias1 is not None:
+        s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+    tile = _activate(s, ACT).to(h.dtype.element_ty)
+    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], tile, _mask(row < rows, inside))
+
+
+@triton.jit
+def mlp_bwd_hidden_kernel(
+    g,
+    x,
+    weight1,
+    bias1,
+    weight2,
+    h,
+    gs,
+    g_bias1,
+    rows,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    ACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BAND: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A tile of the hidden channels h (rows, HIDDEN), of the gradient gs of what they are the activation of, and the
+    sum of its rows."""
+    first_row, first = _tile(rows, HIDDEN, BLOCK_M, BLOCK_H, BAND)
+    row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
+    hidden, inside = _range(first, HIDDEN, BLOCK_H)
+    last = tl.minimum(row, rows - 1)
+    w1_row = weight1 + hidden * CHANNELS
+    s = _matrix_product(
+        x + last * CHANNELS, w1_row, inside, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
+    )
+    if bias1 is not None:
+        s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+    value, slope = _activate_both(s, ACT)
+    mask = _mask(row < rows, inside)
+    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], value.to(h.dtype.element_ty), mask)
+    gh = _matrix_product(
+        g + last * OUT, weight2 + hidden, inside, HIDDEN, OUT, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
+    )
+    tile = tl.where((row < rows)[:, None], gh * slope, 0.0)
+    tl.store((gs + row * HIDDEN)[:, None] + hidden[None, :], tile.to(gs.dtype.element_ty), mask)
+    if g_bias1 is not None:
+        own = (first_row // BLOCK_M).to(tl.int64) * HIDDEN
+        tl.store(g_bias1 + own + hidden, tl.sum(tile, 0), inside)
+
+
+# Channels up to which a program keeps all of a row's, and their sums, in registers.
+NARROW = 256
+# Of an H100; decides how many partial sums the weights' gradients are made of.
+MULTIPROCESSORS = 132
+# Tiles of the kernels for wide rows.
+_TILES = dict(BLOCK_M=128, BLOCK_H=128, BLOCK_C=64, BAND=8, STAGES=3, num_warps=8)
+
+
+@cache
+def _widths(size: int) -> tuple[int, int]:
+    """LEAD and REST for rows of `size` numbers, powers of two from 16 on."""
+    whole = max(16, next_power_of_2(size))
+    lead = whole // 2
+    if lead < 16 or size <= lead or size > lead + lead // 2:
+        return whole, 0
+    return lead, max(16, next_power_of_2(size - lead))
+
+
+@cache
+def _constants(channels: int, hidden: int, out: int, act: str, dtype: torch.dtype, interpreted: bool) -> dict:
+    """Constants of the kernels, and whether it is those for narrow rows that have them."""
+    # Triton's interpreter cannot multiply bfloat16.
+    operand = tl.float32 if interpreted else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    constants = dict(CHANNELS=channels, HIDDEN=hidden, OUT=out, ACT=act, DTYPE=operand)
+    if max(channels, out) > NARROW:
+        return constants
+    (lead, rest), (out_lead, out_rest) = _widths(channels), _widths(out)
+    return constants | dict(LEAD=lead, REST=rest, OUT_LEAD=out_lead, OUT_REST=out_rest)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
+    channels, hidden, out = x.shape[-1], weight1.shape[0], weight2.shape[0]
+    y = x.new_empty(*x.shape[:-1], out)
+    if y.numel() == 0:
+        return y
+    rows = y.numel() // out
+    x, weight1, bias1 = x.contiguous(), weight1.contiguous(), _contiguous(bias1)
+    constants = _constants(channels, hidden, out, act, x.dtype, x.is_cpu)
+    if "LEAD" in constants:
+        weight2, bias2 = weight2.contiguous(), _contiguous(bias2)
+        mlp_fwd_kernel[(cdiv(rows, 64),)](
+            x, weight1, bias1, weight2, bias2, y, rows, BLOCK_M=64, BLOCK_H=32, STAGES=3, num_warps=4, **constants
+        )
+        return y
+    h = x.new_empty(*x.shape[:-1], hidden)
+    grid = (cdiv(rows, 128) * cdiv(hidden, 128),)
+    mlp_hidden_kernel[grid](x, weight1, bias1, h, rows, **constants, **_TILES)
+    return F.linear(h, weight2, bias2)
+
+
+def backward(
+    grads: list[Tensor],
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+) -> list[Tensor | None]:
+    if x.numel() == 0:
+        return [None] * 5
+    channels, hidden, out = x.shape[-1], weight1.shape[0], weight2.shape[0]
+    arguments = grads[0].contiguous(), x.contiguous(), weight1.contiguous(), _contiguous(bias1), weight2.contiguous()
+    constants = _constants(channels, hidden, out, act, x.dtype, x.is_cpu)
+    launch = _backward_narrow if "LEAD" in constants else _backward_wide
+    gx, g_weight1, g_bias1, g_weight2, g_bias2 = launch(*arguments, constants)
+    return [gx, g_weight1, None if bias1 is None else g_bias1, g_weight2, None if bias2 is None else g_bias2]
+
+
+def _backward_narrow(
+    g: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, constants: dict
+) -> tuple[Tensor, ...]:
+    channels, hidden, out = constants["CHANNELS"], constants["HIDDEN"], constants["OUT"]
+    rows = x.numel() // channels
+    gx = torch.empty_like(x)
+    tiles = cdiv(rows, 64)
+    g_sums = torch.empty(tiles, out, dtype=torch.float32, device=x.device)
+    mlp_bwd_kernel[(tiles,)](
+        g, x, weight1, bias1, weight2, gx, g_sums, rows, BLOCK_M=64, BLOCK_H=32, STAGES=2, num_warps=4, **constants
+    )
+    blocks = cdiv(hidden, 64)
+    splits = min(tiles, max(1, 2 * MULTIPROCESSORS // blocks))
+    # Every program's sums side by side, to be added in one launch.
+    size = hidden * (channels + out + 1)
+    sums = torch.empty(splits, size, dtype=torch.float32, device=x.device)
+    first, second = hidden * channels, hidden * (channels + out)
+    mlp_bwd_weights_kernel[(blocks, splits)](
+        g,
+        x,
+        weight1,
+        bias1,
+        weight2,
+        sums,
+        sums[:, first:],
+        sums[:, second:],
+        rows,
+        size,
+        BLOCK_M=64,
+        BLOCK_H=64,
+        STAGES=2,
+        num_warps=4,
+        **constants,
+    )
+    sums = sums.sum(0)
+    g_weight1, g_weight2 = sums[:first].view(hidden, channels), sums[first:second].view(hidden, out).T
+    return gx, g_weight1, sums[second:], g_weight2, g_sums.sum(0)
+
+
+def _backward_wide(
+    g: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, constants: dict
+) -> tuple[Tensor, ...]:
+    channels, hidden = constants["CHANNELS"], constants["HIDDEN"]
+    rows = x.numel() // channels
+    tiles = cdiv(rows, 128)
+    h, gs = x.new_empty(rows, hidden), x.new_empty(rows, hidden)
+    g_bias1 = torch.empty(tiles, hidden, dtype=torch.float32, device=x.device)
+    grid = (tiles * cdiv(hidden, 128),)
+    mlp_bwd_hidden_kernel[grid](g, x, weight1, bias1, weight2, h, gs, g_bias1, rows, **constants, **_TILES)
+    g = g.flatten(0, -2)
+    gx = (gs @ weight1).view_as(x)
+    return gx, gs.T @ x.view(rows, channels), g_bias1.sum(0), g.T @ h, g.sum(0)
