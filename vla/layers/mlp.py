@@ -41,3 +41,11 @@ class Mlp(timm.layers.Mlp):
                 return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
         x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(x))
+
+    def _is_plain(self) -> bool:
+        """Whether the MLP is two linear layers with an activation that the operator knows, and nothing else."""
+        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear or _activation(self.act) is None:
+            return False
+        if self.training and (self.drop1.p > 0 or self.drop2.p > 0):
+            return False
+        return isinstance(self.norm, nn.Identity) and not any(has_hooks(module) for module in self.children())

@@ -98,7 +98,7 @@ def add_normalize(
     return x, normalize(x, weight, bias, eps, narrow)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its `forward`."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks) or _has_any_global_hook()
@@ -141,7 +141,7 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """A residual connection and the norm of its result, in one pass over memory: `x + branch` and its norm."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if not _has_hooks(self):
+            if not has_hooks(self):
                 x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
                 x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
                 return x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)

@@ -387,12 +387,12 @@ def mlp_bwd_hidden_kernel(
     )
     if bias1 is not None:
         s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
-    value, slope = _activate_both(s, ACT)
-    mask = _mask(row < rows, inside)
-    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], value.to(h.dtype.element_ty), mask)
     gh = _matrix_product(
         g + last * OUT, weight2 + hidden, inside, HIDDEN, OUT, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
     )
+    value, slope = _activate_both(s, ACT)
+    mask = _mask(row < rows, inside)
+    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], value.to(h.dtype.element_ty), mask)
     tile = tl.where((row < rows)[:, None], gh * slope, 0.0)
     tl.store((gs + row * HIDDEN)[:, None] + hidden[None, :], tile.to(gs.dtype.element_ty), mask)
     if g_bias1 is not None:
@@ -450,7 +450,8 @@ def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, b
         return y
     h = x.new_empty(*x.shape[:-1], hidden)
     grid = (cdiv(rows, 128) * cdiv(hidden, 128),)
-    mlp_hidden_kernel[grid](x, weight1, bias1, h, rows, **constants, **_TILES)
+    shared = {name: constants[name] for name in ("CHANNELS", "HIDDEN", "ACT", "DTYPE")}
+    mlp_hidden_kernel[grid](x, weight1, bias1, h, rows, **shared, **_TILES)
     return F.linear(h, weight2, bias2)
 
 
