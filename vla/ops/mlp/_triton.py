@@ -67,51 +67,49 @@ def _activate_both(s, ACT: tl.constexpr):
 
 
 @triton.jit
-def _range(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK numbers from `first` on, and which of them are below SIZE, None for all."""
-    number = first + tl.arange(0, BLOCK)
-    return number, (number < SIZE if SIZE % BLOCK else None)
-
-
-@triton.jit
-def _columns(i, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
-    """Numbers of the columns of part i, and which of them are inside, None for all."""
-    column = tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
-    return column, (column < SIZE if LEAD + REST > SIZE else None)
-
-
-@triton.jit
-def _mask(rows, columns):
-    """Where both are inside; None stands for everywhere."""
-    if rows is None:
-        return None if columns is None else columns[None, :]
-    elif columns is None:
-        return rows[:, None]
+def _fetch(pointer, rows, columns, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    """A tile, with zeros where its rows or columns are outside, unless all of them are inside."""
+    if ALL_ROWS and ALL_COLUMNS:
+        return tl.load(pointer)
+    elif ALL_ROWS:
+        return tl.load(pointer, columns[None, :], 0.0)
+    elif ALL_COLUMNS:
+        return tl.load(pointer, rows[:, None], 0.0)
     else:
-        return rows[:, None] & columns[None, :]
+        return tl.load(pointer, rows[:, None] & columns[None, :], 0.0)
 
 
 @triton.jit
-def _fetch(pointer, mask):
-    return tl.load(pointer) if mask is None else tl.load(pointer, mask, 0.0)
+def _column(i, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Numbers of the columns of part i."""
+    return tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
 
 
 @triton.jit
-def _load(pointer, inside, STRIDE: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
-    """The rows that `pointer` (BLOCK,) points to, of SIZE numbers with STRIDE between them."""
+def _load(
+    pointer,
+    inside,
+    ALL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """The rows that `pointer` (BLOCK,) points to, of SIZE numbers with STRIDE between them; are ALL of them inside?"""
     parts = ()
     for i in tl.static_range(0, 2 if REST else 1):
-        column, valid = _columns(i, SIZE, LEAD, REST)
-        parts = parts + (_fetch(pointer[:, None] + column[None, :] * STRIDE, _mask(inside, valid)),)
+        column = _column(i, LEAD, REST)
+        tile = pointer[:, None] + column[None, :] * STRIDE
+        parts = parts + (_fetch(tile, inside, column < SIZE, ALL, LEAD + REST == SIZE),)
     return parts
 
 
 @triton.jit
 def _store(pointer, parts, inside, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
     for i in tl.static_range(0, len(parts)):
-        column, valid = _columns(i, SIZE, LEAD, REST)
-        value = parts[i].to(pointer.dtype.element_ty)
-        tl.store(pointer[:, None] + column[None, :], value, _mask(inside, valid))
+        column = _column(i, LEAD, REST)
+        mask = inside[:, None] & (column < SIZE)[None, :]
+        tl.store(pointer[:, None] + column[None, :], parts[i].to(pointer.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -169,21 +167,22 @@ def mlp_fwd_kernel(
 ):
     """BLOCK_M rows of x (rows, CHANNELS) to those of y (rows, OUT), through all hidden channels."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
+    x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
     sums = _zeros(BLOCK_M, OUT_LEAD, OUT_REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
-        hidden, inside = _range(first, HIDDEN, BLOCK_H)
-        w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
-        w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+        hidden = first + tl.arange(0, BLOCK_H)
+        inside = hidden < HIDDEN
+        w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
+        w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
         s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
         if bias1 is not None:
-            s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+            s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
         sums = _accumulate(sums, _activate(s, ACT).to(x.dtype.element_ty), w2, DTYPE)
     if bias2 is not None:
         shifted = ()
         for i in tl.static_range(0, len(sums)):
-            column, valid = _columns(i, OUT, OUT_LEAD, OUT_REST)
-            shifted = shifted + (sums[i] + _fetch(bias2 + column, valid).to(tl.float32)[None, :],)
+            column = _column(i, OUT_LEAD, OUT_REST)
+            shifted = shifted + (sums[i] + tl.load(bias2 + column, column < OUT, 0.0).to(tl.float32)[None, :],)
         sums = shifted
     _store(y + row * OUT, sums, row < rows, OUT, OUT_LEAD, OUT_REST)
 
@@ -213,20 +212,21 @@ def mlp_bwd_kernel(
 ):
     """Gradients of BLOCK_M rows of x (rows, CHANNELS), and the sum of those rows of g (rows, OUT)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
-    g_rows = _load(g + row * OUT, row < rows, 1, OUT, OUT_LEAD, OUT_REST)
+    x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
+    g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
     if g_sums is not None:
         for i in tl.static_range(0, len(g_rows)):
-            column, valid = _columns(i, OUT, OUT_LEAD, OUT_REST)
-            tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), valid)
+            column = _column(i, OUT_LEAD, OUT_REST)
+            tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), column < OUT)
     sums = _zeros(BLOCK_M, LEAD, REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
-        hidden, inside = _range(first, HIDDEN, BLOCK_H)
-        w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
-        w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+        hidden = first + tl.arange(0, BLOCK_H)
+        inside = hidden < HIDDEN
+        w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
+        w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
         s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
         if bias1 is not None:
-            s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+            s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
         value, slope = _activate_both(s, ACT)
         gs = _products(g_rows, w2, BLOCK_M, BLOCK_H, DTYPE) * slope
         sums = _accumulate(sums, gs.to(x.dtype.element_ty), w1, DTYPE)
@@ -263,18 +263,19 @@ def mlp_bwd_weights_kernel(
     Products have the hidden channels as their rows, so that they can stay in registers as the next products' operands.
     A program has its own `size` numbers in `g_weight1` (HIDDEN, CHANNELS), `g_weight2` (HIDDEN, OUT) and `g_bias1`.
     """
-    hidden, inside = _range(tl.program_id(0) * BLOCK_H, HIDDEN, BLOCK_H)
-    w1 = _load(weight1 + hidden * CHANNELS, inside, 1, CHANNELS, LEAD, REST)
-    w2 = _load(weight2 + hidden, inside, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+    hidden = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = hidden < HIDDEN
+    w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
+    w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
     if bias1 is not None:
-        bias = _fetch(bias1 + hidden, inside).to(tl.float32)[:, None]
+        bias = tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[:, None]
     sums1 = _zeros(BLOCK_H, LEAD, REST)
     sums2 = _zeros(BLOCK_H, OUT_LEAD, OUT_REST)
     bias_sums = tl.zeros((BLOCK_H,), tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        x_rows = _load(x + row * CHANNELS, row < rows, 1, CHANNELS, LEAD, REST)
-        g_rows = _load(g + row * OUT, row < rows, 1, OUT, OUT_LEAD, OUT_REST)
+        x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
+        g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
         s = _products(w1, x_rows, BLOCK_H, BLOCK_M, DTYPE)
         if bias1 is not None:
             s += bias
@@ -304,6 +305,7 @@ def _matrix_product(
     a,
     b,
     inside,
+    ALL: tl.constexpr,
     STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -315,9 +317,10 @@ def _matrix_product(
     """Products of rows of SIZE numbers, which `a` (BLOCK_M,) and `b` (BLOCK_H,) point to, these with STRIDE between."""
     total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for first in tl.range(0, SIZE, BLOCK_C, num_stages=STAGES):
-        column, valid = _range(first, SIZE, BLOCK_C)
-        a_tile = _fetch(a[:, None] + column[None, :], _mask(None, valid))
-        b_tile = _fetch(b[:, None] + column[None, :] * STRIDE, _mask(inside, valid))
+        column = first + tl.arange(0, BLOCK_C)
+        valid = column < SIZE
+        a_tile = _fetch(a[:, None] + column[None, :], inside, valid, True, SIZE % BLOCK_C == 0)
+        b_tile = _fetch(b[:, None] + column[None, :] * STRIDE, inside, valid, ALL, SIZE % BLOCK_C == 0)
         total = _dot(a_tile, b_tile.T, total, DTYPE)
     return total
 
@@ -342,15 +345,18 @@ def mlp_hidden_kernel(
     """A tile of the hidden channels h (rows, HIDDEN)."""
     first_row, first = _tile(rows, HIDDEN, BLOCK_M, BLOCK_H, BAND)
     row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
-    hidden, inside = _range(first, HIDDEN, BLOCK_H)
+    hidden = first + tl.arange(0, BLOCK_H)
+    inside = hidden < HIDDEN
     # Rows outside are read as the last one, without a mask.
     x_row = x + tl.minimum(row, rows - 1) * CHANNELS
     w1_row = weight1 + hidden * CHANNELS
-    s = _matrix_product(x_row, w1_row, inside, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES)
+    s = _matrix_product(
+        x_row, w1_row, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
+    )
     if bias1 is not None:
-        s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+        s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
     tile = _activate(s, ACT).to(h.dtype.element_ty)
-    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], tile, _mask(row < rows, inside))
+    tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], tile, (row < rows)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -379,19 +385,21 @@ def mlp_bwd_hidden_kernel(
     sum of its rows."""
     first_row, first = _tile(rows, HIDDEN, BLOCK_M, BLOCK_H, BAND)
     row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
-    hidden, inside = _range(first, HIDDEN, BLOCK_H)
+    hidden = first + tl.arange(0, BLOCK_H)
+    inside = hidden < HIDDEN
     last = tl.minimum(row, rows - 1)
+    ALL: tl.constexpr = HIDDEN % BLOCK_H == 0
     w1_row = weight1 + hidden * CHANNELS
     s = _matrix_product(
-        x + last * CHANNELS, w1_row, inside, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
+        x + last * CHANNELS, w1_row, inside, ALL, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
     )
     if bias1 is not None:
-        s += _fetch(bias1 + hidden, inside).to(tl.float32)[None, :]
+        s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
     gh = _matrix_product(
-        g + last * OUT, weight2 + hidden, inside, HIDDEN, OUT, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
+        g + last * OUT, weight2 + hidden, inside, ALL, HIDDEN, OUT, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
     )
     value, slope = _activate_both(s, ACT)
-    mask = _mask(row < rows, inside)
+    mask = (row < rows)[:, None] & inside[None, :]
     tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], value.to(h.dtype.element_ty), mask)
     tile = tl.where((row < rows)[:, None], gh * slope, 0.0)
     tl.store((gs + row * HIDDEN)[:, None] + hidden[None, :], tile.to(gs.dtype.element_ty), mask)
