@@ -6,5 +6,7 @@ from torch import Tensor
 from .naive import activation
 
 
-def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
+def forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str
+) -> Tensor:
     return F.linear(activation(act)(F.linear(x, weight1, bias1)), weight2, bias2).contiguous()

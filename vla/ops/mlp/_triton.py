@@ -390,9 +390,7 @@ def mlp_bwd_hidden_kernel(
     last = tl.minimum(row, rows - 1)
     ALL: tl.constexpr = HIDDEN % BLOCK_H == 0
     w1_row = weight1 + hidden * CHANNELS
-    s = _matrix_product(
-        x + last * CHANNELS, w1_row, inside, ALL, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
-    )
+    s = _matrix_product(x + last * CHANNELS, w1_row, inside, ALL, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES)
     if bias1 is not None:
         s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
     gh = _matrix_product(
@@ -442,7 +440,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
+def forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str
+) -> Tensor:
     channels, hidden, out = x.shape[-1], weight1.shape[0], weight2.shape[0]
     y = x.new_empty(*x.shape[:-1], out)
     if y.numel() == 0:

@@ -20,7 +20,9 @@ def activation(act: str) -> Callable[[Tensor], Tensor]:
     }[act]
 
 
-def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
+def forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str
+) -> Tensor:
     state = state_dtype(x)
     hidden = x.to(state) @ weight1.to(state).T
     if bias1 is not None:
