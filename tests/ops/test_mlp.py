@@ -31,6 +31,7 @@ SHAPES = [
     ((1, 1, 33), 20, 7, False),
     ((3, 1), 1, 1, True),
     ((150, 96), 100, None, False),
+    ((70, 112), 70, 130, True),
     ((5, 400), 130, None, True),
 ]
 DTYPES = [("torch", torch.float32), *((b, d) for b in ("torch", "triton") for d in (torch.bfloat16, torch.float16))]
