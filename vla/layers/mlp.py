@@ -11,6 +11,8 @@ __all__ = ["Mlp"]
 
 # Numbers from which the kernels save a GPU more time than their launch takes the host beyond PyTorch's.
 _LARGE = 2**20
+# Channels up to which they do in training too, where they compute the hidden channels anew.
+_NARROW = 192
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -21,7 +23,9 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _uses_operator(x: Tensor) -> bool:
-    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if type(x) is not Tensor or torch.jit.is_tracing():
+        return False
+    if x.shape[-1] > _NARROW and torch.is_grad_enabled():
         return False
     # Asked last for its size, of which a compiler would make a condition.
     return x.is_cuda and (autocast_dtype(x) or x.dtype).itemsize == 2 and x.numel() >= _LARGE
@@ -30,8 +34,8 @@ def _uses_operator(x: Tensor) -> bool:
 class Mlp(timm.layers.Mlp):
     """timm's MLP, `fc2(act(fc1(x)))` with its options, for tokens or maps with their channels last.
 
-    Large inputs of 16 bits on a GPU pass through `vla.ops.mlp`, if nothing stands between the linear layers and nobody
-    waits for one of the modules to be called.
+    Large inputs of 16 bits on a GPU pass through `vla.ops.mlp`, if nothing else stands between the linear layers and
+    nobody waits for one of the modules to be called; wide ones do so where no gradient follows.
     """
 
     def forward(self, x: Tensor) -> Tensor:
