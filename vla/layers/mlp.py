@@ -27,8 +27,9 @@ def _uses_operator(x: Tensor) -> bool:
         return False
     if x.shape[-1] > _NARROW and torch.is_grad_enabled():
         return False
+    dtypes = (torch.float16, torch.bfloat16)
     # Asked last for its size, of which a compiler would make a condition.
-    return x.is_cuda and (autocast_dtype(x) or x.dtype).itemsize == 2 and x.numel() >= _LARGE
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in dtypes and x.numel() >= _LARGE
 
 
 class Mlp(timm.layers.Mlp):
