@@ -18,8 +18,8 @@ from .._triton import LOG2E, cdiv, next_power_of_2
 def _normal_tail(a):
     """Probability of more than a >= 0 in a normal distribution.
 
-    2 to the power of a polynomial, the minimax one for the error of a times the probability (7e-7): the exponential is
-    the only operation that is not a multiply-add.
+    2 to the power of a polynomial, that which makes the largest error of a times the probability smallest (7e-7): the
+    exponential is the only operation that is not a multiply-add.
     """
     p = 0.00719424677916423 - 0.00048760740339161854 * a
     p = -0.05213135594882522 + p * a
@@ -219,10 +219,9 @@ def mlp_bwd_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
     g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
-    if g_sums is not None:
-        for i in tl.static_range(0, len(g_rows)):
-            column = _column(i, OUT_LEAD, OUT_REST)
-            tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), column < OUT)
+    for i in tl.static_range(0, len(g_rows)):
+        column = _column(i, OUT_LEAD, OUT_REST)
+        tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), column < OUT)
     sums = _zeros(BLOCK_M, LEAD, REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         hidden = first + tl.arange(0, BLOCK_H)
@@ -387,8 +386,7 @@ def mlp_bwd_hidden_kernel(
     BAND: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A tile of the hidden channels h (rows, HIDDEN), of the gradient gs of what they are the activation of, and the
-    sum of its rows."""
+    """A tile of the hidden channels h (rows, HIDDEN), of the gradients gs in front of the activation, and their sum."""
     first_row, first = _tile(rows, HIDDEN, BLOCK_M, BLOCK_H, BAND)
     row = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
     hidden = first + tl.arange(0, BLOCK_H)
@@ -407,9 +405,8 @@ def mlp_bwd_hidden_kernel(
     tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], value.to(h.dtype.element_ty), mask)
     tile = tl.where((row < rows)[:, None], gh * slope, 0.0)
     tl.store((gs + row * HIDDEN)[:, None] + hidden[None, :], tile.to(gs.dtype.element_ty), mask)
-    if g_bias1 is not None:
-        own = (first_row // BLOCK_M).to(tl.int64) * HIDDEN
-        tl.store(g_bias1 + own + hidden, tl.sum(tile, 0), inside)
+    own = (first_row // BLOCK_M).to(tl.int64) * HIDDEN
+    tl.store(g_bias1 + own + hidden, tl.sum(tile, 0), inside)
 
 
 # Channels up to which a program has all of a row's, and their sums, in registers: in the forward, and in the backward,
