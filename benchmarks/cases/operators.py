@@ -383,6 +383,27 @@ def squared_relu(options: Options) -> Iterator[Measurement]:
 
 
 @case()
+def mlp(options: Options) -> Iterator[Measurement]:
+    """MLP in the shapes of VMamba-T."""
+
+    def problem(tokens, channels) -> Problem:
+        def make() -> dict[str, Tensor]:
+            return dict(
+                x=torch.randn(batch, tokens, channels, dtype=BF16),
+                weight1=torch.randn(4 * channels, channels, dtype=BF16) / channels**0.5,
+                bias1=torch.randn(4 * channels, dtype=BF16),
+                weight2=torch.randn(channels, 4 * channels, dtype=BF16) / (4 * channels) ** 0.5,
+                bias2=torch.randn(channels, dtype=BF16),
+            )
+
+        label = f"B{batch} T{tokens} C{channels}"
+        return Problem(label, ops.mlp, BF16, make, "x", {}, dict(x={0: 1}), {0: 1})
+
+    batch = options.batch or 128
+    yield from _measure_all([problem(3136, 96), problem(784, 192), problem(196, 384), problem(49, 768)], options)
+
+
+@case()
 def line_scan(options: Options) -> Iterator[Measurement]:
     """Line scan with coefficients from memory, as the official kernel has them, and expanded from a proxy."""
 

@@ -257,6 +257,25 @@ def _group_modulation() -> Iterator[Case]:
     yield Case("groupmamba base", f, arguments(128, 56, 56, 96), (BF16,))
 
 
+def _mlp() -> Iterator[Case]:
+    def arguments(channels, hidden, *size, out=None, bias=True, act="gelu"):
+        def make(dtype: torch.dtype) -> dict:
+            width = channels if out is None else out
+            parameters = dict(weight1=weight(hidden, channels), weight2=weight(width, hidden))
+            parameters |= dict(bias1=weight(hidden), bias2=weight(width)) if bias else dict(bias1=None, bias2=None)
+            parameters = {n: None if t is None else t.detach().to(dtype) for n, t in parameters.items()}
+            return dict(x=rows(dtype, *size, channels), **parameters, act=act)
+
+        return make
+
+    f = ops.mlp
+    for channels, side in ((96, 56), (192, 28), (384, 14), (768, 7)):
+        yield Case(f"vmamba {channels}", f, arguments(channels, 4 * channels, 128, side, side), (BF16,))
+    yield Case("mambavision", f, arguments(320, 1280, 128, 14, 14), (BF16,))
+    yield Case("odd", f, arguments(33, 100, 3, 7, out=20, bias=False, act="silu"), (FP16,))
+    yield Case("odd, wide", f, arguments(400, 130, 3, 7, out=20, act="squared_relu"), (FP16,))
+
+
 def _depthwise_conv2d() -> Iterator[Case]:
     def arguments(layout, kernel, act, bias, *size, **options):
         def make(dtype: torch.dtype) -> dict:
@@ -341,5 +360,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "layer_norm": tuple(_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),
+    "mlp": tuple(_mlp()),
     "line_scan": tuple(_line_scan()),
 }

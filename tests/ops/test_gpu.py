@@ -17,6 +17,7 @@ from tests.ops import (
     test_layer_norm,
     test_layer_norm_grn,
     test_line_scan,
+    test_mlp,
     test_q_shift_mix,
     test_scan2d,
     test_selective_scan,
@@ -32,6 +33,7 @@ from vla.ops import (
     layer_norm,
     layer_norm_grn,
     line_scan,
+    mlp,
     q_shift,
     q_shift_mix,
     scan2d,
@@ -79,6 +81,10 @@ def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: b
     return function, lambda: test_layer_norm.make(shape, **kinds), dict(groups=groups)
 
 
+def two_layers(shape: tuple[int, ...], hidden: int, **kwargs) -> Case:
+    return mlp, lambda: test_mlp.make(shape, hidden, **kwargs), {}
+
+
 CASES: dict[str, Case] = {
     "selective_scan L1": scan(2, 5, 1, 3),
     "selective_scan L7 N16": scan(3, 7, 7, 16),
@@ -120,6 +126,12 @@ CASES: dict[str, Case] = {
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 1001, 33)}, {}),
+    "mlp C96": two_layers((5, 57, 56, 96), 384),
+    "mlp C128": two_layers((5, 57, 56, 128), 512, bias=False),
+    "mlp C192": two_layers((9, 29, 28, 192), 768),
+    "mlp C384": two_layers((3, 197, 384), 1536),
+    "mlp odd": two_layers((7, 65, 100), 333, out=41),
+    "mlp odd, wide": two_layers((7, 65, 403), 1001, out=77),
 }
 
 
@@ -128,6 +140,8 @@ CASES: dict[str, Case] = {
 def test_against_float64(name, dtype):
     """The reference is PyTorch's path, which every operator's tests compare with the definition."""
     function, make, options = CASES[name]
+    if function is mlp and dtype == torch.float32:
+        pytest.skip("has kernels for 16 bits only")
     tensors = {n: t if t is None else t.to(dtype) for n, t in make().items()}
     expected = run("torch", function, {n: t if t is None else t.double() for n, t in tensors.items()}, **options)
     actual = run("triton", function, tensors, **options)
@@ -154,6 +168,7 @@ HUGE: dict[str, Case] = {
     "layer_norm": norm(layer_norm, (1, 4096, 64)),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((1, 64, 64, 64)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(1, 4096, 64)}, {}),
+    "mlp": two_layers((1, 4096, 64), 128),
 }
 
 

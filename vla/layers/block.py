@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from timm.layers import DropPath, GluMlp, LayerScale2d, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, GluMlp, LayerScale2d, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
+from .mlp import Mlp
 from .norm import LayerNorm2d, narrow
 
 DEFAULT_NORM = LayerNorm2d

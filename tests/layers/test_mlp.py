@@ -1,0 +1,136 @@
+"""The MLP: timm's on every path, and who decides which path is taken."""
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+
+from tests.tolerance import assert_close
+from vla.layers import mlp
+from vla.layers.mlp import Mlp
+
+ACTIVATIONS = [nn.GELU, timm.layers.GELU, timm.layers.GELUTanh, nn.ReLU, nn.SiLU, lambda: nn.GELU(approximate="tanh")]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Takes the operator's path on the CPU too, and counts its calls."""
+    count = []
+    monkeypatch.setattr(mlp, "_uses_operator", lambda x: True)
+    operator = mlp.mlp
+    monkeypatch.setattr(mlp, "mlp", lambda *args: count.append(args[-1]) or operator(*args))
+    return count
+
+
+def as_in_timm(layer: Mlp, **options) -> timm.layers.Mlp:
+    """timm's module with the same weights."""
+    hidden, channels = layer.fc1.weight.shape[:2]
+    reference = timm.layers.Mlp(channels, hidden, layer.fc2.weight.shape[0], **options)
+    reference.load_state_dict(layer.state_dict())
+    return reference.train(layer.training)
+
+
+@pytest.mark.parametrize("act_layer", ACTIVATIONS)
+def test_values(act_layer, calls):
+    layer = Mlp(6, 12, 5, act_layer=act_layer, bias=(True, False))
+    x = torch.randn(2, 3, 4, 6)
+    assert_close("output", layer(x), as_in_timm(layer, act_layer=act_layer, bias=(True, False))(x))
+    assert len(calls) == 1
+
+
+def test_autocast(calls):
+    layer, x = Mlp(6, 12), torch.randn(3, 6)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y, expected = layer(x), as_in_timm(layer)(x)
+    assert y.dtype is expected.dtype is torch.bfloat16
+    assert_close("output", y, expected)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"act_layer": nn.Tanh}, {"norm_layer": nn.LayerNorm}, {"drop": 0.5}, {"drop": (0.0, 0.5)}],
+    ids=str,
+)
+def test_what_the_operator_does_not_know(options, calls):
+    layer, x = Mlp(6, 12, **options), torch.randn(3, 6)
+    reference = as_in_timm(layer, **options)
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    assert_close("output", y, reference(x))
+    assert not calls
+    if "drop" in options:
+        layer.eval()
+        assert_close("evaluation", layer(x), as_in_timm(layer)(x))
+        assert calls
+
+
+def test_convolutions(calls):
+    layer, x = Mlp(6, 12, use_conv=True), torch.randn(2, 6, 3, 3)
+    assert_close("output", layer(x), as_in_timm(layer, use_conv=True)(x))
+    assert not calls
+
+
+def test_replaced_layers(calls):
+    """A low-rank adapter, a quantised layer or the like is called."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Mlp(6, 12), torch.randn(3, 6)
+    expected = layer.fc2(layer.act(2 * layer.fc1(x)))
+    doubled = Doubled(6, 12)
+    doubled.load_state_dict(layer.fc1.state_dict())
+    layer.fc1 = doubled
+    calls.clear()
+    assert_close("output", layer(x), expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["fc1", "act", "fc2", "drop1"])
+def test_hooks(name, calls):
+    layer, seen = Mlp(6, 12), []
+    hook = getattr(layer, name).register_forward_hook(lambda module, args, y: seen.append(y))
+    layer(torch.randn(3, 6))
+    assert seen and not calls
+    hook.remove()
+    layer(torch.randn(3, 6))
+    assert calls
+
+
+def test_path():
+    """Plain modules on a CPU, for little, in 32 bits and for a tracer."""
+    large = torch.empty(mlp._LARGE, device="meta")
+    assert not mlp._uses_operator(torch.randn(mlp._LARGE))
+    assert not mlp._uses_operator(large)
+    x = torch.randn(3, 6)
+    graph = torch.fx.symbolic_trace(Mlp(6, 12)).graph
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["fc1", "act", "drop1", "norm", "fc2", "drop2"]
+    exported = torch.export.export(Mlp(6, 12), (x,)).graph
+    assert "mlp" not in {getattr(n.target, "__name__", "") for n in exported.nodes}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    layer, x = Mlp(6, 12), torch.randn(3, 6)
+    for version in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        torch.export.export(layer, (x,)).module(),
+        torch.fx.symbolic_trace(layer),
+        torch.jit.script(layer),
+        torch.jit.trace(layer, x),
+    ):
+        assert_close("output", version(x), layer(x))
+
+
+@pytest.mark.usefixtures("calls")
+def test_compiled_operator():
+    layer, x = Mlp(6, 12), torch.randn(3, 6, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close("output", compiled(x), layer(x))
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    for actual, wanted in zip(torch.autograd.grad(compiled(x).sin().sum(), leaves), expected, strict=True):
+        assert_close("gradient", actual, wanted)

@@ -1,0 +1,56 @@
+"""The MLP of timm, of which a GPU keeps no hidden channels in memory."""
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from ..ops import mlp
+from .norm import autocast_dtype, has_hooks
+
+__all__ = ["Mlp"]
+
+# Numbers from which the kernels save a GPU more time than their launch takes the host beyond PyTorch's.
+_LARGE = 2**20
+# Channels up to which they do in training too, where they compute the hidden channels anew.
+_NARROW = 192
+
+
+def _activation(module: nn.Module) -> str | None:
+    """Name that `vla.ops.mlp` has for an activation, None if it has none."""
+    if type(module) in (nn.GELU, timm.layers.GELU):
+        return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_tanh"
+    return {timm.layers.GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+
+
+def _uses_operator(x: Tensor) -> bool:
+    if type(x) is not Tensor or torch.jit.is_tracing():
+        return False
+    if x.shape[-1] > _NARROW and torch.is_grad_enabled():
+        return False
+    dtypes = (torch.float16, torch.bfloat16)
+    # Asked last for its size, of which a compiler would make a condition.
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in dtypes and x.numel() >= _LARGE
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's MLP, `fc2(act(fc1(x)))` with its options, for tokens or maps with their channels last.
+
+    Large inputs of 16 bits on a GPU pass through `vla.ops.mlp`, if nothing else stands between the linear layers and
+    nobody waits for one of the modules to be called; wide ones do so where no gradient follows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if _uses_operator(x) and self._is_plain():
+                act = _activation(self.act)
+                return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(x))
+
+    def _is_plain(self) -> bool:
+        """Whether the MLP is two linear layers with an activation that the operator knows, and nothing else."""
+        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear or _activation(self.act) is None:
+            return False
+        if self.training and (self.drop1.p > 0 or self.drop2.p > 0):
+            return False
+        return isinstance(self.norm, nn.Identity) and not any(has_hooks(module) for module in self.children())
