@@ -83,12 +83,14 @@ def test_every_tiling(config, monkeypatch):
             assert_close("output", scan2d(**tensors, directions=["row_rev", "col"]), expected)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("tiles", [0, 2], ids=["whole", "runs of two"])
-def test_every_cut(tiles, monkeypatch):
+def test_every_cut(tiles, ahead, monkeypatch):
     """Whole sequences and runs of several tiles, which a direction and its reverse cut alike."""
     for name in ("_fwd_config", "_bwd_config"):
-        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles))
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, ahead=ahead))
     compare("triton", scan2d, single((1, 2, 5, 7), 1, directions=["col", "col_rev"]), directions=["col", "col_rev"])
+    compare("triton", scan2d, single((1, 2, 3, 7), 2, directions=CROSS), directions=CROSS)
 
 
 def test_long_sequences_of_few_programs_are_cut_into_runs():

@@ -20,7 +20,8 @@ def _softplus2(s, EXACT: tl.constexpr):
     """`softplus2`, for inputs of 16 bits with a logarithm that is exact to 6e-5."""
     if EXACT:
         return softplus2(s)
-    p = tl.exp2(-tl.abs(s))
+    # A negation would be a subtraction from zero, an instruction more.
+    p = tl.exp2(-1.0 * tl.abs(s))
     series = -0.22711934459943417 + 0.05965146767059798 * p
     series = 0.4418988155745579 + series * p
     series = -0.7169874316943221 + series * p
@@ -45,7 +46,7 @@ def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr):
     """What S segments do to a state, (S, D), composed, from the state `carry` (D,) before all of them.
 
     Returns:
-        The states that enter the segments, (S, D), and the one that leaves the last, (D,).
+        The states that enter the segments, (S, D), the one that leaves the last, (D,), and the product of the decays.
     """
     s = tl.arange(0, S)[:, None]
     if S > 1:
@@ -59,7 +60,8 @@ def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr):
             entry = tl.flip(entry, 0)
     else:
         entry = tl.broadcast_to(carry[None, :], state.shape)
-    return entry, pick(state, s, S - 1) + pick(decay, s, S - 1) * carry
+    decay = pick(decay, s, S - 1)
+    return entry, pick(state, s, S - 1) + decay * carry, decay
 
 
 @triton.jit
@@ -68,6 +70,27 @@ def _ends(decay, step, T: tl.constexpr):
     decay, h = tl.associative_scan((decay, step), 0, compose)
     t = tl.arange(0, T)[:, None, None]
     return pick(decay, t, T - 1), pick(h, t, T - 1)
+
+
+@triton.jit
+def _turn(turn, K, chosen, columns, order, GROUPED: tl.constexpr):
+    """Which direction a program walks in its turn, of 2K: rows before columns, so that a direction's reverse follows it
+    and finds in the cache what it has left.
+
+    Returns:
+        The direction, whether this launch walks it in this turn, and whether it is the first, and the last, that gives
+        to a sum.
+    """
+    if GROUPED:
+        return turn, True, True, True
+    k = turn % K
+    late = turn // K
+    rows = chosen & ~columns
+    columns = chosen & columns
+    own = tl.where(late == 1, columns, rows)
+    first = (order != SECOND) & ((own & ((1 << k) - 1)) == 0) & ((late == 0) | (rows == 0))
+    last = (order != FIRST) & ((own >> k) == 1) & ((late == 1) | (columns == 0))
+    return k, (own >> k) & 1 == 1, first, last
 
 
 @triton.jit
@@ -107,6 +130,13 @@ def _pixels(o, slot, slots, direction, AXES: tl.constexpr):
 
 
 @triton.jit
+def _visit(o, slot, slots, direction, length, AXES: tl.constexpr, WIDE: tl.constexpr):
+    """Row-major numbers of the pixels at places `slot + o` of a direction, and which of them are pixels."""
+    pixel, place = _pixels(o, slot, slots, direction, AXES)
+    return pixel.to(tl.int64) if WIDE else pixel, place < length
+
+
+@triton.jit
 def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R: tl.constexpr, R_PAD: tl.constexpr):
     """The time step's weight (R, D) and bias (D,) of direction k, times log2(e)."""
     r = tl.arange(0, R_PAD if R_PAD > 0 else 1)
@@ -135,16 +165,37 @@ def _load_skip(D_ptr, k, K, d, d_mask, channels, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(ptr, pixel, mask, d, s_p, s_d, T: tl.constexpr, S: tl.constexpr):
-    """Channels d of some pixels, (T, S, D)."""
-    x = tl.load(ptr + ((pixel * s_p)[:, None] + (d * s_d)[None, :]), mask=mask, other=0.0)  # (T * S, D)
-    return tl.reshape(x.to(tl.float32), (T, S, d.shape[0]))
+def _load_rows(ptr, pixel, mask, d, s_p, s_d):
+    """Channels d of some pixels, (T * S, D)."""
+    return tl.load(ptr + ((pixel * s_p)[:, None] + (d * s_d)[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _tile(rows, T: tl.constexpr, S: tl.constexpr):
+    """Rows (T * S, D) in float32, as (T, S, D)."""
+    return tl.reshape(rows.to(tl.float32), (T, S, rows.shape[1]))
 
 
 @triton.jit
 def _load_column(ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
     """One number a pixel, (T, S, 1)."""
     return tl.reshape(tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32), (T, S))[:, :, None]
+
+
+@triton.jit
+def _load_state(
+    A_ptr, B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, B_s, C_s,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Of state n: A (D,), B and C times log(2) of some pixels (T, S, 1), and what enters their tile (D,)."""
+    A = tl.load(A_ptr + d * N + n, mask=d_mask, other=0.0).to(tl.float32)
+    b = _load_column(B_ptr + n * B_s, at, mask, T, S)
+    c = _load_column(C_ptr + n * C_s, at, mask, T, S) * LN2
+    lane = tl.arange(0, BLOCK_D)
+    entry = tl.load(border_ptr + n * BLOCK_D + lane)
+    if SPLIT:
+        entry += tl.load(border_ptr + (N + n) * BLOCK_D + lane) * tl.load(origin_ptr + n * BLOCK_D + lane)
+    return A, b, c, entry
 
 
 @triton.jit
@@ -174,7 +225,7 @@ def _time_step(
     low, weight, bias, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, SOFTPLUS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Time steps before and after softplus, times log2(e), (T, S, D), from what `_load_time_step` has loaded."""
+    """Time steps before and after softplus, times log2(e), (T, S, D), from what `_load_low` has loaded."""
     if R > 0:
         step = tl.zeros((T * S, bias.shape[0]), tl.float32)
         if PRECISION == "bf16":
@@ -236,34 +287,30 @@ def scan2d_states_kernel(
             tl.store(border, carry, mask=n_mask)
             if SPLIT:
                 tl.store(border + N * BLOCK_D, passed, mask=n_mask)
-        pixel, place = _pixels(o, (run * tiles + tile) * (T * S), slots, direction, AXES)
-        mask = place < length
-        if WIDE:
-            pixel = pixel.to(tl.int64)
+        pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
         p_at = pixel * ps_p
         full_mask = mask[:, None] & d_mask[None, :]
-        x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
+        x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
         low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
         logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
         if gy_ptr is not None:
-            gy = _load_tile(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p, gs_d, T, S)
+            gy = _tile(_load_rows(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p, gs_d), T, S)
         for n in range(N):
             A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
             b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
             decay = tl.exp2(A[None, None, :] * step)
             through, ended = _ends(decay, step * (b_n * x), T)
-            entry, left = _segments(through, ended, pick(carry, n_index, n), S, False)
+            entry, left, product = _segments(through, ended, pick(carry, n_index, n), S, False)
             carry = tl.where(n_index == n, left[None, :], carry)
             if SPLIT:
                 before = pick(passed, n_index, n)
+                passed = tl.where(n_index == n, (before * product)[None, :], passed)
                 if gy_ptr is not None:
                     c_n = _load_column(C_ptr + b * ps_b + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
                     decay = tl.flip(decay, 0)
-                    through, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
-                    entry, g_left = _segments(through, g, tl.zeros_like(before), S, True)
+                    unused, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
+                    entry, g_left, unused = _segments(through, g, tl.zeros_like(before), S, True)
                     handed += tl.where(n_index == n, (before * g_left)[None, :], 0.0)
-                entry, before = _segments(through, tl.zeros_like(through), before, S, False)
-                passed = tl.where(n_index == n, before[None, :], passed)
     if SPLIT:
         total = total_ptr + walk * (3 * N * BLOCK_D) + at
         tl.store(total, carry, mask=n_mask)
@@ -308,13 +355,13 @@ def scan2d_fwd_kernel(
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr,
+    AXES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
     directions in turn."""
     block = tl.program_id(0) % blocks
     begin = 0
-    end = K
+    end = 2 * K
     index = tl.program_id(0) // blocks
     if GROUPED:
         begin = index % K
@@ -341,17 +388,11 @@ def scan2d_fwd_kernel(
     at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     slots = runs * tiles * (T * S)
 
-    for k in range(begin, end):
-        if (chosen >> k) & 1 == 1:
+    for turn in range(begin, end):
+        k, walks, first, last = _turn(turn, K, chosen, columns, order, GROUPED)
+        if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
-            # Whether this direction is the first, and the last, that gives to a sum.
-            first = True
-            last = True
-            if not GROUPED:
-                first = (order != SECOND) & ((chosen & ((1 << k) - 1)) == 0)
-                last = (order != FIRST) & ((chosen >> k) == 1)
-
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
             skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
             # The width of a thread's loads decides how many lanes the channels of a pixel take.
@@ -360,32 +401,39 @@ def scan2d_fwd_kernel(
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
                 carry += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + at, mask=n_index < N, other=0.0)
-            # Loads of the next tile under way would take registers, which are what is short.
+            if AHEAD:
+                pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, WIDE)
+                x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
+                low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
             for tile in tl.range(0, tiles, num_stages=1):
-                slot = (run * tiles + tile) * (T * S)
-                pixel, place = _pixels(o, slot, slots, direction, AXES)
-                mask = place < length
-                if WIDE:
-                    pixel = pixel.to(tl.int64)
-                p_at = pixel * ps_p
+                if not AHEAD:
+                    pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
+                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
+                    low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                p_at, p_mask, p_low = pixel * ps_p, mask, low
                 full_mask = mask[:, None] & d_mask[None, :]
-                x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
-                low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
-                logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
-                # What earlier directions gave is asked for before it is needed.
+                x = _tile(x_rows, T, S)
                 y_at = (pixel * ys_p)[:, None] + (vector * ys_d)[None, :]
                 y = skip[None, None, :] * x
                 if not GROUPED:
                     earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
-                    y += tl.reshape(earlier, (T, S, BLOCK_D))
+                if AHEAD:
+                    pixel, mask = _visit(o, (run * tiles + tile + 1) * (T * S), slots, direction, length, AXES, WIDE)
+                    mask &= tile + 1 < tiles
+                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
+                    low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+
+                logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+                if not GROUPED:
+                    y += _tile(earlier, T, S)
                 for n in range(N):
                     A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
-                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
+                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, p_mask, T, S)
+                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, p_mask, T, S) * LN2
                     decay = tl.exp2(A[None, None, :] * step)
                     h = step * (b_n * x)
                     through, ended = _ends(decay, h, T)
-                    entry, left = _segments(through, ended, pick(carry, n_index, n), S, False)
+                    entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False)
                     carry = tl.where(n_index == n, left[None, :], carry)
                     _, h = tl.associative_scan((decay, tl.where(t == 0, h + decay * entry[None, :, :], h)), 0, compose)
                     y += c_n * h
@@ -414,7 +462,7 @@ def scan2d_bwd_kernel(
     directions, of the projections by block of channels, of the parameters by run."""
     block = tl.program_id(0) % blocks
     begin = 0
-    end = K
+    end = 2 * K
     index = tl.program_id(0) // blocks
     if GROUPED:
         begin = index % K
@@ -445,25 +493,22 @@ def scan2d_bwd_kernel(
     at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     slots = runs * tiles * (T * S)
 
-    for k in range(begin, end):
-        if (chosen >> k) & 1 == 1:
+    for turn in range(begin, end):
+        k, walks, first, last = _turn(turn, K, chosen, columns, order, GROUPED)
+        if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
-            # Whether this direction is the first, and the last, that gives to a sum.
-            first = True
-            last = True
-            if not GROUPED:
-                first = (order != SECOND) & ((chosen & ((1 << k) - 1)) == 0)
-                last = (order != FIRST) & ((chosen >> k) == 1)
-
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
             skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
 
+            A_k = A_ptr + k * channels * N
+            origin = border_ptr
             handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
-                handed += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + N * BLOCK_D + at, mask=n_index < N, other=0.0)
+                origin = entry_ptr + walk * (2 * N * BLOCK_D)
+                handed += tl.load(origin + N * BLOCK_D + at, mask=n_index < N, other=0.0)
             # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
             g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
             g_skip = tl.zeros((S, BLOCK_D), tl.float32)
@@ -471,37 +516,29 @@ def scan2d_bwd_kernel(
             g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
             for back in tl.range(0, tiles, num_stages=1):
                 tile = tiles - 1 - back
-                slot = (run * tiles + tile) * (T * S)
-                pixel, place = _pixels(o, slot, slots, direction, AXES)
-                mask = place < length
-                if WIDE:
-                    pixel = pixel.to(tl.int64)
+                pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
                 p_at = pixel * ps_p
                 full_mask = mask[:, None] & d_mask[None, :]
-                gy = _load_tile(gy_ptr, pixel, full_mask, vector, gs_p, gs_d, T, S)
-                x = _load_tile(x_ptr, pixel, full_mask, vector, xs_p, xs_d, T, S)
+                gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p, gs_d), T, S)
+                x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
                 low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                # Asked for before the product, too: no load passes the barriers in it.
+                border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D)
+                A, b_n, c_n, entering = _load_state(
+                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, d_mask, B_s, C_s,
+                    N, T, S, BLOCK_D, SPLIT,
+                )  # fmt: skip
                 logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
-                border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D) + tl.arange(0, BLOCK_D)
                 g_low_at = (pixel * K + k) * (R + 2 * N)
                 gx_at = (pixel * os_p)[:, None] + (vector * os_d)[None, :]
-                gx = skip[None, None, :] * gy
-                if not GROUPED:
-                    earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
-                    gx += tl.reshape(earlier, (T, S, BLOCK_D))
+                gx = tl.full(gy.shape, -0.0, tl.float32)
                 g_step = tl.full(gy.shape, -0.0, tl.float32)
                 for n in range(N):
-                    A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, mask, T, S)
-                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
-                    entry = tl.load(border + n * BLOCK_D)  # (D,)
-                    if SPLIT:
-                        origin = tl.load(entry_ptr + (walk * (2 * N) + n) * BLOCK_D + tl.arange(0, BLOCK_D))  # (D,)
-                        entry += tl.load(border + (N + n) * BLOCK_D) * origin
                     decay = tl.exp2(A[None, None, :] * step)
-                    added = step * (b_n * x)
+                    # Not with `b_n * x`, which would be kept for its second use.
+                    added = b_n * (step * x)
                     through, ended = _ends(decay, added, T)
-                    entry, left = _segments(through, ended, entry, S, False)
+                    entry, left, unused = _segments(through, ended, entering, S, False)
                     # Not the difference of h and what was added: that has no digits left of a strongly decayed state.
                     kept = tl.where(t == 0, decay * entry[None, :, :], -0.0)
                     h = tl.where(t == 0, added + decay * entry[None, :, :], added)
@@ -513,21 +550,28 @@ def scan2d_bwd_kernel(
                     g = tl.flip(c_n * gy, 0)
                     given = decay * g
                     unused, ended = _ends(decay, given, T)
-                    entry, left = _segments(through, ended, pick(handed, n_index, n), S, True)
+                    entry, left, unused = _segments(through, ended, pick(handed, n_index, n), S, True)
                     handed = tl.where(n_index == n, left[None, :], handed)
                     given = tl.where(t == 0, given + decay * entry[None, :, :], given)
                     g = tl.where(t == 0, g + entry[None, :, :], g)
                     _, _, _, g = tl.associative_scan((decay, given, tl.full(g.shape, 1.0, tl.float32), g), 0, _handed)
                     g = tl.flip(g, 0)
                     kept *= g
-                    g_step += g * (b_n * x) + (A * LN2)[None, None, :] * kept
                     g_a = tl.sum(kept * step, axis=0)[None, :, :]
                     g_A += g_a if N == 1 else tl.where(n_index[:, :, None] == n, g_a, 0.0)
+                    g_step += b_n * (g * x) + (A * LN2)[None, None, :] * kept
                     g *= step
                     gx += g * b_n
                     g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
                     tl.store(g_low_ptr + (g_low_at + (R + n)), g_b, mask=mask)
+                    if N > 1:
+                        A, b_n, c_n, entering = _load_state(
+                            A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, tl.minimum(n + 1, N - 1), p_at,
+                            mask, d, d_mask, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
+                        )  # fmt: skip
 
+                if not GROUPED:
+                    earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
                     g_step *= tl.exp2(logit - step)
                 g_step = tl.where(tl.reshape(full_mask, (T, S, BLOCK_D)), g_step, 0.0)
@@ -545,7 +589,10 @@ def scan2d_bwd_kernel(
 
                 if first:
                     g_skip += tl.sum(gy * x, axis=0)
+                gx += skip[None, None, :] * gy
                 gx = tl.reshape(gx, (T * S, BLOCK_D))
+                if not GROUPED:
+                    gx += earlier
                 if last:
                     tl.store(gx_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
                 else:
@@ -602,6 +649,7 @@ class Config(NamedTuple):
         num_warps: Warps of a program.
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
+        ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
     """
 
     T: int
@@ -610,6 +658,7 @@ class Config(NamedTuple):
     num_warps: int
     tiles: int = 0
     maxnreg: int | None = None
+    ahead: bool = False
 
     @property
     def S(self) -> int:
@@ -617,10 +666,14 @@ class Config(NamedTuple):
         return max(1, 32 * self.num_warps * self.VECTOR // self.BLOCK_D)
 
 
+# Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too.
 FORWARD = {
     "runs": Config(8, 32, 4, 1, tiles=4),
-    "few": Config(4, 32, 4, 4, maxnreg=128),
-    "many": Config(4, 32, 4, 1),
+    "3": Config(4, 32, 4, 4, maxnreg=168, ahead=True),
+    "4": Config(4, 32, 4, 4, maxnreg=128),
+    "6": Config(4, 32, 4, 2, maxnreg=168, ahead=True),
+    "many": Config(4, 32, 4, 1, maxnreg=168, ahead=True),
+    "many states": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2),
 }
 BACKWARD = {
@@ -633,14 +686,19 @@ BACKWARD = {
 def _fwd_config(problem: "_Problem") -> Config:
     if problem.programs < 132 and problem.length >= 512:
         return FORWARD["runs"]
-    if problem.programs < 1024:
-        return FORWARD["few"]
-    return FORWARD["wide" if problem.channels >= 128 and problem.rank > 32 else "many"]
+    if problem.states > 1 and problem.programs < 1024:
+        return FORWARD["4"]
+    for most in (3, 4, 6):
+        if problem.programs <= most * 132:
+            return FORWARD[str(most)]
+    if problem.channels >= 128 and problem.rank > 32:
+        return FORWARD["wide"]
+    return FORWARD["many" if problem.states == 1 else "many states"]
 
 
 def _bwd_config(problem: "_Problem") -> Config:
     # The totals of runs cost more with several states.
-    if problem.programs < (512 if problem.states == 1 else 132) and problem.length >= 512:
+    if problem.programs < (640 if problem.states == 1 else 132) and problem.length >= 512:
         return BACKWARD["runs"]
     return BACKWARD["wide" if problem.channels >= 128 else "many"]
 
@@ -785,8 +843,9 @@ class _Problem:
         return entries, borders
 
     def launch(
-        self, kernel: triton.JITFunction, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor
-    ) -> None:
+        self, kernel: triton.JITFunction, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor,
+        **constants: bool,
+    ) -> None:  # fmt: skip
         """Launches a kernel over (sequences, runs, blocks of channels), and groups.
 
         A program walks all directions that cut the map alike, one after the other. Runs of rows and runs of columns
@@ -802,7 +861,8 @@ class _Problem:
             launches = ((every, "both" if rows and columns else "rows" if rows else "columns", 0),)
         for chosen, axes, order in launches:
             kernel[(programs,)](
-                *tensors, chosen, order, *self.sizes(config), *strides, AXES=axes, **self.options(config, *maps)
+                *tensors, chosen, order, *self.sizes(config), *strides, AXES=axes, **constants,
+                **self.options(config, *maps),
             )  # fmt: skip
 
 
@@ -816,7 +876,7 @@ def forward(*args) -> Tensor:
     entries, _ = problem.enter(config)
     tensors = (x, *problem.parameters(), entries, problem.sums(out), out)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
-    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out)
+    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out, AHEAD=config.ahead)
     return y if out is y else y.copy_(out)
 
 
