@@ -20,13 +20,24 @@ def single(*args, **kwargs):
     return {n: t if t is None else t.float() for n, t in make(*args, **kwargs).items()}
 
 
+def choose_rows(monkeypatch, forward=None, backward=None, segment=1):
+    """Whether rows go along the lanes, where given, in parallel segments of so many chunks of 16 steps."""
+    choices = {n: c for n, c in (("forward_suits", forward), ("backward_suits", backward)) if c is not None}
+    for name, choice in choices.items():
+        monkeypatch.setattr(rows_kernels, name, lambda scan, align, choice=choice: choice)
+    monkeypatch.setattr(rows_kernels, "FORWARD_SEGMENT", segment)
+    monkeypatch.setattr(rows_kernels, "BACKWARD_SEGMENT", segment)
+
+
 @pytest.fixture(params=[False, True], ids=["chunk after chunk", "chunks in parallel"])
 def schedule(request, monkeypatch):
     monkeypatch.setattr(kernels, "_parallel", lambda scan, programs, chunks: request.param and chunks > 1)
 
 
-@pytest.fixture(params=["across lanes", "along lanes"])
+@pytest.fixture(params=["across lanes", "along lanes", "rows along lanes"])
 def forward_kernel(request, monkeypatch):
+    choose_rows(monkeypatch, forward=request.param == "rows along lanes")
+
     def choice(scan, align):
         if request.param == "across lanes":
             return kernels._across_lanes(scan, 2, 64, 2)
@@ -37,8 +48,7 @@ def forward_kernel(request, monkeypatch):
 
 @pytest.fixture(params=["time along lanes", "rows along lanes"])
 def backward_kernel(request, monkeypatch):
-    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: request.param == "rows along lanes")
-    monkeypatch.setattr(rows_kernels, "_SEGMENT", 1)  # parallel segments of 16 steps
+    choose_rows(monkeypatch, backward=request.param == "rows along lanes")
 
 
 @pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
@@ -84,28 +94,29 @@ def test_rows_beyond_a_program(channels, backward_kernel):
 )
 def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
     """Chunks of 16 steps, parallel segments of so many chunks, sums over the rows for 16 states at once."""
-    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: True)
-    monkeypatch.setattr(rows_kernels, "_SEGMENT", segment)
+    choose_rows(monkeypatch, forward=True, backward=True, segment=segment)
     compare("triton", full, single(1, 4, length, states, b, c, groups=2), delta_softplus=True)
 
 
 @pytest.mark.parametrize(
-    "batch, channels, length, states, chosen",
+    "batch, channels, length, states, forward, backward",
     [
-        (1024, 160, 196, 8, True),
-        (1024, 160, 196, 1, False),
-        (64, 160, 196, 8, False),
-        (8, 1536, 4096, 16, True),
-        (8, 1536, 256, 16, False),
-        (1024, 168, 196, 8, False),
+        (1024, 160, 196, 8, True, True),
+        (1024, 160, 196, 1, False, False),
+        (64, 160, 196, 8, False, False),
+        (8, 1536, 4096, 16, False, True),
+        (1, 1536, 65536, 16, True, True),
+        (8, 1536, 256, 16, False, False),
+        (1024, 168, 196, 8, False, False),
     ],
 )
-def test_choice_of_backward(batch, channels, length, states, chosen):
+def test_choice_of_rows(batch, channels, length, states, forward, backward):
     """Rows along the lanes: several states, lanes that rows fill, and enough rows or segments of them."""
     u = torch.empty(batch, channels, length, dtype=torch.bfloat16, device="meta")
     B = torch.empty(batch, states, length, dtype=torch.bfloat16, device="meta")
     scan = kernels.Scan(u, u, torch.empty(channels, states, device="meta"), B, B, None, None, None, True)
-    assert rows_kernels.suits(scan, scan.alignment()) == chosen
+    assert rows_kernels.forward_suits(scan, scan.alignment()) == forward
+    assert rows_kernels.backward_suits(scan, scan.alignment()) == backward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

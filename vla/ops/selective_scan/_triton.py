@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2
 from . import _triton_rows
-from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, steps_last, strides_of
 
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -575,6 +575,15 @@ def selective_scan_carry_kernel(
 
 
 @triton.jit
+def _prefetch_block(u_ptr, delta_ptr, g_ptr, channel, time, u_d, u_l, delta_d, delta_l, g_d, g_l):
+    """Prefetches what is at these channels and times (32,)."""
+    time = time.to(tl.int64)
+    prefetch(u_ptr + channel * u_d + time * u_l)
+    prefetch(delta_ptr + channel * delta_d + time * delta_l)
+    prefetch(g_ptr + channel * g_d + time * g_l)
+
+
+@triton.jit
 def selective_scan_bwd_kernel(
     g_ptr,
     u_ptr,
@@ -589,12 +598,9 @@ def selective_scan_bwd_kernel(
     carry_ptr,
     gu_ptr,
     gdelta_ptr,
-    gA_ptr,
-    gB_ptr,
-    gC_ptr,
-    gD_ptr,
     gz_ptr,
-    gbias_ptr,
+    by_channel_ptr,
+    by_step_ptr,
     span,
     channels,
     length,
@@ -643,13 +649,14 @@ def selective_scan_bwd_kernel(
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Gradients of BLOCKS x ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
 
     `entering` (B, D, N, chunks + 1) has the states that enter each chunk, or is None if there is one chunk; `carry`
     (B, D, N, chunks) the adjoints that enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from one
-    chunk to the next. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD
-    and gbias (B, chunks, D), else gB and gC (B, programs, N, L).
+    chunk to the next. Sums over rows, steps or sequences are left in parts, see `Parts`: `by_channel`
+    (B, chunks, rows, D), `by_step` (B, programs, 1 or 2, N, L).
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
@@ -660,8 +667,11 @@ def selective_scan_bwd_kernel(
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     blocks = tl.minimum(BLOCKS, tl.cdiv(span - first_row, ROWS))
-    # Parts of gradients that are summed over rows: one for each program of a sequence.
-    part = program.to(tl.int64) * states * length
+    # The program's parts of the gradients of B, if it is not constant, and of C behind it.
+    VARYING: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
+    if VARYING > 0:
+        gB_part = by_step_ptr + program.to(tl.int64) * VARYING * states * length
+        gC_part = gB_part + (VARYING - 1) * states * length
     if not B_CONSTANT:
         B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
     if not C_CONSTANT:
@@ -682,6 +692,23 @@ def selective_scan_bwd_kernel(
             if not ONE_STATE:
                 # The adjoints and partial sums that other threads stored.
                 tl.debug_barrier()
+            if PREFETCH:
+                wraps = block + 1 == blocks
+                next_row = tl.where(wraps, 0, block + 1) * ROWS
+                next_start = tl.where(wraps, tl.maximum(chunk - 1, 0), chunk) * (LANES * PER_LANE)
+                _prefetch_block(
+                    u_ptr + batch * u_b,
+                    delta_ptr + batch * delta_b,
+                    g_ptr + batch * g_b,
+                    first_channel + tl.minimum(first_row + next_row + tl.arange(0, 32) % ROWS, span - 1).to(tl.int64),
+                    tl.minimum(next_start + tl.arange(0, 32) // ROWS * (LANES * PER_LANE * ROWS // 32), length - 1),
+                    u_d,
+                    u_l,
+                    delta_d,
+                    delta_l,
+                    g_d,
+                    g_l,
+                )
             row = first_row + block * ROWS + tl.arange(0, ROWS)
             valid = row < span
             mask = valid[None, :, None]
@@ -713,8 +740,9 @@ def selective_scan_bwd_kernel(
                     y = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
             gx = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
             gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
-            # Where this chunk's part of a gradient per channel and state goes.
-            constant_part = ((batch * chunks + chunk) * channels + channel) * states
+            # The chunk's parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
+            gA_part = by_channel_ptr + (batch * chunks + chunk) * ((3 - VARYING) * states + 2) * channels + channel
+            gD_part = gA_part + (3 - VARYING) * states * channels
             for n in tl.range(0, states, num_stages=STAGES):
                 A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
                 if B_CONSTANT:
@@ -739,9 +767,9 @@ def selective_scan_bwd_kernel(
                 if not ONE_STATE:
                     before = inside & (block > 0)
                     if not B_CONSTANT:
-                        gB = tl.load(gB_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
+                        gB = tl.load(gB_part + n * length + time, before, 0.0)  # (S, 1, E)
                     if not C_CONSTANT:
-                        gC = tl.load(gC_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
+                        gC = tl.load(gC_part + n * length + time, before, 0.0)  # (S, 1, E)
                 decay = tl.exp2(A[None, :, None] * dt2)
                 inject = B * x
                 g, carry = _adjoints_against_time(decay, C * gy, tl.exp2(A * total), carry, position, steps)
@@ -754,20 +782,21 @@ def selective_scan_bwd_kernel(
                 gx += B * g
                 g_log = g * decayed  # gradient of the decay's logarithm dt A
                 gdt += A[None, :, None] * g_log
-                tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
+                tl.store(gA_part + n * channels, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
                 if B_CONSTANT:
-                    tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
+                    tl.store(gA_part + (states + n) * channels, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
                     gB_sum += tl.sum(g * x, 1)[:, None, :]
                 else:
-                    at = gB_ptr + part + n * length + time
+                    at = gB_part + n * length + time
                     tl.store(at, gB + tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
                 if C_CONSTANT:
-                    tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
+                    at = gA_part + ((2 - VARYING) * states + n) * channels
+                    tl.store(at, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
                     gC_sum += tl.sum(gy * h, 1)[:, None, :]
                 else:
-                    at = gC_ptr + part + n * length + time
+                    at = gC_part + n * length + time
                     tl.store(at, gC + tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
             if not ONE_STATE:
                 # Again rather than in registers through the loop over the states.
@@ -779,7 +808,7 @@ def selective_scan_bwd_kernel(
             if D_ptr is not None:
                 gu += skip * gy
                 g_sum = tl.sum(tl.sum(gy * u, 2), 0)
-                tl.store(gD_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+                tl.store(gD_part, g_sum, valid)  # (R,)
             gdelta = gdt + gx * u
             if SOFTPLUS:
                 # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
@@ -788,7 +817,7 @@ def selective_scan_bwd_kernel(
                 gdelta = tl.where(inside, gdelta, 0.0)
             if bias_ptr is not None:
                 g_sum = tl.sum(tl.sum(gdelta, 2), 0)
-                tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+                tl.store(gD_part + channels, g_sum, valid)  # (R,)
             if z_ptr is not None:
                 gz_row = gz_ptr + batch * aligned(gz_b, ALIGN) + row * aligned(gz_d, ALIGN)
                 tl.store(gz_row + time * gz_l, g_gate * y, inside & mask)  # (S, R, E)
@@ -797,9 +826,9 @@ def selective_scan_bwd_kernel(
             gdelta_row = gdelta_ptr + batch * aligned(gdelta_b, ALIGN) + row * aligned(gdelta_d, ALIGN)
             tl.store(gdelta_row + time * gdelta_l, gdelta, inside & mask)  # (S, R, E)
         if ONE_STATE and not B_CONSTANT:
-            tl.store(gB_ptr + part + time, gB_sum, inside)  # (S, 1, E)
+            tl.store(gB_part + time, gB_sum, inside)  # (S, 1, E)
         if ONE_STATE and not C_CONSTANT:
-            tl.store(gC_ptr + part + time, gC_sum, inside)  # (S, 1, E)
+            tl.store(gC_part + time, gC_sum, inside)  # (S, 1, E)
 
 
 def _entering(
@@ -920,11 +949,7 @@ def _forward_blocks(scan: Scan, align: int) -> tuple:
 
 def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
     """Rows of a pass, passes of a program, stages and launch options, as measured on an H200."""
-    if scan.states > 1:
-        return 2, 16, 1, _launch(scan)
-    if scan.u.element_size() > 2:
-        return 2, 8, _stages(3), _launch(scan, 168)
-    return 2, 8, 1, _launch(scan)
+    return 2, 16 if scan.states > 1 else 8, 1, _launch(scan)
 
 
 def _chunk_blocks(scan: Scan) -> tuple[int, int, dict]:
@@ -948,11 +973,13 @@ def forward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    align = scan.alignment()
+    if _triton_rows.forward_suits(scan, align):
+        return _triton_rows.forward(scan)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
     if out.numel() == 0:
         return out, state
-    align = scan.alignment()
     kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
     programs = scan.programs(rows)
     chunks = cdiv(scan.length, chunk)
@@ -1017,7 +1044,7 @@ def backward(
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = steps_last(grads[0]), grads[1].contiguous()
-    if _triton_rows.suits(scan, scan.alignment(g)):
+    if _triton_rows.backward_suits(scan, scan.alignment(g)):
         return _triton_rows.backward(scan, g, g_state)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)
@@ -1027,15 +1054,7 @@ def backward(
     chunks = cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
-    per_sequence = programs // scan.batch
-    by_channel = (scan.batch, chunks, scan.channels)
-    by_state = (*by_channel, scan.states)
-    by_program = (scan.batch, per_sequence, scan.states, scan.length)
-    gA = scan.new(*by_state)
-    gB = scan.new(*(by_program if scan.B_channels else by_state))
-    gC = scan.new(*(by_program if scan.C_channels else by_state))
-    gD = None if D is None else scan.new(*by_channel)
-    gbias = None if delta_bias is None else scan.new(*by_channel)
+    parts = Parts(scan, chunks, programs)
     # One state goes through the chunks in a register; several do so faster in a kernel of their own.
     entering = _entering(scan, steps, parallel or scan.states > 1) if chunks > 1 else None
     carry = _entering(scan, steps, True, g, g_state) if parallel else g_state.clone()
@@ -1053,12 +1072,9 @@ def backward(
         carry,
         gu,
         gdelta,
-        gA,
-        gB,
-        gC,
-        gD,
         gz,
-        gbias,
+        parts.by_channel,
+        parts.by_step,
         scan.span,
         scan.channels,
         scan.length,
@@ -1086,22 +1102,8 @@ def backward(
         LANES=lanes,
         PER_LANE=per_lane,
         STAGES=stages,
+        PREFETCH=scan.prefetches and scan.states == 1,
         **options,
     )
-
-    def projection(part: Tensor, like: Tensor) -> Tensor:
-        if like.dim() == 2:
-            return part.sum((0, 1))
-        groups = 1 if like.dim() == 3 else like.shape[1]
-        return part.unflatten(1, (groups, -1)).sum(2).reshape(like.shape)
-
-    return (
-        gu,
-        gdelta,
-        gA.sum((0, 1)),
-        projection(gB, B),
-        projection(gC, C),
-        None if D is None else gD.sum((0, 1)),
-        gz,
-        None if delta_bias is None else gbias.sum((0, 1)),
-    )
+    gA, gB, gC, gD, gbias = parts.totals()
+    return gu, gdelta, gA, gB, gC, gD, gz, gbias
