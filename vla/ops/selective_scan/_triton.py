@@ -277,144 +277,6 @@ def selective_scan_fwd_kernel(
 
 
 @triton.jit
-def _pick(tile, index, i, axis: tl.constexpr):
-    """Slice i along an axis whose positions are `index`. As a sum of integers it costs nothing within a thread."""
-    return tl.sum(tl.where(index == i, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def selective_scan_fwd_lanes_kernel(
-    u_ptr,
-    delta_ptr,
-    A_ptr,
-    B_ptr,
-    C_ptr,
-    D_ptr,
-    z_ptr,
-    bias_ptr,
-    out_ptr,
-    carry_ptr,
-    span,
-    channels,
-    length,
-    states,
-    B_channels,
-    C_channels,
-    u_b,
-    u_d,
-    u_l,
-    delta_b,
-    delta_d,
-    delta_l,
-    A_d,
-    A_n,
-    B_b,
-    B_g,
-    B_n,
-    B_l,
-    C_b,
-    C_g,
-    C_n,
-    C_l,
-    z_b,
-    z_d,
-    z_l,
-    out_b,
-    out_d,
-    out_l,
-    SOFTPLUS: tl.constexpr,
-    B_CONSTANT: tl.constexpr,
-    C_CONSTANT: tl.constexpr,
-    PARALLEL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    STATES: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """As `selective_scan_fwd_kernel`, but with rows along the lanes and all states of a row in its thread's registers,
-    which walks the steps: no scan across lanes, but a warp needs 32 rows.
-
-    `carry` (B, D, N, chunks + 1) has the states that enter each chunk of CHUNK steps if PARALLEL; else the last states
-    go to `carry` (B, D, N).
-    """
-    length = aligned(length, ALIGN)
-    chunks = tl.cdiv(length, CHUNK)
-    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
-    batch, channel, valid = _rows(program, span, channels, ROWS)
-    step = tl.arange(0, STEPS)[None, :]
-    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[:, None]
-    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[:, None]
-    out_row = out_ptr + batch * aligned(out_b, ALIGN) + (channel * aligned(out_d, ALIGN))[:, None]
-    if z_ptr is not None:
-        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[:, None]
-    n = tl.arange(0, STATES)[None, :]
-    valid_state = valid[:, None] & (n < states)
-    A = tl.load(A_ptr + (channel * A_d)[:, None] + n * A_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    # Every row loads B and C for itself, from the same address: that keeps all states of a row in one thread.
-    state = tl.arange(0, STATES)[None, :, None]
-    step3 = tl.arange(0, STEPS)[None, None, :] + tl.zeros([ROWS, 1, 1], tl.int32)
-    if B_CONSTANT:
-        B = tl.load(B_ptr + (channel * B_g)[:, None] + n * B_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    else:
-        B_row = B_ptr + batch * aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * aligned(B_g, ALIGN)
-        B_row += state * aligned(B_n, ALIGN)
-    if C_CONSTANT:
-        C = tl.load(C_ptr + (channel * C_g)[:, None] + n * C_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    else:
-        C_row = C_ptr + batch * aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * aligned(C_g, ALIGN)
-        C_row += state * aligned(C_n, ALIGN)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
-    if D_ptr is not None:
-        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
-    row_state = ((batch * channels + channel) * states)[:, None] + n
-    if PARALLEL:
-        h = tl.load(carry_ptr + row_state * (chunks + 1) + first_chunk, valid_state, 0.0)  # (R, N)
-    else:
-        h = tl.zeros([ROWS, STATES], tl.float32)
-
-    end = tl.minimum(last_chunk * CHUNK, length)
-    for start in tl.range(first_chunk * CHUNK, end, STEPS, num_stages=STAGES):
-        time = start + step
-        inside = time < length
-        mask = valid[:, None] & inside
-        time = time.to(tl.int64)
-        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (R, T)
-        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (R, T)
-        if z_ptr is not None:
-            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, T)
-        time3 = (start + step3).to(tl.int64)
-        inside3 = (state < states) & (time3 < length)
-        if not B_CONSTANT:
-            B_tile = tl.load(B_row + time3 * B_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
-        if not C_CONSTANT:
-            C_tile = tl.load(C_row + time3 * C_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
-        if bias_ptr is not None:
-            s += bias
-        dt2 = exponent(s, inside, SOFTPLUS)
-        x = dt2 * LN2 * u
-        if D_ptr is not None:
-            y = skip * u
-        else:
-            y = tl.zeros([ROWS, STEPS], tl.float32)
-        for t in tl.static_range(STEPS):
-            if not B_CONSTANT:
-                B = _pick(B_tile, step3, t, 2)
-            if not C_CONSTANT:
-                C = _pick(C_tile, step3, t, 2)
-            h = tl.exp2(A * _pick(dt2, step, t, 1)[:, None]) * h + B * _pick(x, step, t, 1)[:, None]
-            y += tl.where(step == t, tl.sum(C * h, 1)[:, None], 0.0)
-        if z_ptr is not None:
-            y *= z * tl.sigmoid(z)
-        tl.store(out_row + time * out_l, y, mask)  # (R, T)
-    if not PARALLEL:
-        tl.store(carry_ptr + row_state, h, valid_state)  # (R, N)
-
-
-@triton.jit
 def selective_scan_chunk_kernel(
     delta_ptr,
     A_ptr,
@@ -922,29 +784,16 @@ def _stages(stages: int) -> int:
     return stages if _PIPELINES else 1
 
 
-def _across_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": _stages(stages), "ONE_STATE": scan.states == 1}
-    return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
-
-
-def _along_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": next_power_of_2(scan.states)}
-    return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
-
-
-def _forward_blocks(scan: Scan, align: int) -> tuple:
-    """Kernel, rows of a program, steps of a chunk, constants and launch options, as measured on an H200."""
-    rows = scan.batch * scan.channels
-    if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * MIN_PROGRAMS:
-        return _along_lanes(scan, 32, 4, 1)
+def _forward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
+    """Rows of a program, steps of a chunk, stages and launch options, as measured on an H200."""
     within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
-        if rows < 32 * MIN_PROGRAMS:
-            return _across_lanes(scan, 2, min(512, within), 2, 168)
-        return _across_lanes(scan, 2, min(256, within), 2, 96)
+        if scan.batch * scan.channels < 32 * MIN_PROGRAMS:
+            return 2, min(512, within), _stages(2), _launch(scan, 168)
+        return 2, min(256, within), _stages(2), _launch(scan, 96)
     if scan.u.element_size() > 2:
-        return _across_lanes(scan, 1, min(256, within), 2)
-    return _across_lanes(scan, 2, min(256, within), 1, 80)
+        return 1, min(256, within), _stages(2), _launch(scan)
+    return 2, min(256, within), 1, _launch(scan, 80)
 
 
 def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
@@ -973,24 +822,21 @@ def forward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    align = scan.alignment()
-    if _triton_rows.forward_suits(scan, align):
+    if _triton_rows.forward_suits(scan):
         return _triton_rows.forward(scan)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
     if out.numel() == 0:
         return out, state
-    kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
+    rows, chunk, stages, options = _forward_blocks(scan)
     programs = scan.programs(rows)
     chunks = cdiv(scan.length, chunk)
     parallel = _parallel(scan, programs, chunks)
-    if kernel is selective_scan_fwd_kernel:
-        constants["EXACT"] = not parallel and chunks > 16
     carry = state
     if parallel:
         carry = _entering(scan, (32, chunk // 32), True)
         programs *= chunks
-    kernel[(programs,)](
+    selective_scan_fwd_kernel[(programs,)](
         scan.u,
         scan.delta,
         A,
@@ -1018,9 +864,12 @@ def forward(
         B_CONSTANT=scan.B_channels == 0,
         C_CONSTANT=scan.C_channels == 0,
         PARALLEL=parallel,
-        ALIGN=align,
+        ONE_STATE=scan.states == 1,
+        ALIGN=scan.alignment(),
+        EXACT=not parallel and chunks > 16,
         ROWS=rows,
-        **constants,
+        STEPS=chunk,
+        STAGES=stages,
         **options,
     )
     if parallel:
@@ -1044,7 +893,7 @@ def backward(
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = steps_last(grads[0]), grads[1].contiguous()
-    if _triton_rows.backward_suits(scan, scan.alignment(g)):
+    if _triton_rows.backward_suits(scan):
         return _triton_rows.backward(scan, g, g_state)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)

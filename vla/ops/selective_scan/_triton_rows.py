@@ -117,7 +117,7 @@ def _projection(ptr, batch, channel, first_channel, per_group, b, g, CONSTANT: t
 
 
 @triton.jit
-def _of_state(
+def _load_state(
     row,
     n,
     time,
@@ -127,14 +127,21 @@ def _of_state(
     valid,
     CONSTANT: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    """B or C of state n, from where `_projection` says they begin: for each step of a chunk (R,)."""
+    """B or C of state n, from where `_projection` says they begin: at each step (T,), or of each channel (R,)."""
     if CONSTANT:
-        return repeat(tl.load(row + n * n_stride, valid, 0.0).to(tl.float32), CHUNK)
+        return tl.load(row + n * n_stride, valid, 0.0)
     else:
-        at = row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride
-        return _every_lane(tl.load(at, inside, 0.0), valid.shape[0])
+        return tl.load(row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride, inside, 0.0)
+
+
+@triton.jit
+def _at_steps(loaded, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """What `_load_state` loaded, for each step of a chunk (R,) in float32."""
+    if CONSTANT:
+        return repeat(loaded.to(tl.float32), CHUNK)
+    else:
+        return _every_lane(loaded, ROWS)
 
 
 @triton.jit
@@ -311,7 +318,8 @@ def selective_scan_segments_kernel(
                 counts = 1
             if counts > 0:
                 at = added_ptr + ((batch * segments + segment) * states + n) * channels + channel
-                P = _of_state(P_row, n, time, P_n, P_l, inside, valid, CONSTANT, ALIGN, CHUNK)  # (R,)
+                P = _load_state(P_row, n, time, P_n, P_l, inside, valid, CONSTANT, ALIGN)
+                P = _at_steps(P, CONSTANT, CHUNK, ROWS)
                 h = zero
                 for i in tl.static_range(CHUNK):
                     if ADJOINT:
@@ -473,9 +481,11 @@ def selective_scan_fwd_rows_kernel(
             at = state_ptr + ((batch * segments + segment) * states + n) * channels + channel
             A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             h = tl.load(at, known, 0.0)  # (R,)
-            B = _of_state(B_row, n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN, CHUNK)  # (R,)
+            B = _load_state(B_row, n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+            B = _at_steps(B, B_CONSTANT, CHUNK, ROWS)
             if out_ptr is not None:
-                C = _of_state(C_row, n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN, CHUNK)  # (R,)
+                C = _load_state(C_row, n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+                C = _at_steps(C, C_CONSTANT, CHUNK, ROWS)
             else:
                 tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
             y_with_n = ()
@@ -559,7 +569,6 @@ def selective_scan_bwd_rows_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,
     BF16: tl.constexpr,
 ):
     """Gradients of ROWS rows over a segment, chunk by chunk from the last to the first.
@@ -619,31 +628,16 @@ def selective_scan_bwd_rows_kernel(
         y = repeat(zero, CHUNK)
         border = border_ptr + (batch * chunks + chunk) * states * channels + channel
         later = chunk < last_chunk
-        if PREFETCH:
-            next_chunk = tl.maximum(chunk - 1, first_chunk)
-            next_start = next_chunk.to(tl.int64) * CHUNK
-            prefetch(u_row + next_start * u_l)
-            prefetch(delta_row + next_start * delta_l)
-            prefetch(g_row + next_start * g_l)
-            _prefetch_states(B_row, C_row, next_start, states, B_n, B_l, C_n, C_l)
-            for first_n in range(0, states, 32):
-                n = tl.minimum(first_n + tl.arange(0, 32), states - 1).to(tl.int64)
-                prefetch(border_ptr + ((batch * chunks + next_chunk) * states + n) * channels + tl.min(channel, 0))
         A_next = tl.load(A_ptr + channel * A_d, valid, 0.0).to(tl.float32)  # (R,)
         h_next = tl.load(border, valid, 0.0)  # (R,)
         carry_next = tl.load(carry_row, valid, 0.0)  # (R,)
         gA_next = tl.load(gA_row, valid & later, 0.0)  # (R,)
+        B_next = _load_state(B_row, 0, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+        C_next = _load_state(C_row, 0, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
         for n in range(states):
             A, h, carry, gA = A_next, h_next, carry_next, gA_next
-            # What the next state needs is on its way while this one is walked.
-            more = valid & (n + 1 < states)
-            A_next = tl.load(A_ptr + channel * A_d + (n + 1) * A_n, more, 0.0).to(tl.float32)  # (R,)
-            h_next = tl.load(border + (n + 1) * channels, more, 0.0)  # (R,)
-            carry_next = tl.load(carry_row + (n + 1) * channels, more, 0.0)  # (R,)
-            gA_next = tl.load(gA_row + (n + 1) * channels, more & later, 0.0)  # (R,)
-            B = _of_state(B_row, n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN, CHUNK)  # (R,)
-            C = _of_state(C_row, n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN, CHUNK)  # (R,)
-
+            B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS)
+            C = _at_steps(C_next, C_CONSTANT, CHUNK, ROWS)
             decay, decayed, gC_terms, y_with_n = (), (), (), ()
             for t in tl.static_range(CHUNK):
                 decay = decay + (tl.exp2(A * dt2[t]),)
@@ -658,6 +652,16 @@ def selective_scan_bwd_rows_kernel(
                 _add_terms(gA_row + ((2 - VARYING) * states + n) * channels, gC_terms, valid, later, CHUNK)
             else:
                 tl.store(gC_part + n * length + time, _sums(gC_terms, CHUNK, BF16), inside)  # (T,)
+
+            # What the next state needs comes while this one is walked back. Loads before the walk would have all others
+            # of this state wait with them, and loads can't move up past the store above.
+            next_n = tl.minimum(n + 1, states - 1)
+            A_next = tl.load(A_ptr + channel * A_d + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            h_next = tl.load(border + next_n * channels, valid, 0.0)  # (R,)
+            carry_next = tl.load(carry_row + next_n * channels, valid, 0.0)  # (R,)
+            gA_next = tl.load(gA_row + next_n * channels, valid & later, 0.0)  # (R,)
+            B_next = _load_state(B_row, next_n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+            C_next = _load_state(C_row, next_n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
 
             gB_terms, gx_with_n, gdt_with_n = (), (), ()
             g_time = zero
@@ -722,20 +726,19 @@ def _segment_chunks(scan: Scan, segment: int) -> int:
     return segment if scan.programs(_ROWS) < MIN_PROGRAMS else max(1, cdiv(scan.length, _CHUNK))
 
 
-def _suits(scan: Scan, align: int, segment: int) -> bool:
+def _suits(scan: Scan, segment: int) -> bool:
     segments = cdiv(cdiv(scan.length, _CHUNK), _segment_chunks(scan, segment))
-    full_lanes = scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
-    return scan.states > 1 and scan.u.element_size() == 2 and align >= 4 and full_lanes
+    return scan.states > 1 and scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
 
 
-def forward_suits(scan: Scan, align: int) -> bool:
-    """Whether `forward` is the faster one: several states, 16 bits, and enough segments to keep a GPU busy."""
-    return _suits(scan, align, FORWARD_SEGMENT)
+def forward_suits(scan: Scan) -> bool:
+    """Whether `forward` is the faster one: several states, and full lanes in enough segments to keep a GPU busy."""
+    return _suits(scan, FORWARD_SEGMENT)
 
 
-def backward_suits(scan: Scan, align: int) -> bool:
-    """Whether `backward` is the faster one."""
-    return _suits(scan, align, BACKWARD_SEGMENT)
+def backward_suits(scan: Scan) -> bool:
+    """Whether `backward` is the faster one; its sums over the rows are too coarse for float32."""
+    return scan.u.element_size() == 2 and _suits(scan, BACKWARD_SEGMENT)
 
 
 class _Segments:
@@ -761,7 +764,6 @@ class _Segments:
             "ALIGN": self.scan.alignment(*tensors),
             "ROWS": _ROWS,
             "CHUNK": _CHUNK,
-            "PREFETCH": self.scan.prefetches,
             # One warp needs no barriers; loads a chunk ahead would need registers that there are not.
             "num_warps": 1,
             "num_stages": 1,
@@ -797,6 +799,7 @@ class _Segments:
             *strides_of(z),
             CONSTANT=P_channels == 0,
             ADJOINT=adjoint,
+            PREFETCH=scan.prefetches,
             **self.options(v),
         )
         selective_scan_borders_kernel[(cdiv(scan.channels, 32), scan.states, scan.batch)](
@@ -844,6 +847,7 @@ class _Segments:
             B_CONSTANT=scan.B_channels == 0,
             C_CONSTANT=scan.C_channels == 0,
             ENTERED=entered,
+            PREFETCH=scan.prefetches,
             **self.options(out),
         )
         return state
