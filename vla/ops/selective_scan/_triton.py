@@ -797,7 +797,7 @@ def _forward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
 
 
 def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
-    """Rows of a pass, passes of a program, stages and launch options, as measured on an H200."""
+    """Rows of a pass, passes of a program, stages and launch options, as measured on an H100 and an H200."""
     return 2, 16 if scan.states > 1 else 8, 1, _launch(scan)
 
 

@@ -15,6 +15,8 @@ from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, p
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
 _CHUNK = 16
 _ROWS = 32
+# Columns of a product on tensor cores: 8 as they have them, which Triton before 3.6 does not multiply.
+_COLUMNS = tl.constexpr(8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16)
 # Chunks of a segment, where segments are walked in parallel. What each adds has to be found out first, which costs the
 # less the longer they are; the backward has more else to do, and longer segments leave fewer programs.
 FORWARD_SEGMENT = 128
@@ -66,18 +68,19 @@ def _sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
     Tensor cores add four lanes each, in a product with zeros and ones whose right operand they take from the very lanes
     and registers that hold the rows; shuffles then add the eight results. Terms are rounded to bfloat16 or to TF32.
     """
+    LANES: tl.constexpr = 32 // _COLUMNS
     row = tl.arange(0, COUNT)[:, None]
-    k = tl.arange(0, COUNT * 4)[None, :]
+    k = tl.arange(0, COUNT * LANES)[None, :]
     if BF16:
         # A register has two of them, neighbours in k.
-        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, 8, 4]), (0, 3, 1, 2))
-        select = tl.where(row == k // 8 * 2 + k % 2, 1.0, 0.0).to(tl.bfloat16)
-        eighths = tl.dot(select, tl.reshape(tile, [COUNT * 4, 8]).to(tl.bfloat16))
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, _COLUMNS, LANES]), (0, 3, 1, 2))
+        select = tl.where(row == k // (2 * LANES) * 2 + k % 2, 1.0, 0.0).to(tl.bfloat16)
+        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]).to(tl.bfloat16))
     else:
-        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, 8, 4]), (0, 2, 1))
-        select = tl.where(row == k // 4, 1.0, 0.0)
-        eighths = tl.dot(select, tl.reshape(tile, [COUNT * 4, 8]), input_precision="tf32")
-    return tl.sum(eighths, 1)
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, _COLUMNS, LANES]), (0, 2, 1))
+        select = tl.where(row == k // LANES, 1.0, 0.0)
+        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]), input_precision="tf32")
+    return tl.sum(parts, 1)
 
 
 @triton.jit
@@ -733,7 +736,7 @@ def _suits(scan: Scan, segment: int) -> bool:
 
 def forward_suits(scan: Scan) -> bool:
     """Whether `forward` is the faster one: several states, and full lanes in enough segments to keep a GPU busy."""
-    return _suits(scan, FORWARD_SEGMENT)
+    return (scan.u.element_size() == 2 or scan.states <= 8) and _suits(scan, FORWARD_SEGMENT)
 
 
 def backward_suits(scan: Scan) -> bool:
