@@ -600,8 +600,8 @@ def selective_scan_bwd_rows_kernel(
     if VARYING > 0:
         gB_part = by_step_ptr + program.to(tl.int64) * VARYING * states * length
         gC_part = gB_part + (VARYING - 1) * states * length
-    # Its parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
     carry_row = carry_ptr + (batch * segments + segment) * states * channels + channel
+    # Its parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
     gA_row = by_channel_ptr + (batch * segments + segment) * ((3 - VARYING) * states + 2) * channels + channel
     zero = tl.zeros([ROWS], tl.float32)
     gD = zero
