@@ -20,25 +20,22 @@ def single(*args, **kwargs):
     return {n: t if t is None else t.float() for n, t in make(*args, **kwargs).items()}
 
 
+def choose_rows(monkeypatch, chosen, segment=1):
+    """Whether rows go along the lanes, then in parallel segments of so many chunks of 16 steps."""
+    for name in ("forward_suits", "backward_suits"):
+        monkeypatch.setattr(rows_kernels, name, lambda scan: chosen)
+    for name in ("FORWARD_SEGMENT", "BACKWARD_SEGMENT"):
+        monkeypatch.setattr(rows_kernels, name, segment)
+
+
 @pytest.fixture(params=[False, True], ids=["chunk after chunk", "chunks in parallel"])
 def schedule(request, monkeypatch):
     monkeypatch.setattr(kernels, "_parallel", lambda scan, programs, chunks: request.param and chunks > 1)
 
 
-@pytest.fixture(params=["across lanes", "along lanes"])
-def forward_kernel(request, monkeypatch):
-    def choice(scan, align):
-        if request.param == "across lanes":
-            return kernels._across_lanes(scan, 2, 64, 2)
-        return kernels._along_lanes(scan, 32, 4, 1)
-
-    monkeypatch.setattr(kernels, "_forward_blocks", choice)
-
-
-@pytest.fixture(params=["time along lanes", "rows along lanes"])
-def backward_kernel(request, monkeypatch):
-    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: request.param == "rows along lanes")
-    monkeypatch.setattr(rows_kernels, "_SEGMENT", 1)  # parallel segments of 16 steps
+@pytest.fixture(params=[False, True], ids=["time along lanes", "rows along lanes"])
+def layout(request, monkeypatch):
+    choose_rows(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
@@ -47,7 +44,8 @@ def test_against_naive(length, states, schedule):
 
 
 @pytest.mark.parametrize("length, states, channels", [(7, 3, 5), (260, 1, 3), (272, 5, 2)])
-def test_forward_kernels(length, states, channels, schedule, forward_kernel):
+def test_forward_chunks(length, states, channels, schedule, monkeypatch):
+    monkeypatch.setattr(kernels, "_forward_blocks", lambda scan: (2, 64, kernels._stages(2), kernels._launch(scan)))
     tensors = single(1, channels, length, states)
     with torch.no_grad():
         with use_backend("naive"):
@@ -61,12 +59,12 @@ def test_forward_kernels(length, states, channels, schedule, forward_kernel):
 @pytest.mark.parametrize(
     "b, c", [("constant", "grouped"), ("per-channel", "constant"), ("shared", "per-channel"), ("grouped", "shared")]
 )
-def test_forms_of_projections(b, c, forward_kernel, backward_kernel):
+def test_forms_of_projections(b, c, layout):
     compare("triton", full, single(2, 3, 9, 2, b, c, 1, optional=b == "shared"), delta_softplus=b != "constant")
 
 
 @pytest.mark.parametrize("channels", [19, 35])
-def test_rows_beyond_a_program(channels, backward_kernel):
+def test_rows_beyond_a_program(channels, layout):
     """Gradients of B and C add up over the rows of a program, and over the programs of a group."""
     compare("triton", full, single(1, channels, 6, 2), delta_softplus=True)
 
@@ -76,44 +74,46 @@ def test_rows_beyond_a_program(channels, backward_kernel):
     [
         (1, 2, 1, "grouped", "grouped"),
         (16, 18, 1, "shared", "shared"),
-        (69, 3, 9, "grouped", "grouped"),
-        (69, 3, 2, "grouped", "grouped"),
+        (53, 3, 9, "grouped", "grouped"),
+        (53, 3, 2, "grouped", "grouped"),
         (35, 2, 1, "constant", "grouped"),
         (35, 2, 1, "grouped", "constant"),
     ],
 )
 def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
     """Chunks of 16 steps, parallel segments of so many chunks, sums over the rows for 16 states at once."""
-    monkeypatch.setattr(rows_kernels, "suits", lambda scan, align: True)
-    monkeypatch.setattr(rows_kernels, "_SEGMENT", segment)
+    choose_rows(monkeypatch, True, segment)
     compare("triton", full, single(1, 4, length, states, b, c, groups=2), delta_softplus=True)
 
 
 @pytest.mark.parametrize(
-    "batch, channels, length, states, chosen",
+    "batch, channels, length, states, forward, backward",
     [
-        (1024, 160, 196, 8, True),
-        (1024, 160, 196, 1, False),
-        (64, 160, 196, 8, False),
-        (8, 1536, 4096, 16, True),
-        (8, 1536, 256, 16, False),
-        (1024, 168, 196, 8, False),
+        (1024, 160, 196, 8, True, True),
+        (1024, 320, 49, 8, True, True),
+        (1024, 160, 196, 1, False, False),
+        (64, 160, 196, 8, False, False),
+        (8, 1536, 4096, 16, False, True),
+        (1, 1536, 65536, 16, True, True),
+        (8, 1536, 256, 16, False, False),
+        (1024, 168, 196, 8, False, False),
     ],
 )
-def test_choice_of_backward(batch, channels, length, states, chosen):
+def test_choice_of_rows(batch, channels, length, states, forward, backward):
     """Rows along the lanes: several states, lanes that rows fill, and enough rows or segments of them."""
     u = torch.empty(batch, channels, length, dtype=torch.bfloat16, device="meta")
     B = torch.empty(batch, states, length, dtype=torch.bfloat16, device="meta")
     scan = kernels.Scan(u, u, torch.empty(channels, states, device="meta"), B, B, None, None, None, True)
-    assert rows_kernels.suits(scan, scan.alignment()) == chosen
+    assert rows_kernels.forward_suits(scan) == forward
+    assert rows_kernels.backward_suits(scan) == backward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype, backward_kernel):
+def test_half_precision(dtype, layout):
     compare("triton", full, {n: t.to(dtype) for n, t in make(1, 4, 72, 2).items()}, delta_softplus=True)
 
 
-def test_mixed_precision(backward_kernel):
+def test_mixed_precision(layout):
     """The form under autocast: maps in half precision, parameters in float32."""
     tensors = single(2, 4, 40, 1)
     tensors |= {name: tensors[name].bfloat16() for name in ("u", "delta", "B", "C", "z")}
@@ -121,7 +121,7 @@ def test_mixed_precision(backward_kernel):
 
 
 @pytest.mark.parametrize("case", ["strong decay", "long memory", "mixed decay", "large input"])
-def test_extremes(case, backward_kernel):
+def test_extremes(case, layout):
     tensors = single(1, 4, 160, 2)
     if case == "strong decay":
         tensors["delta"] = tensors["delta"] + 60
@@ -135,7 +135,7 @@ def test_extremes(case, backward_kernel):
     compare("triton", full, tensors, 1e-4, delta_softplus=True)
 
 
-def test_strides(backward_kernel):
+def test_strides(layout):
     tensors = single(2, 4, 12, 3)
     expected = run("triton", full, tensors, delta_softplus=True)
     strided = {
@@ -148,7 +148,7 @@ def test_strides(backward_kernel):
         assert_close(name, actual[name], value)
 
 
-def test_repeated_runs_are_bit_equal(backward_kernel):
+def test_repeated_runs_are_bit_equal(layout):
     tensors = single(1, 5, 40, 2)
     first, second = (run("triton", full, tensors, delta_softplus=True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

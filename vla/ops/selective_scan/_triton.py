@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2
 from . import _triton_rows
-from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, steps_last, strides_of
 
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -277,144 +277,6 @@ def selective_scan_fwd_kernel(
 
 
 @triton.jit
-def _pick(tile, index, i, axis: tl.constexpr):
-    """Slice i along an axis whose positions are `index`. As a sum of integers it costs nothing within a thread."""
-    return tl.sum(tl.where(index == i, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def selective_scan_fwd_lanes_kernel(
-    u_ptr,
-    delta_ptr,
-    A_ptr,
-    B_ptr,
-    C_ptr,
-    D_ptr,
-    z_ptr,
-    bias_ptr,
-    out_ptr,
-    carry_ptr,
-    span,
-    channels,
-    length,
-    states,
-    B_channels,
-    C_channels,
-    u_b,
-    u_d,
-    u_l,
-    delta_b,
-    delta_d,
-    delta_l,
-    A_d,
-    A_n,
-    B_b,
-    B_g,
-    B_n,
-    B_l,
-    C_b,
-    C_g,
-    C_n,
-    C_l,
-    z_b,
-    z_d,
-    z_l,
-    out_b,
-    out_d,
-    out_l,
-    SOFTPLUS: tl.constexpr,
-    B_CONSTANT: tl.constexpr,
-    C_CONSTANT: tl.constexpr,
-    PARALLEL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    STATES: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """As `selective_scan_fwd_kernel`, but with rows along the lanes and all states of a row in its thread's registers,
-    which walks the steps: no scan across lanes, but a warp needs 32 rows.
-
-    `carry` (B, D, N, chunks + 1) has the states that enter each chunk of CHUNK steps if PARALLEL; else the last states
-    go to `carry` (B, D, N).
-    """
-    length = aligned(length, ALIGN)
-    chunks = tl.cdiv(length, CHUNK)
-    program, first_chunk, last_chunk = _share(chunks, PARALLEL)
-    batch, channel, valid = _rows(program, span, channels, ROWS)
-    step = tl.arange(0, STEPS)[None, :]
-    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[:, None]
-    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[:, None]
-    out_row = out_ptr + batch * aligned(out_b, ALIGN) + (channel * aligned(out_d, ALIGN))[:, None]
-    if z_ptr is not None:
-        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[:, None]
-    n = tl.arange(0, STATES)[None, :]
-    valid_state = valid[:, None] & (n < states)
-    A = tl.load(A_ptr + (channel * A_d)[:, None] + n * A_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    # Every row loads B and C for itself, from the same address: that keeps all states of a row in one thread.
-    state = tl.arange(0, STATES)[None, :, None]
-    step3 = tl.arange(0, STEPS)[None, None, :] + tl.zeros([ROWS, 1, 1], tl.int32)
-    if B_CONSTANT:
-        B = tl.load(B_ptr + (channel * B_g)[:, None] + n * B_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    else:
-        B_row = B_ptr + batch * aligned(B_b, ALIGN) + tl.min(channel, 0) // B_channels * aligned(B_g, ALIGN)
-        B_row += state * aligned(B_n, ALIGN)
-    if C_CONSTANT:
-        C = tl.load(C_ptr + (channel * C_g)[:, None] + n * C_n, valid_state, 0.0).to(tl.float32)  # (R, N)
-    else:
-        C_row = C_ptr + batch * aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * aligned(C_g, ALIGN)
-        C_row += state * aligned(C_n, ALIGN)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
-    if D_ptr is not None:
-        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[:, None]  # (R, 1)
-    row_state = ((batch * channels + channel) * states)[:, None] + n
-    if PARALLEL:
-        h = tl.load(carry_ptr + row_state * (chunks + 1) + first_chunk, valid_state, 0.0)  # (R, N)
-    else:
-        h = tl.zeros([ROWS, STATES], tl.float32)
-
-    end = tl.minimum(last_chunk * CHUNK, length)
-    for start in tl.range(first_chunk * CHUNK, end, STEPS, num_stages=STAGES):
-        time = start + step
-        inside = time < length
-        mask = valid[:, None] & inside
-        time = time.to(tl.int64)
-        u = tl.load(u_row + time * u_l, mask, 0.0).to(tl.float32)  # (R, T)
-        s = tl.load(delta_row + time * delta_l, mask, padding).to(tl.float32) * LOG2E  # (R, T)
-        if z_ptr is not None:
-            z = tl.load(z_row + time * z_l, mask, 0.0).to(tl.float32)  # (R, T)
-        time3 = (start + step3).to(tl.int64)
-        inside3 = (state < states) & (time3 < length)
-        if not B_CONSTANT:
-            B_tile = tl.load(B_row + time3 * B_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
-        if not C_CONSTANT:
-            C_tile = tl.load(C_row + time3 * C_l, inside3, 0.0).to(tl.float32)  # (R, N, T)
-        if bias_ptr is not None:
-            s += bias
-        dt2 = exponent(s, inside, SOFTPLUS)
-        x = dt2 * LN2 * u
-        if D_ptr is not None:
-            y = skip * u
-        else:
-            y = tl.zeros([ROWS, STEPS], tl.float32)
-        for t in tl.static_range(STEPS):
-            if not B_CONSTANT:
-                B = _pick(B_tile, step3, t, 2)
-            if not C_CONSTANT:
-                C = _pick(C_tile, step3, t, 2)
-            h = tl.exp2(A * _pick(dt2, step, t, 1)[:, None]) * h + B * _pick(x, step, t, 1)[:, None]
-            y += tl.where(step == t, tl.sum(C * h, 1)[:, None], 0.0)
-        if z_ptr is not None:
-            y *= z * tl.sigmoid(z)
-        tl.store(out_row + time * out_l, y, mask)  # (R, T)
-    if not PARALLEL:
-        tl.store(carry_ptr + row_state, h, valid_state)  # (R, N)
-
-
-@triton.jit
 def selective_scan_chunk_kernel(
     delta_ptr,
     A_ptr,
@@ -575,6 +437,15 @@ def selective_scan_carry_kernel(
 
 
 @triton.jit
+def _prefetch_block(u_ptr, delta_ptr, g_ptr, channel, time, u_d, u_l, delta_d, delta_l, g_d, g_l):
+    """Prefetches what is at these channels and times (32,)."""
+    time = time.to(tl.int64)
+    prefetch(u_ptr + channel * u_d + time * u_l)
+    prefetch(delta_ptr + channel * delta_d + time * delta_l)
+    prefetch(g_ptr + channel * g_d + time * g_l)
+
+
+@triton.jit
 def selective_scan_bwd_kernel(
     g_ptr,
     u_ptr,
@@ -589,12 +460,9 @@ def selective_scan_bwd_kernel(
     carry_ptr,
     gu_ptr,
     gdelta_ptr,
-    gA_ptr,
-    gB_ptr,
-    gC_ptr,
-    gD_ptr,
     gz_ptr,
-    gbias_ptr,
+    by_channel_ptr,
+    by_step_ptr,
     span,
     channels,
     length,
@@ -643,13 +511,14 @@ def selective_scan_bwd_kernel(
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Gradients of BLOCKS x ROWS rows: of one chunk if PARALLEL, else of all chunks from the last to the first.
 
     `entering` (B, D, N, chunks + 1) has the states that enter each chunk, or is None if there is one chunk; `carry`
     (B, D, N, chunks) the adjoints that enter from behind if PARALLEL; else `carry` (B, D, N) is where they go from one
-    chunk to the next. Sums over rows or steps are left in parts: gA, and gB or gC if constant, (B, chunks, D, N), gD
-    and gbias (B, chunks, D), else gB and gC (B, programs, N, L).
+    chunk to the next. Sums over rows, steps or sequences are left in parts, see `Parts`: `by_channel`
+    (B, chunks, rows, D), `by_step` (B, programs, 1 or 2, N, L).
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, LANES * PER_LANE)
@@ -660,8 +529,11 @@ def selective_scan_bwd_kernel(
     step = tl.arange(0, LANES)[:, None, None] * PER_LANE + steps  # (S, 1, E)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     blocks = tl.minimum(BLOCKS, tl.cdiv(span - first_row, ROWS))
-    # Parts of gradients that are summed over rows: one for each program of a sequence.
-    part = program.to(tl.int64) * states * length
+    # The program's parts of the gradients of B, if it is not constant, and of C behind it.
+    VARYING: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
+    if VARYING > 0:
+        gB_part = by_step_ptr + program.to(tl.int64) * VARYING * states * length
+        gC_part = gB_part + (VARYING - 1) * states * length
     if not B_CONSTANT:
         B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
     if not C_CONSTANT:
@@ -682,6 +554,23 @@ def selective_scan_bwd_kernel(
             if not ONE_STATE:
                 # The adjoints and partial sums that other threads stored.
                 tl.debug_barrier()
+            if PREFETCH:
+                wraps = block + 1 == blocks
+                next_row = tl.where(wraps, 0, block + 1) * ROWS
+                next_start = tl.where(wraps, tl.maximum(chunk - 1, 0), chunk) * (LANES * PER_LANE)
+                _prefetch_block(
+                    u_ptr + batch * u_b,
+                    delta_ptr + batch * delta_b,
+                    g_ptr + batch * g_b,
+                    first_channel + tl.minimum(first_row + next_row + tl.arange(0, 32) % ROWS, span - 1).to(tl.int64),
+                    tl.minimum(next_start + tl.arange(0, 32) // ROWS * (LANES * PER_LANE * ROWS // 32), length - 1),
+                    u_d,
+                    u_l,
+                    delta_d,
+                    delta_l,
+                    g_d,
+                    g_l,
+                )
             row = first_row + block * ROWS + tl.arange(0, ROWS)
             valid = row < span
             mask = valid[None, :, None]
@@ -713,8 +602,9 @@ def selective_scan_bwd_kernel(
                     y = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
             gx = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
             gdt = tl.zeros([LANES, ROWS, PER_LANE], tl.float32)
-            # Where this chunk's part of a gradient per channel and state goes.
-            constant_part = ((batch * chunks + chunk) * channels + channel) * states
+            # The chunk's parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
+            gA_part = by_channel_ptr + (batch * chunks + chunk) * ((3 - VARYING) * states + 2) * channels + channel
+            gD_part = gA_part + (3 - VARYING) * states * channels
             for n in tl.range(0, states, num_stages=STAGES):
                 A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
                 if B_CONSTANT:
@@ -739,9 +629,9 @@ def selective_scan_bwd_kernel(
                 if not ONE_STATE:
                     before = inside & (block > 0)
                     if not B_CONSTANT:
-                        gB = tl.load(gB_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
+                        gB = tl.load(gB_part + n * length + time, before, 0.0)  # (S, 1, E)
                     if not C_CONSTANT:
-                        gC = tl.load(gC_ptr + part + n * length + time, before, 0.0)  # (S, 1, E)
+                        gC = tl.load(gC_part + n * length + time, before, 0.0)  # (S, 1, E)
                 decay = tl.exp2(A[None, :, None] * dt2)
                 inject = B * x
                 g, carry = _adjoints_against_time(decay, C * gy, tl.exp2(A * total), carry, position, steps)
@@ -754,20 +644,21 @@ def selective_scan_bwd_kernel(
                 gx += B * g
                 g_log = g * decayed  # gradient of the decay's logarithm dt A
                 gdt += A[None, :, None] * g_log
-                tl.store(gA_ptr + constant_part + n, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
+                tl.store(gA_part + n * channels, tl.sum(tl.sum(g_log * dt2, 2), 0) * LN2, valid)  # (R,)
                 if B_CONSTANT:
-                    tl.store(gB_ptr + constant_part + n, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
+                    tl.store(gA_part + (states + n) * channels, tl.sum(tl.sum(g * x, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
                     gB_sum += tl.sum(g * x, 1)[:, None, :]
                 else:
-                    at = gB_ptr + part + n * length + time
+                    at = gB_part + n * length + time
                     tl.store(at, gB + tl.sum(g * x, 1)[:, None, :], inside)  # (S, 1, E)
                 if C_CONSTANT:
-                    tl.store(gC_ptr + constant_part + n, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
+                    at = gA_part + ((2 - VARYING) * states + n) * channels
+                    tl.store(at, tl.sum(tl.sum(gy * h, 2), 0), valid)  # (R,)
                 elif ONE_STATE:
                     gC_sum += tl.sum(gy * h, 1)[:, None, :]
                 else:
-                    at = gC_ptr + part + n * length + time
+                    at = gC_part + n * length + time
                     tl.store(at, gC + tl.sum(gy * h, 1)[:, None, :], inside)  # (S, 1, E)
             if not ONE_STATE:
                 # Again rather than in registers through the loop over the states.
@@ -779,7 +670,7 @@ def selective_scan_bwd_kernel(
             if D_ptr is not None:
                 gu += skip * gy
                 g_sum = tl.sum(tl.sum(gy * u, 2), 0)
-                tl.store(gD_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+                tl.store(gD_part, g_sum, valid)  # (R,)
             gdelta = gdt + gx * u
             if SOFTPLUS:
                 # sigmoid(s) = 2^s / (1 + 2^s) = 2^(s - log2(1 + 2^s)), s with the factor log2(e)
@@ -788,7 +679,7 @@ def selective_scan_bwd_kernel(
                 gdelta = tl.where(inside, gdelta, 0.0)
             if bias_ptr is not None:
                 g_sum = tl.sum(tl.sum(gdelta, 2), 0)
-                tl.store(gbias_ptr + (batch * chunks + chunk) * channels + channel, g_sum, valid)  # (R,)
+                tl.store(gD_part + channels, g_sum, valid)  # (R,)
             if z_ptr is not None:
                 gz_row = gz_ptr + batch * aligned(gz_b, ALIGN) + row * aligned(gz_d, ALIGN)
                 tl.store(gz_row + time * gz_l, g_gate * y, inside & mask)  # (S, R, E)
@@ -797,9 +688,9 @@ def selective_scan_bwd_kernel(
             gdelta_row = gdelta_ptr + batch * aligned(gdelta_b, ALIGN) + row * aligned(gdelta_d, ALIGN)
             tl.store(gdelta_row + time * gdelta_l, gdelta, inside & mask)  # (S, R, E)
         if ONE_STATE and not B_CONSTANT:
-            tl.store(gB_ptr + part + time, gB_sum, inside)  # (S, 1, E)
+            tl.store(gB_part + time, gB_sum, inside)  # (S, 1, E)
         if ONE_STATE and not C_CONSTANT:
-            tl.store(gC_ptr + part + time, gC_sum, inside)  # (S, 1, E)
+            tl.store(gC_part + time, gC_sum, inside)  # (S, 1, E)
 
 
 def _entering(
@@ -893,38 +784,21 @@ def _stages(stages: int) -> int:
     return stages if _PIPELINES else 1
 
 
-def _across_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": _stages(stages), "ONE_STATE": scan.states == 1}
-    return selective_scan_fwd_kernel, rows, steps, constants, _launch(scan, registers)
-
-
-def _along_lanes(scan: Scan, rows: int, steps: int, stages: int, registers: int | None = None) -> tuple:
-    constants = {"STEPS": steps, "STAGES": _stages(stages), "CHUNK": 256, "STATES": next_power_of_2(scan.states)}
-    return selective_scan_fwd_lanes_kernel, rows, 256, constants, _launch(scan, registers)
-
-
-def _forward_blocks(scan: Scan, align: int) -> tuple:
-    """Kernel, rows of a program, steps of a chunk, constants and launch options, as measured on an H200."""
-    rows = scan.batch * scan.channels
-    if 1 < scan.states <= 8 and align >= 4 and scan.span >= 32 and rows >= 32 * MIN_PROGRAMS:
-        return _along_lanes(scan, 32, 4, 1)
+def _forward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
+    """Rows of a program, steps of a chunk, stages and launch options, as measured on an H200."""
     within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
-        if rows < 32 * MIN_PROGRAMS:
-            return _across_lanes(scan, 2, min(512, within), 2, 168)
-        return _across_lanes(scan, 2, min(256, within), 2, 96)
+        if scan.batch * scan.channels < 32 * MIN_PROGRAMS:
+            return 2, min(512, within), _stages(2), _launch(scan, 168)
+        return 2, min(256, within), _stages(2), _launch(scan, 96)
     if scan.u.element_size() > 2:
-        return _across_lanes(scan, 1, min(256, within), 2)
-    return _across_lanes(scan, 2, min(256, within), 1, 80)
+        return 1, min(256, within), _stages(2), _launch(scan)
+    return 2, min(256, within), 1, _launch(scan, 80)
 
 
 def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
-    """Rows of a pass, passes of a program, stages and launch options, as measured on an H200."""
-    if scan.states > 1:
-        return 2, 16, 1, _launch(scan)
-    if scan.u.element_size() > 2:
-        return 2, 8, _stages(3), _launch(scan, 168)
-    return 2, 8, 1, _launch(scan)
+    """Rows of a pass, passes of a program, stages and launch options, as measured on an H100 and an H200."""
+    return 2, 16 if scan.states > 1 else 8, 1, _launch(scan)
 
 
 def _chunk_blocks(scan: Scan) -> tuple[int, int, dict]:
@@ -948,22 +822,21 @@ def forward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if _triton_rows.forward_suits(scan):
+        return _triton_rows.forward(scan)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
     if out.numel() == 0:
         return out, state
-    align = scan.alignment()
-    kernel, rows, chunk, constants, options = _forward_blocks(scan, align)
+    rows, chunk, stages, options = _forward_blocks(scan)
     programs = scan.programs(rows)
     chunks = cdiv(scan.length, chunk)
     parallel = _parallel(scan, programs, chunks)
-    if kernel is selective_scan_fwd_kernel:
-        constants["EXACT"] = not parallel and chunks > 16
     carry = state
     if parallel:
         carry = _entering(scan, (32, chunk // 32), True)
         programs *= chunks
-    kernel[(programs,)](
+    selective_scan_fwd_kernel[(programs,)](
         scan.u,
         scan.delta,
         A,
@@ -991,9 +864,12 @@ def forward(
         B_CONSTANT=scan.B_channels == 0,
         C_CONSTANT=scan.C_channels == 0,
         PARALLEL=parallel,
-        ALIGN=align,
+        ONE_STATE=scan.states == 1,
+        ALIGN=scan.alignment(),
+        EXACT=not parallel and chunks > 16,
         ROWS=rows,
-        **constants,
+        STEPS=chunk,
+        STAGES=stages,
         **options,
     )
     if parallel:
@@ -1017,7 +893,7 @@ def backward(
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = steps_last(grads[0]), grads[1].contiguous()
-    if _triton_rows.suits(scan, scan.alignment(g)):
+    if _triton_rows.backward_suits(scan):
         return _triton_rows.backward(scan, g, g_state)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)
@@ -1027,15 +903,7 @@ def backward(
     chunks = cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
-    per_sequence = programs // scan.batch
-    by_channel = (scan.batch, chunks, scan.channels)
-    by_state = (*by_channel, scan.states)
-    by_program = (scan.batch, per_sequence, scan.states, scan.length)
-    gA = scan.new(*by_state)
-    gB = scan.new(*(by_program if scan.B_channels else by_state))
-    gC = scan.new(*(by_program if scan.C_channels else by_state))
-    gD = None if D is None else scan.new(*by_channel)
-    gbias = None if delta_bias is None else scan.new(*by_channel)
+    parts = Parts(scan, chunks, programs)
     # One state goes through the chunks in a register; several do so faster in a kernel of their own.
     entering = _entering(scan, steps, parallel or scan.states > 1) if chunks > 1 else None
     carry = _entering(scan, steps, True, g, g_state) if parallel else g_state.clone()
@@ -1053,12 +921,9 @@ def backward(
         carry,
         gu,
         gdelta,
-        gA,
-        gB,
-        gC,
-        gD,
         gz,
-        gbias,
+        parts.by_channel,
+        parts.by_step,
         scan.span,
         scan.channels,
         scan.length,
@@ -1086,22 +951,8 @@ def backward(
         LANES=lanes,
         PER_LANE=per_lane,
         STAGES=stages,
+        PREFETCH=scan.prefetches and scan.states == 1,
         **options,
     )
-
-    def projection(part: Tensor, like: Tensor) -> Tensor:
-        if like.dim() == 2:
-            return part.sum((0, 1))
-        groups = 1 if like.dim() == 3 else like.shape[1]
-        return part.unflatten(1, (groups, -1)).sum(2).reshape(like.shape)
-
-    return (
-        gu,
-        gdelta,
-        gA.sum((0, 1)),
-        projection(gB, B),
-        projection(gC, C),
-        None if D is None else gD.sum((0, 1)),
-        gz,
-        None if delta_bias is None else gbias.sum((0, 1)),
-    )
+    gA, gB, gC, gD, gbias = parts.totals()
+    return gu, gdelta, gA, gB, gC, gD, gz, gbias

@@ -1,7 +1,7 @@
-"""Triton kernels of the selective scan's backward with rows along the lanes: a lane walks the steps of its row.
+"""Triton kernels of the selective scan with rows along the lanes: a lane walks the steps of its row.
 
-A chunk's steps are a lane's registers, so that neither scan exchanges anything between lanes. What is then left to them
-are the sums over the rows, which tensor cores form. Where rows are few, segments of their steps are walked in parallel.
+A chunk's steps are a lane's registers, so that no scan exchanges anything between lanes. What is then left to them are
+the sums over the rows, which tensor cores form. Where rows are few, segments of their steps are walked in parallel.
 """
 
 import torch
@@ -10,13 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LN2, LOG2E, cdiv, pick, repeat
-from ._triton_scan import MIN_PROGRAMS, Scan, aligned, exponent, place, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
 _CHUNK = 16
 _ROWS = 32
-# Chunks of a segment, where segments are walked in parallel.
-_SEGMENT = 32
+# Columns of a product on tensor cores: 8 as they have them, which Triton before 3.6 does not multiply.
+_COLUMNS = tl.constexpr(8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16)
+# Chunks of a segment, where segments are walked in parallel. What each adds has to be found out first, which costs the
+# less the longer they are; the backward has more else to do, and longer segments leave fewer programs.
+FORWARD_SEGMENT = 128
+BACKWARD_SEGMENT = 32
 
 
 @triton.jit
@@ -58,15 +62,34 @@ def _every_lane(steps, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add_sums(sums, line, rows, COUNT: tl.constexpr):
-    """`sums` (16, T) with the sums over the lanes of COUNT = T rows (R,) in one line.
+def _sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
+    """Sums over the 32 lanes of each of COUNT rows (32,), as (COUNT,).
 
-    A product with ones: tensor cores add what would be five shuffles for each row. They round to TF32, which is no
-    coarser than inputs of 16 bits.
+    Tensor cores add four lanes each, in a product with zeros and ones whose right operand they take from the very lanes
+    and registers that hold the rows; shuffles then add the eight results. Terms are rounded to bfloat16 or to TF32.
     """
-    tile = tl.trans(_stack(rows, COUNT))
-    new = tl.dot(tl.full([16, tile.shape[0]], 1.0, tl.float32), tile, input_precision="tf32")
-    return tl.where(tl.arange(0, 16)[:, None] == line, new, sums)
+    LANES: tl.constexpr = 32 // _COLUMNS
+    row = tl.arange(0, COUNT)[:, None]
+    k = tl.arange(0, COUNT * LANES)[None, :]
+    if BF16:
+        # A register has two of them, neighbours in k.
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, _COLUMNS, LANES]), (0, 3, 1, 2))
+        select = tl.where(row == k // (2 * LANES) * 2 + k % 2, 1.0, 0.0).to(tl.bfloat16)
+        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]).to(tl.bfloat16))
+    else:
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, _COLUMNS, LANES]), (0, 2, 1))
+        select = tl.where(row == k // LANES, 1.0, 0.0)
+        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]), input_precision="tf32")
+    return tl.sum(parts, 1)
+
+
+@triton.jit
+def _add_terms(at, terms, valid, later, COUNT: tl.constexpr):
+    """Adds COUNT terms (R,) to what is there (R,), if it is not the first time."""
+    total = tl.load(at, valid & later, 0.0)
+    for i in tl.static_range(COUNT):
+        total += terms[i]
+    tl.store(at, total, valid)
 
 
 @triton.jit
@@ -82,19 +105,129 @@ def _share(segments, span, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
-def selective_scan_states_rows_kernel(
-    g_ptr,
-    u_ptr,
+def _rows(ptr, batch, channel, b, d, ALIGN: tl.constexpr):
+    """Where rows (1, R) of a tensor (B, D, L) begin."""
+    return ptr + batch * aligned(b, ALIGN) + (channel * aligned(d, ALIGN))[None, :]
+
+
+@triton.jit
+def _projection(ptr, batch, channel, first_channel, per_group, b, g, CONSTANT: tl.constexpr, ALIGN: tl.constexpr):
+    """Where B or C (B, G, N, L) begin for a group, or, constant along the steps, (D, N) for each channel (R,)."""
+    if CONSTANT:
+        return ptr + channel * g
+    else:
+        return ptr + batch * aligned(b, ALIGN) + (first_channel // per_group).to(tl.int64) * aligned(g, ALIGN)
+
+
+@triton.jit
+def _load_state(
+    row,
+    n,
+    time,
+    n_stride,
+    l_stride,
+    inside,
+    valid,
+    CONSTANT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """B or C of state n, from where `_projection` says they begin: at each step (T,), or of each channel (R,)."""
+    if CONSTANT:
+        return tl.load(row + n * n_stride, valid, 0.0)
+    else:
+        return tl.load(row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride, inside, 0.0)
+
+
+@triton.jit
+def _at_steps(loaded, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """What `_load_state` loaded, for each step of a chunk (R,) in float32."""
+    if CONSTANT:
+        return repeat(loaded.to(tl.float32), CHUNK)
+    else:
+        return _every_lane(loaded, ROWS)
+
+
+@triton.jit
+def _inside(time, length, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """Which steps of a chunk there are: all of them, as the compiler then knows, if chunks divide the length."""
+    if ALIGN % CHUNK == 0:
+        return tl.full(time.shape, True, tl.int1)
+    else:
+        return time < length
+
+
+@triton.jit
+def _load(
+    rows,
+    start,
+    l_stride,
+    length,
+    valid,
+    other,
+    ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """A chunk's steps of rows (T, R), in float32.
+
+    If ALONE, each lane loads what it will hold, with more requests to memory than if a row's lanes load neighbouring
+    steps and hand them over, but with fewer instructions and registers.
+    """
+    if ALONE:
+        WIDTH: tl.constexpr = 8 if ALIGN > 8 else ALIGN
+        steps = ()
+        for first in tl.static_range(0, CHUNK, WIDTH):
+            time = start + first + tl.arange(0, WIDTH)
+            mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
+            steps = steps + _unstack(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other).to(tl.float32))
+        return _stack(steps, CHUNK)
+    else:
+        time = start + tl.arange(0, CHUNK)
+        mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
+        return _to_lanes(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other))
+
+
+@triton.jit
+def _load_logits(
+    rows,
+    start,
+    l_stride,
+    length,
+    valid,
+    bias_ptr,
+    channel,
+    SOFTPLUS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """`delta` with its bias, times log2(e), as `exponent` wants it: (T, R)."""
+    s = _load(rows, start, l_stride, length, valid, float("-inf") if SOFTPLUS else 0.0, ALIGN, CHUNK, ALONE) * LOG2E
+    if bias_ptr is not None:
+        s += tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E
+    return s
+
+
+@triton.jit
+def _prefetch_states(P_row, Q_row, start, states, P_n, P_l, Q_n, Q_l):
+    """Prefetches a chunk's steps of B and C, of all states."""
+    lane = tl.arange(0, 32)
+    for first_n in range(0, states, 16):
+        n = tl.minimum(first_n + lane // 2, states - 1).to(tl.int64)
+        P_at = (P_row + n * P_n + start.to(tl.int64) * P_l).to(tl.int64)
+        Q_at = (Q_row + n * Q_n + start.to(tl.int64) * Q_l).to(tl.int64)
+        prefetch(tl.where(lane % 2 == 0, P_at, Q_at))
+
+
+@triton.jit
+def selective_scan_segments_kernel(
+    v_ptr,
     delta_ptr,
     A_ptr,
-    B_ptr,
-    C_ptr,
+    P_ptr,
     z_ptr,
     bias_ptr,
-    border_ptr,
-    end_ptr,
-    adjoint_ptr,
-    time_ptr,
+    added_ptr,
     total_ptr,
     segments,
     segment_chunks,
@@ -102,116 +235,107 @@ def selective_scan_states_rows_kernel(
     channels,
     length,
     states,
-    B_channels,
-    C_channels,
-    g_b,
-    g_d,
-    g_l,
-    u_b,
-    u_d,
-    u_l,
+    P_channels,
+    v_b,
+    v_d,
+    v_l,
     delta_b,
     delta_d,
     delta_l,
     A_d,
     A_n,
-    B_b,
-    B_g,
-    B_n,
-    B_l,
-    C_b,
-    C_g,
-    C_n,
-    C_l,
+    P_b,
+    P_g,
+    P_n,
+    P_l,
     z_b,
     z_d,
     z_l,
     SOFTPLUS: tl.constexpr,
-    B_CONSTANT: tl.constexpr,
-    C_CONSTANT: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    ADJOINT: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    """States `border` (B, chunks, N, D) that enter each chunk of ROWS rows, if 0 enters their segment.
+    """What a segment of ROWS rows alone adds, `added` (B, segments, N, D): to the states behind it, from `P` = B and
+    `v` = u; if ADJOINT to the adjoints before it, from `P` = C and `v` the gradient of the output.
 
-    `end` (B, segments, N, D) is where states go from chunk to chunk, always through the same thread, which needs no
-    barrier; in the end it has what a segment alone adds to the states behind it. Several segments also want `adjoint`
-    (B, segments, N, D), what each alone adds to the adjoints before it, and the time from its start to each chunk,
-    `time` (B, chunks, D), and to its end, `total` (B, segments, D). These are None if there is one segment.
+    Chunks come with growing distance from where that is added. What has decayed to 0 in float32 until there is skipped.
+    `total` (B, segments, D) is the segment's time, or as much of it as lets all decay.
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, CHUNK)
     _, segment, batch, first_channel, channel, valid = _share(segments, span, channels, ROWS)
-    step = tl.arange(0, CHUNK)
-    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    PARALLEL: tl.constexpr = adjoint_ptr is not None
-    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[None, :]
-    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[None, :]
-    if not B_CONSTANT:
-        B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
-    if PARALLEL:
-        g_row = g_ptr + batch * aligned(g_b, ALIGN) + (channel * aligned(g_d, ALIGN))[None, :]
-        if z_ptr is not None:
-            z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[None, :]
-        if not C_CONSTANT:
-            group = (first_channel // C_channels).to(tl.int64)
-            C_row = C_ptr + batch * aligned(C_b, ALIGN) + group * aligned(C_g, ALIGN)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E  # (1, R)
-    total = tl.zeros([ROWS], tl.float32)
+    v_row = _rows(v_ptr, batch, channel, v_b, v_d, ALIGN)
+    delta_row = _rows(delta_ptr, batch, channel, delta_b, delta_d, ALIGN)
+    if z_ptr is not None:
+        z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
+    P_row = _projection(P_ptr, batch, channel, first_channel, P_channels, P_b, P_g, CONSTANT, ALIGN)
+    zero = tl.zeros([ROWS], tl.float32)
+    elapsed = zero
 
     first_chunk = segment * segment_chunks
-    for chunk in range(first_chunk, tl.minimum(first_chunk + segment_chunks, chunks)):
-        time = chunk * CHUNK + step
-        inside = time < length
-        mask = valid[None, :] & inside[:, None]
-        time = time.to(tl.int64)
-        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
-        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
-        if bias_ptr is not None:
-            s += bias
+    count = tl.minimum(segment_chunks, chunks - first_chunk)
+    number = 0
+    alive = 1
+    while (number < count) & (alive > 0):
+        if ADJOINT:
+            chunk = first_chunk + number
+        else:
+            chunk = first_chunk + count - 1 - number
+        start = chunk * CHUNK
+        time = start + tl.arange(0, CHUNK)
+        inside = _inside(time, length, ALIGN, CHUNK)
+        v = _load(v_row, start, v_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+        s = _load_logits(
+            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, False
+        )  # (T, R)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
-        dt2 = _unstack(dt2_tile)
-        x = _unstack(dt2_tile * LN2 * u)
-        if PARALLEL:
-            gy_tile = _to_lanes(tl.load(g_row + time[:, None] * g_l, mask, 0.0))  # (T, R)
+        if ADJOINT:
             if z_ptr is not None:
-                z = _to_lanes(tl.load(z_row + time[:, None] * z_l, mask, 0.0))  # (T, R)
-                gy_tile *= z * tl.sigmoid(z)
-            gy = _unstack(gy_tile)
-        later = valid & (chunk > first_chunk)
-        for n in range(states):
-            at = ((batch * segments + segment) * states + n) * channels + channel
-            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
-            h = tl.load(end_ptr + at, later, 0.0)  # (R,)
-            tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
-            if B_CONSTANT:
-                B = repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
+                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+                v *= z * tl.sigmoid(z)
+        else:
+            v *= dt2_tile * LN2
+        dt2 = _unstack(dt2_tile)
+        v = _unstack(v)
+        if PREFETCH:
+            if ADJOINT:
+                next_start = tl.minimum(chunk + 1, first_chunk + count - 1) * CHUNK
             else:
-                B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
-            if PARALLEL:
-                if C_CONSTANT:
-                    C = repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
-                else:
-                    C = _every_lane(tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0), ROWS)  # (T,)
-                adjoint = tl.load(adjoint_ptr + at, later, 0.0)  # (R,)
-                product = tl.exp2(A * total)
-            for t in tl.static_range(CHUNK):
-                decay = tl.exp2(A * dt2[t])
-                h = decay * h + B[t] * x[t]
-                if PARALLEL:
-                    product *= decay
-                    adjoint += product * (C[t] * gy[t])
-            tl.store(end_ptr + at, h, valid)  # (R,)
-            if PARALLEL:
-                tl.store(adjoint_ptr + at, adjoint, valid)  # (R,)
-        if PARALLEL:
-            tl.store(time_ptr + (batch * chunks + chunk) * channels + channel, total, valid)  # (R,)
-            for t in tl.static_range(CHUNK):
-                total += dt2[t]
-    if PARALLEL:
-        tl.store(total_ptr + (batch * segments + segment) * channels + channel, total, valid)  # (R,)
+                next_start = tl.maximum(chunk - 1, first_chunk) * CHUNK
+            prefetch(v_row + next_start.to(tl.int64) * v_l)
+            prefetch(delta_row + next_start.to(tl.int64) * delta_l)
+            if not CONSTANT:
+                _prefetch_states(P_row, P_row, next_start, states, P_n, P_l, P_n, P_l)
+        alive = 0
+        for n in range(states):
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            decay_since = tl.exp2(A * elapsed)
+            # Without softplus a time step may be negative, and what was 0 grow again.
+            if SOFTPLUS:
+                counts = tl.max(((decay_since != 0.0) & valid).to(tl.int32), 0)
+            else:
+                counts = 1
+            if counts > 0:
+                at = added_ptr + ((batch * segments + segment) * states + n) * channels + channel
+                P = _load_state(P_row, n, time, P_n, P_l, inside, valid, CONSTANT, ALIGN)
+                P = _at_steps(P, CONSTANT, CHUNK, ROWS)
+                h = zero
+                for i in tl.static_range(CHUNK):
+                    if ADJOINT:
+                        h = tl.exp2(A * dt2[CHUNK - 1 - i]) * (h + P[CHUNK - 1 - i] * v[CHUNK - 1 - i])
+                    else:
+                        h = tl.exp2(A * dt2[i]) * h + P[i] * v[i]
+                added = tl.load(at, valid & (number > 0), 0.0)  # (R,)
+                tl.store(at, added + decay_since * h, valid)  # (R,)
+            alive += counts
+        for t in tl.static_range(CHUNK):
+            elapsed += dt2[t]
+        number += 1
+    tl.store(total_ptr + (batch * segments + segment) * channels + channel, elapsed, valid)  # (R,)
 
 
 @triton.jit
@@ -259,6 +383,133 @@ def selective_scan_borders_kernel(
 
 
 @triton.jit
+def selective_scan_fwd_rows_kernel(
+    u_ptr,
+    delta_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    out_ptr,
+    border_ptr,
+    state_ptr,
+    segments,
+    segment_chunks,
+    span,
+    channels,
+    length,
+    states,
+    B_channels,
+    C_channels,
+    u_b,
+    u_d,
+    u_l,
+    delta_b,
+    delta_d,
+    delta_l,
+    A_d,
+    A_n,
+    B_b,
+    B_g,
+    B_n,
+    B_l,
+    C_b,
+    C_g,
+    C_n,
+    C_l,
+    z_b,
+    z_d,
+    z_l,
+    out_b,
+    out_d,
+    out_l,
+    SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr,
+    C_CONSTANT: tl.constexpr,
+    ENTERED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Walks ROWS rows over a segment, for the outputs `out`, or for the states `border` (B, chunks, N, D) that enter
+    each chunk; the other is None.
+
+    `state` (B, segments, N, D) has the states that enter each segment if ENTERED, else these are 0. It is where states
+    go from chunk to chunk, always through the same thread, which needs no barrier, and has those behind the segment in
+    the end.
+    """
+    length = aligned(length, ALIGN)
+    chunks = tl.cdiv(length, CHUNK)
+    _, segment, batch, first_channel, channel, valid = _share(segments, span, channels, ROWS)
+    u_row = _rows(u_ptr, batch, channel, u_b, u_d, ALIGN)
+    delta_row = _rows(delta_ptr, batch, channel, delta_b, delta_d, ALIGN)
+    B_row = _projection(B_ptr, batch, channel, first_channel, B_channels, B_b, B_g, B_CONSTANT, ALIGN)
+    if out_ptr is not None:
+        C_row = _projection(C_ptr, batch, channel, first_channel, C_channels, C_b, C_g, C_CONSTANT, ALIGN)
+        out_row = _rows(out_ptr, batch, channel, out_b, out_d, ALIGN)
+        if z_ptr is not None:
+            z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
+        if D_ptr is not None:
+            skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+    zero = tl.zeros([ROWS], tl.float32)
+
+    first_chunk = segment * segment_chunks
+    for chunk in range(first_chunk, tl.minimum(first_chunk + segment_chunks, chunks)):
+        start = chunk * CHUNK
+        time = start + tl.arange(0, CHUNK)
+        inside = _inside(time, length, ALIGN, CHUNK)
+        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+        s = _load_logits(
+            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, False
+        )  # (T, R)
+        dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
+        dt2 = _unstack(dt2_tile)
+        x = _unstack(dt2_tile * LN2 * u)
+        y = repeat(zero, CHUNK)
+        if PREFETCH:
+            next_start = tl.minimum(chunk + 1, chunks - 1) * CHUNK
+            prefetch(u_row + next_start.to(tl.int64) * u_l)
+            prefetch(delta_row + next_start.to(tl.int64) * delta_l)
+            if out_ptr is not None:
+                _prefetch_states(B_row, C_row, next_start, states, B_n, B_l, C_n, C_l)
+            else:
+                _prefetch_states(B_row, B_row, next_start, states, B_n, B_l, B_n, B_l)
+        known = valid
+        if not ENTERED:
+            known = valid & (chunk > first_chunk)
+        for n in range(states):
+            at = state_ptr + ((batch * segments + segment) * states + n) * channels + channel
+            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            h = tl.load(at, known, 0.0)  # (R,)
+            B = _load_state(B_row, n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+            B = _at_steps(B, B_CONSTANT, CHUNK, ROWS)
+            if out_ptr is not None:
+                C = _load_state(C_row, n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+                C = _at_steps(C, C_CONSTANT, CHUNK, ROWS)
+            else:
+                tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
+            y_with_n = ()
+            for t in tl.static_range(CHUNK):
+                h = tl.fma(tl.exp2(A * dt2[t]), h, B[t] * x[t])
+                if out_ptr is not None:
+                    y_with_n = y_with_n + (y[t] + C[t] * h,)
+            if out_ptr is not None:
+                y = y_with_n
+            tl.store(at, h, valid)  # (R,)
+        if out_ptr is not None:
+            out = _stack(y, CHUNK)
+            if D_ptr is not None:
+                out += skip * u
+            if z_ptr is not None:
+                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+                out *= z * tl.sigmoid(z)
+            tl.store(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
+
+
+@triton.jit
 def selective_scan_bwd_rows_kernel(
     g_ptr,
     u_ptr,
@@ -270,18 +521,12 @@ def selective_scan_bwd_rows_kernel(
     z_ptr,
     bias_ptr,
     border_ptr,
-    time_ptr,
-    entering_ptr,
     carry_ptr,
     gu_ptr,
     gdelta_ptr,
-    gA_ptr,
-    gB_ptr,
-    gC_ptr,
-    sums_ptr,
-    gD_ptr,
     gz_ptr,
-    gbias_ptr,
+    by_channel_ptr,
+    by_step_ptr,
     segments,
     segment_chunks,
     span,
@@ -327,40 +572,37 @@ def selective_scan_bwd_rows_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    BF16: tl.constexpr,
 ):
     """Gradients of ROWS rows over a segment, chunk by chunk from the last to the first.
 
-    `border` (B, chunks, N, D) has the states that enter each chunk if 0 enters the segment; `entering`
-    (B, segments, N, D) those that do, unless it is None, and `time` (B, chunks, D) how long ago that was. `carry`
-    (B, segments, N, D) has the adjoints that enter from behind, and is where they go from chunk to chunk. Sums over
-    rows, segments or sequences are left in parts: gA, and gB or gC if constant, (B, segments, N, D), gD and gbias
-    (B, segments, D), and `sums` (B, programs, 1 or 2, N, L), those of B and C that are not.
+    `border` (B, chunks, N, D) has the states that enter each chunk. `carry` (B, segments, N, D) has the adjoints that
+    enter each segment from behind, and is where they go from chunk to chunk. Sums over rows, steps or sequences are
+    left in parts, see `Parts`: `by_channel` (B, segments, rows, D), `by_step` (B, programs, 1 or 2, N, L).
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, CHUNK)
     program, segment, batch, first_channel, channel, valid = _share(segments, span, channels, ROWS)
-    step = tl.arange(0, CHUNK)
-    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
-    g_row = g_ptr + batch * aligned(g_b, ALIGN) + (channel * aligned(g_d, ALIGN))[None, :]
-    u_row = u_ptr + batch * aligned(u_b, ALIGN) + (channel * aligned(u_d, ALIGN))[None, :]
-    delta_row = delta_ptr + batch * aligned(delta_b, ALIGN) + (channel * aligned(delta_d, ALIGN))[None, :]
-    gu_row = gu_ptr + batch * aligned(gu_b, ALIGN) + (channel * aligned(gu_d, ALIGN))[None, :]
-    gdelta_row = gdelta_ptr + batch * aligned(gdelta_b, ALIGN) + (channel * aligned(gdelta_d, ALIGN))[None, :]
+    g_row = _rows(g_ptr, batch, channel, g_b, g_d, ALIGN)
+    u_row = _rows(u_ptr, batch, channel, u_b, u_d, ALIGN)
+    delta_row = _rows(delta_ptr, batch, channel, delta_b, delta_d, ALIGN)
+    gu_row = _rows(gu_ptr, batch, channel, gu_b, gu_d, ALIGN)
+    gdelta_row = _rows(gdelta_ptr, batch, channel, gdelta_b, gdelta_d, ALIGN)
     if z_ptr is not None:
-        z_row = z_ptr + batch * aligned(z_b, ALIGN) + (channel * aligned(z_d, ALIGN))[None, :]
-        gz_row = gz_ptr + batch * aligned(gz_b, ALIGN) + (channel * aligned(gz_d, ALIGN))[None, :]
-    if not B_CONSTANT:
-        B_row = B_ptr + batch * aligned(B_b, ALIGN) + (first_channel // B_channels).to(tl.int64) * aligned(B_g, ALIGN)
-    if not C_CONSTANT:
-        C_row = C_ptr + batch * aligned(C_b, ALIGN) + (first_channel // C_channels).to(tl.int64) * aligned(C_g, ALIGN)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E  # (1, R)
+        z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
+        gz_row = _rows(gz_ptr, batch, channel, gz_b, gz_d, ALIGN)
+    B_row = _projection(B_ptr, batch, channel, first_channel, B_channels, B_b, B_g, B_CONSTANT, ALIGN)
+    C_row = _projection(C_ptr, batch, channel, first_channel, C_channels, C_b, C_g, C_CONSTANT, ALIGN)
     if D_ptr is not None:
         skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
-    SUMS: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
-    part = program.to(tl.int64) * SUMS * states * length
-    line = tl.arange(0, 16)[:, None]
-    column = tl.arange(0, SUMS * CHUNK)[None, :]
+    # The program's parts of the gradients of B, if it is not constant, and of C behind it.
+    VARYING: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
+    if VARYING > 0:
+        gB_part = by_step_ptr + program.to(tl.int64) * VARYING * states * length
+        gC_part = gB_part + (VARYING - 1) * states * length
+    carry_row = carry_ptr + (batch * segments + segment) * states * channels + channel
+    # Its parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
+    gA_row = by_channel_ptr + (batch * segments + segment) * ((3 - VARYING) * states + 2) * channels + channel
     zero = tl.zeros([ROWS], tl.float32)
     gD = zero
     gbias = zero
@@ -370,18 +612,16 @@ def selective_scan_bwd_rows_kernel(
     for number in range(first_chunk, last_chunk + 1):
         chunk = last_chunk - (number - first_chunk)
         start = chunk * CHUNK
-        time = start + step
-        inside = time < length
-        mask = valid[None, :] & inside[:, None]
-        time = time.to(tl.int64)
-        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
-        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
-        gy_tile = _to_lanes(tl.load(g_row + time[:, None] * g_l, mask, 0.0))  # (T, R)
-        if bias_ptr is not None:
-            s += bias
+        time = start + tl.arange(0, CHUNK)
+        inside = _inside(time, length, ALIGN, CHUNK)
+        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+        s = _load_logits(
+            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, True
+        )  # (T, R)
+        gy_tile = _load(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         if z_ptr is not None:
-            z = _to_lanes(tl.load(z_row + time[:, None] * z_l, mask, 0.0))  # (T, R)
+            z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
             gy_tile *= z * tl.sigmoid(z)
         dt2 = _unstack(dt2_tile)
         x = _unstack(dt2_tile * LN2 * u)
@@ -389,88 +629,68 @@ def selective_scan_bwd_rows_kernel(
         gx = repeat(zero, CHUNK)
         gdt = repeat(zero, CHUNK)
         y = repeat(zero, CHUNK)
-        if entering_ptr is not None:
-            since = tl.load(time_ptr + (batch * chunks + chunk) * channels + channel, valid, 0.0)  # (R,)
         border = border_ptr + (batch * chunks + chunk) * states * channels + channel
-        state = (batch * segments + segment) * states * channels + channel
         later = chunk < last_chunk
         A_next = tl.load(A_ptr + channel * A_d, valid, 0.0).to(tl.float32)  # (R,)
         h_next = tl.load(border, valid, 0.0)  # (R,)
-        carry_next = tl.load(carry_ptr + state, valid, 0.0)  # (R,)
-        gA_next = tl.load(gA_ptr + state, valid & later, 0.0)  # (R,)
-        for first_n in range(0, states, 16):
-            if SUMS > 0:
-                sums = tl.zeros([16, SUMS * CHUNK], tl.float32)
-            for n in range(first_n, tl.minimum(first_n + 16, states)):
-                A, h, carry, gA = A_next, h_next, carry_next, gA_next
-                at = ((batch * segments + segment) * states + n) * channels + channel
-                if entering_ptr is not None:
-                    h += tl.exp2(A * since) * tl.load(entering_ptr + at, valid, 0.0)  # (R,)
-                # What the next state needs is on its way while this one is walked.
-                more = valid & (n + 1 < states)
-                A_next = tl.load(A_ptr + channel * A_d + (n + 1) * A_n, more, 0.0).to(tl.float32)  # (R,)
-                h_next = tl.load(border + (n + 1) * channels, more, 0.0)  # (R,)
-                carry_next = tl.load(carry_ptr + at + channels, more, 0.0)  # (R,)
-                gA_next = tl.load(gA_ptr + at + channels, more & later, 0.0)  # (R,)
-                if B_CONSTANT:
-                    B = repeat(tl.load(B_ptr + channel * B_g + n * B_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
-                    gB = tl.load(gB_ptr + at, valid & later, 0.0)  # (R,)
-                else:
-                    B = _every_lane(tl.load(B_row + n * aligned(B_n, ALIGN) + time * B_l, inside, 0.0), ROWS)  # (T,)
-                if C_CONSTANT:
-                    C = repeat(tl.load(C_ptr + channel * C_g + n * C_n, valid, 0.0).to(tl.float32), CHUNK)  # (R,)
-                    gC = tl.load(gC_ptr + at, valid & later, 0.0)  # (R,)
-                else:
-                    C = _every_lane(tl.load(C_row + n * aligned(C_n, ALIGN) + time * C_l, inside, 0.0), ROWS)  # (T,)
-
-                decay, before, gC_terms, y_with_n = (), (), (), ()
-                for t in tl.static_range(CHUNK):
-                    decay = decay + (tl.exp2(A * dt2[t]),)
-                    before = before + (h,)
-                    h = decay[t] * h + B[t] * x[t]
-                    gC_terms = gC_terms + (gy[t] * h,)
-                    if z_ptr is not None:
-                        y_with_n = y_with_n + (y[t] + C[t] * h,)
+        carry_next = tl.load(carry_row, valid, 0.0)  # (R,)
+        gA_next = tl.load(gA_row, valid & later, 0.0)  # (R,)
+        B_next = _load_state(B_row, 0, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+        C_next = _load_state(C_row, 0, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+        for n in range(states):
+            A, h, carry, gA = A_next, h_next, carry_next, gA_next
+            B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS)
+            C = _at_steps(C_next, C_CONSTANT, CHUNK, ROWS)
+            decay, decayed, gC_terms, y_with_n = (), (), (), ()
+            for t in tl.static_range(CHUNK):
+                decay = decay + (tl.exp2(A * dt2[t]),)
+                decayed = decayed + (decay[t] * h,)
+                h = decayed[t] + B[t] * x[t]
+                gC_terms = gC_terms + (gy[t] * h,)
                 if z_ptr is not None:
-                    y = y_with_n
-                gB_terms, gx_with_n, gdt_with_n = (), (), ()
-                for t in tl.static_range(CHUNK - 1, -1, -1):
+                    y_with_n = y_with_n + (y[t] + C[t] * h,)
+            if z_ptr is not None:
+                y = y_with_n
+            if C_CONSTANT:
+                _add_terms(gA_row + ((2 - VARYING) * states + n) * channels, gC_terms, valid, later, CHUNK)
+            else:
+                tl.store(gC_part + n * length + time, _sums(gC_terms, CHUNK, BF16), inside)  # (T,)
+
+            # What the next state needs comes while this one is walked back. Loads before the walk would have all others
+            # of this state wait with them, and loads can't move up past the store above.
+            next_n = tl.minimum(n + 1, states - 1)
+            A_next = tl.load(A_ptr + channel * A_d + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            h_next = tl.load(border + next_n * channels, valid, 0.0)  # (R,)
+            carry_next = tl.load(carry_row + next_n * channels, valid, 0.0)  # (R,)
+            gA_next = tl.load(gA_row + next_n * channels, valid & later, 0.0)  # (R,)
+            B_next = _load_state(B_row, next_n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
+            C_next = _load_state(C_row, next_n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+
+            gB_terms, gx_with_n, gdt_with_n = (), (), ()
+            g_time = zero
+            for t in tl.static_range(CHUNK - 1, -1, -1):
+                if t == CHUNK - 1:
                     g = C[t] * gy[t] + carry
-                    gB_terms = (g * x[t],) + gB_terms
-                    gx_with_n = (gx[t] + B[t] * g,) + gx_with_n
-                    carry = decay[t] * g
-                    g_log = carry * before[t]  # gradient of the decay's logarithm dt A
-                    gdt_with_n = (gdt[t] + A * g_log,) + gdt_with_n
-                    gA += g_log * (dt2[t] * LN2)
-                gx, gdt = gx_with_n, gdt_with_n
-                tl.store(carry_ptr + at, carry, valid)  # (R,)
-                tl.store(gA_ptr + at, gA, valid)  # (R,)
-                terms = ()
-                if B_CONSTANT:
-                    for t in tl.static_range(CHUNK):
-                        gB += gB_terms[t]
-                    tl.store(gB_ptr + at, gB, valid)  # (R,)
                 else:
-                    terms = gB_terms
-                if C_CONSTANT:
-                    for t in tl.static_range(CHUNK):
-                        gC += gC_terms[t]
-                    tl.store(gC_ptr + at, gC, valid)  # (R,)
-                else:
-                    terms = terms + gC_terms
-                if SUMS > 0:
-                    sums = _add_sums(sums, n - first_n, terms, SUMS * CHUNK)
-            if SUMS > 0:
-                line_of_sums = column // CHUNK * states + first_n + line
-                time_of_sums = (start + column % CHUNK).to(tl.int64)
-                at = part + line_of_sums * length + time_of_sums
-                tl.store(sums_ptr + at, sums, (first_n + line < states) & (time_of_sums < length))  # (16, SUMS * T)
+                    g = tl.fma(decay[t + 1], g, C[t] * gy[t])
+                gB_terms = (g * x[t],) + gB_terms
+                gx_with_n = (gx[t] + B[t] * g,) + gx_with_n
+                g_log = g * decayed[t]  # gradient of the decay's logarithm dt A
+                gdt_with_n = (gdt[t] + A * g_log,) + gdt_with_n
+                g_time += g_log * dt2[t]
+            gx, gdt = gx_with_n, gdt_with_n
+            tl.store(carry_row + n * channels, decay[0] * g, valid)  # (R,)
+            tl.store(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
+            if B_CONSTANT:
+                _add_terms(gA_row + (states + n) * channels, gB_terms, valid, later, CHUNK)
+            else:
+                tl.store(gB_part + n * length + time, _sums(gB_terms, CHUNK, BF16), inside)  # (T,)
 
         # Again rather than in registers through the loop over the states.
-        u = _to_lanes(tl.load(u_row + time[:, None] * u_l, mask, 0.0))  # (T, R)
-        s = _to_lanes(tl.load(delta_row + time[:, None] * delta_l, mask, padding)) * LOG2E  # (T, R)
-        if bias_ptr is not None:
-            s += bias
+        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+        s = _load_logits(
+            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, True
+        )  # (T, R)
         gx_tile = _stack(gx, CHUNK)
         gu = gx_tile * (dt2_tile * LN2)
         if D_ptr is not None:
@@ -484,164 +704,212 @@ def selective_scan_bwd_rows_kernel(
             gdelta = tl.where(inside[:, None], gdelta, 0.0)
         if bias_ptr is not None:
             gbias += tl.sum(gdelta, 0)
+        here = time.to(tl.int64)[:, None]
+        mask = valid[None, :] & inside[:, None]
         if z_ptr is not None:
-            z = _to_lanes(tl.load(z_row + time[:, None] * z_l, mask, 0.0))  # (T, R)
-            g = _to_lanes(tl.load(g_row + time[:, None] * g_l, mask, 0.0))  # (T, R)
+            z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+            g = _load(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
             gate = tl.sigmoid(z)
             y_tile = _stack(y, CHUNK)
             if D_ptr is not None:
                 y_tile += skip * u
             gz = g * gate * (1 + z * (1 - gate)) * y_tile
-            tl.store(gz_row + time[:, None] * gz_l, gz, mask)  # (T, R)
-        tl.store(gu_row + time[:, None] * gu_l, gu, mask)  # (T, R)
-        tl.store(gdelta_row + time[:, None] * gdelta_l, gdelta, mask)  # (T, R)
-    at = (batch * segments + segment) * channels + channel
+            tl.store(gz_row + here * gz_l, gz, mask)  # (T, R)
+        tl.store(gu_row + here * gu_l, gu, mask)  # (T, R)
+        tl.store(gdelta_row + here * gdelta_l, gdelta, mask)  # (T, R)
+    gD_row = gA_row + (3 - VARYING) * states * channels
     if D_ptr is not None:
-        tl.store(gD_ptr + at, gD, valid)  # (R,)
+        tl.store(gD_row, gD, valid)  # (R,)
     if bias_ptr is not None:
-        tl.store(gbias_ptr + at, gbias, valid)  # (R,)
+        tl.store(gD_row + channels, gbias, valid)  # (R,)
 
 
-def _segment_chunks(scan: Scan) -> int:
+def _segment_chunks(scan: Scan, segment: int) -> int:
     """Chunks of a segment: all, unless the rows are too few to keep a GPU busy."""
-    return _SEGMENT if scan.programs(_ROWS) < MIN_PROGRAMS else cdiv(scan.length, _CHUNK)
+    return segment if scan.programs(_ROWS) < MIN_PROGRAMS else max(1, cdiv(scan.length, _CHUNK))
 
 
-def suits(scan: Scan, align: int) -> bool:
-    """Whether these kernels are the faster ones: several states, 16 bits, and enough segments to keep a GPU busy."""
-    segments = cdiv(cdiv(scan.length, _CHUNK), _segment_chunks(scan))
-    full_lanes = scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
-    return scan.states > 1 and scan.u.element_size() == 2 and align >= 4 and full_lanes
+def _suits(scan: Scan, segment: int) -> bool:
+    segments = cdiv(cdiv(scan.length, _CHUNK), _segment_chunks(scan, segment))
+    return scan.states > 1 and scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
+
+
+def forward_suits(scan: Scan) -> bool:
+    """Whether `forward` is the faster one: several states, and full lanes in enough segments to keep a GPU busy."""
+    return (scan.u.element_size() == 2 or scan.states <= 8) and _suits(scan, FORWARD_SEGMENT)
+
+
+def backward_suits(scan: Scan) -> bool:
+    """Whether `backward` is the faster one; its sums over the rows are too coarse for float32."""
+    return scan.u.element_size() == 2 and _suits(scan, BACKWARD_SEGMENT)
+
+
+class _Segments:
+    """How the rows of a scan are cut, and the launches of what works on segments."""
+
+    def __init__(self, scan: Scan, segment: int):
+        self.scan = scan
+        # Channels are next to each other, as they are in the lanes.
+        self.A = scan.A.t().contiguous()
+        self.programs = scan.programs(_ROWS)
+        self.chunks = cdiv(scan.length, _CHUNK)
+        self.length = _segment_chunks(scan, segment)
+        self.count = cdiv(self.chunks, self.length)
+        self.sizes = (self.count, self.length, scan.span, scan.channels, scan.length, scan.states)
+        self.grid = (self.programs * self.count,)
+        self.by_state = (scan.batch, self.count, scan.states, scan.channels)
+        self.by_channel = (scan.batch, self.count, scan.channels)
+
+    def options(self, *tensors: Tensor | None) -> dict:
+        """Constants and options of a launch that also takes these tensors."""
+        return {
+            "SOFTPLUS": self.scan.softplus,
+            "ALIGN": self.scan.alignment(*tensors),
+            "ROWS": _ROWS,
+            "CHUNK": _CHUNK,
+            # One warp needs no barriers; loads a chunk ahead would need registers that there are not.
+            "num_warps": 1,
+            "num_stages": 1,
+        }
+
+    def entering(self, g: Tensor | None = None, g_state: Tensor | None = None) -> Tensor:
+        """States (B, segments, N, D) that enter each segment; given the gradient `g` of the output and that of the last
+        state, the adjoints that enter from behind.
+        """
+        scan = self.scan
+        adjoint = g is not None
+        v, P, P_strides, P_channels, z = (
+            (g, scan.C, scan.C_strides, scan.C_channels, scan.z)
+            if adjoint
+            else (scan.u, scan.B, scan.B_strides, scan.B_channels, None)
+        )
+        state, total = scan.new(*self.by_state), scan.new(*self.by_channel)
+        selective_scan_segments_kernel[self.grid](
+            v,
+            scan.delta,
+            self.A,
+            P,
+            z,
+            scan.bias,
+            state,
+            total,
+            *self.sizes,
+            P_channels,
+            *v.stride(),
+            *scan.delta.stride(),
+            *self.A.stride()[::-1],
+            *P_strides,
+            *strides_of(z),
+            CONSTANT=P_channels == 0,
+            ADJOINT=adjoint,
+            PREFETCH=scan.prefetches,
+            **self.options(v),
+        )
+        selective_scan_borders_kernel[(cdiv(scan.channels, 32), scan.states, scan.batch)](
+            total,
+            self.A,
+            state,
+            g_state,
+            self.count,
+            scan.channels,
+            scan.states,
+            *self.A.stride()[::-1],
+            ROWS=32,
+            STEPS=8,
+            num_warps=1,
+        )
+        return state
+
+    def walk(self, out: Tensor | None = None, border: Tensor | None = None) -> Tensor:
+        """Fills one of both, see `selective_scan_fwd_rows_kernel`; returns the states behind each segment."""
+        scan = self.scan
+        entered = self.count > 1
+        state = self.entering() if entered else scan.new(*self.by_state)
+        selective_scan_fwd_rows_kernel[self.grid](
+            scan.u,
+            scan.delta,
+            self.A,
+            scan.B,
+            scan.C,
+            scan.D,
+            scan.z,
+            scan.bias,
+            out,
+            border,
+            state,
+            *self.sizes,
+            scan.B_channels,
+            scan.C_channels,
+            *scan.u.stride(),
+            *scan.delta.stride(),
+            *self.A.stride()[::-1],
+            *scan.B_strides,
+            *scan.C_strides,
+            *strides_of(scan.z),
+            *strides_of(out),
+            B_CONSTANT=scan.B_channels == 0,
+            C_CONSTANT=scan.C_channels == 0,
+            ENTERED=entered,
+            PREFETCH=scan.prefetches,
+            **self.options(out),
+        )
+        return state
+
+
+def forward(scan: Scan) -> tuple[Tensor, Tensor]:
+    """Output (B, D, L) and last state (B, D, N)."""
+    out = torch.empty(scan.u.shape, dtype=scan.u.dtype, device=scan.u.device)
+    state = _Segments(scan, FORWARD_SEGMENT).walk(out=out)
+    return out, state[:, -1].transpose(1, 2).contiguous()
 
 
 def backward(scan: Scan, g: Tensor, g_state: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and the bias of delta, from those of the output and of the last state."""
-    # Converted once, as every lane would convert the values of all steps.
-    B, C = scan.B.float(), scan.C.float()
-    scan = Scan(scan.u, scan.delta, scan.A, B, C, scan.D, scan.z, scan.bias, scan.softplus)
-    batch, channels, states, length = scan.batch, scan.channels, scan.states, scan.length
+    segments = _Segments(scan, BACKWARD_SEGMENT)
+    border = scan.new(scan.batch, segments.chunks, scan.states, scan.channels)
+    segments.walk(border=border)
+    if segments.count > 1:
+        carry = segments.entering(g, g_state)
+    else:
+        carry = g_state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if scan.z is None else torch.empty_like(scan.z)
-    programs = scan.programs(_ROWS)
-    chunks = cdiv(length, _CHUNK)
-    segment_chunks = _segment_chunks(scan)
-    segments = cdiv(chunks, segment_chunks)
-    parallel = segments > 1
-    sizes = (segments, segment_chunks, scan.span, channels, length, states, scan.B_channels, scan.C_channels)
-    strides = (
-        *g.stride(),
-        *scan.u.stride(),
-        *scan.delta.stride(),
-        *scan.A.stride(),
-        *scan.B_strides,
-        *scan.C_strides,
-        *strides_of(scan.z),
-    )
-    options = {
-        "SOFTPLUS": scan.softplus,
-        "B_CONSTANT": scan.B_channels == 0,
-        "C_CONSTANT": scan.C_channels == 0,
-        "ALIGN": scan.alignment(g, gu, gdelta, gz),
-        "ROWS": _ROWS,
-        "CHUNK": _CHUNK,
-        # One warp needs no barriers; loads a chunk ahead would need registers that there are not.
-        "num_warps": 1,
-        "num_stages": 1,
-    }
-
-    by_state, by_channel = (batch, segments, states, channels), (batch, segments, channels)
-    border = scan.new(batch, chunks, states, channels)
-    entering = scan.new(*by_state)
-    time = scan.new(batch, chunks, channels) if parallel else None
-    total = scan.new(*by_channel) if parallel else None
-    adjoint = scan.new(*by_state) if parallel else None
-    selective_scan_states_rows_kernel[(programs * segments,)](
+    parts = Parts(scan, segments.count, segments.programs)
+    selective_scan_bwd_rows_kernel[segments.grid](
         g,
         scan.u,
         scan.delta,
-        scan.A,
-        scan.B,
-        scan.C,
-        scan.z,
-        scan.bias,
-        border,
-        entering,
-        adjoint,
-        time,
-        total,
-        *sizes,
-        *strides,
-        **options,
-    )
-    if parallel:
-        for state, behind in ((entering, None), (adjoint, g_state)):
-            selective_scan_borders_kernel[(cdiv(channels, 32), states, batch)](
-                total,
-                scan.A,
-                state,
-                behind,
-                segments,
-                channels,
-                states,
-                *scan.A.stride(),
-                ROWS=32,
-                STEPS=8,
-                num_warps=1,
-            )
-
-    gA = scan.new(*by_state)
-    gB = None if scan.B_channels else scan.new(*by_state)
-    gC = None if scan.C_channels else scan.new(*by_state)
-    summed = (scan.B_channels > 0) + (scan.C_channels > 0)
-    sums = scan.new(batch, programs // batch, summed, states, length) if summed else None
-    gD = None if scan.D is None else scan.new(*by_channel)
-    gbias = None if scan.bias is None else scan.new(*by_channel)
-    selective_scan_bwd_rows_kernel[(programs * segments,)](
-        g,
-        scan.u,
-        scan.delta,
-        scan.A,
+        segments.A,
         scan.B,
         scan.C,
         scan.D,
         scan.z,
         scan.bias,
         border,
-        time,
-        entering if parallel else None,
-        adjoint if parallel else g_state.transpose(1, 2).clone(memory_format=torch.contiguous_format),
+        carry,
         gu,
         gdelta,
-        gA,
-        gB,
-        gC,
-        sums,
-        gD,
         gz,
-        gbias,
-        *sizes,
-        *strides,
+        parts.by_channel,
+        parts.by_step,
+        *segments.sizes,
+        scan.B_channels,
+        scan.C_channels,
+        *g.stride(),
+        *scan.u.stride(),
+        *scan.delta.stride(),
+        *segments.A.stride()[::-1],
+        *scan.B_strides,
+        *scan.C_strides,
+        *strides_of(scan.z),
         *gu.stride(),
         *gdelta.stride(),
         *strides_of(gz),
-        **options,
+        B_CONSTANT=scan.B_channels == 0,
+        C_CONSTANT=scan.C_channels == 0,
+        # Triton's interpreter cannot multiply bfloat16.
+        BF16=scan.u.dtype == torch.bfloat16 and scan.u.device.type != "cpu",
+        **segments.options(g, gu, gdelta, gz),
     )
-    # (B, spans, 1 or 2, N, L), of B and C that are not constant
-    by_span = None if sums is None else sums.unflatten(1, (channels // scan.span, -1)).sum(2)
-
-    def projection(like: Tensor, constant: Tensor | None, index: int) -> Tensor:
-        if constant is not None:
-            return constant.sum((0, 1)).t()
-        groups = 1 if like.dim() == 3 else like.shape[1]
-        return by_span[:, :, index].unflatten(1, (groups, -1)).sum(2).reshape(like.shape)
-
-    return (
-        gu,
-        gdelta,
-        gA.sum((0, 1)).t(),
-        projection(scan.B, gB, 0),
-        projection(scan.C, gC, summed - 1),
-        None if gD is None else gD.sum((0, 1)),
-        gz,
-        None if gbias is None else gbias.sum((0, 1)),
-    )
+    gA, gB, gC, gD, gbias = parts.totals()
+    return gu, gdelta, gA, gB, gC, gD, gz, gbias

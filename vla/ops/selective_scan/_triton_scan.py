@@ -43,6 +43,43 @@ def place(program, span, channels, rows):
     return (program // per_sequence).to(tl.int64), (block // blocks) * span, (block % blocks) * rows
 
 
+@triton.jit
+def prefetch(pointers):
+    """Has NVIDIA's second-level cache fetch the lines that hold these addresses. Nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def selective_scan_add_kernel(
+    parts_ptr,
+    out_ptr,
+    size,
+    parts,
+    parts_g,
+    parts_p,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Sums `out` (groups, size) over the parts (groups, parts, size), in a fixed order."""
+    blocks = tl.cdiv(size, BLOCK)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    valid = column < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        at = parts_ptr + group * parts_g + part.to(tl.int64) * parts_p + column[None, :]
+        total += tl.sum(tl.load(at, (part < parts) & valid[None, :], 0.0), 0)  # (p, c)
+    tl.store(out_ptr + group * size + column, total, valid)
+
+
 class Scan:
     """Arguments of one call as the kernels want them."""
 
@@ -78,6 +115,11 @@ class Scan:
             return (x.stride(0), 0, x.stride(1), x.stride(2)), self.channels
         return x.stride(), self.channels // x.shape[1]
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether the device has `prefetch`; meta tensors stand for NVIDIA's."""
+        return self.u.device.type in ("cuda", "meta") and torch.version.hip is None
+
     def programs(self, rows: int) -> int:
         return self.batch * (self.channels // self.span) * cdiv(self.span, rows)
 
@@ -91,6 +133,64 @@ class Scan:
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+
+class Parts:
+    """Where programs leave their parts of the gradients that are sums over rows, steps or sequences.
+
+    Attributes:
+        by_channel: Those of parameters, (B, parts, rows, D): N rows for A, N each for B and C if they are constant,
+            then one for D and one for the bias.
+        by_step: Those of B and C that are not constant, (B, programs, 1 or 2, N, L), or None.
+    """
+
+    def __init__(self, scan: Scan, parts: int, programs: int):
+        self.scan = scan
+        self.constant = [scan.B_channels == 0, scan.C_channels == 0]
+        self.by_channel = scan.new(scan.batch, parts, scan.states * (1 + sum(self.constant)) + 2, scan.channels)
+        varying = 2 - sum(self.constant)
+        shape = (scan.batch, programs // scan.batch, varying, scan.states, scan.length)
+        self.by_step = scan.new(*shape) if varying else None
+
+    def totals(self) -> tuple[Tensor | None, ...]:
+        """Gradients of A, B, C, D and the bias."""
+        scan = self.scan
+        states = scan.states
+        by_channel = self.by_channel.sum((0, 1))
+        projections, constants, varying = [], 1, 0
+        for like, constant in zip((scan.B, scan.C), self.constant, strict=True):
+            if constant:
+                projections.append(by_channel[constants * states : (constants + 1) * states].t())
+                constants += 1
+            else:
+                projections.append(self._add(like, varying))
+                varying += 1
+        return (
+            by_channel[:states].t(),
+            *projections,
+            None if scan.D is None else by_channel[-2],
+            None if scan.bias is None else by_channel[-1],
+        )
+
+    def _add(self, like: Tensor, index: int) -> Tensor:
+        """Gradient of B or C (B, [G,] N, L), in its type."""
+        batch, programs, varying, states, length = self.by_step.shape
+        groups = 1 if like.dim() == 3 else like.shape[1]
+        size, parts = states * length, programs // groups
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        block = 256
+        selective_scan_add_kernel[(batch * groups * cdiv(size, block),)](
+            self.by_step[:, :, index],
+            out,
+            size,
+            parts,
+            parts * varying * size,
+            varying * size,
+            BLOCK=block,
+            PARTS=4,
+            num_warps=1,
+        )
+        return out
 
 
 def steps_last(x: Tensor | None) -> Tensor | None:
