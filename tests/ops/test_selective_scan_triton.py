@@ -16,6 +16,11 @@ kernels = importlib.import_module("vla.ops.selective_scan._triton")
 rows_kernels = importlib.import_module("vla.ops.selective_scan._triton_rows")
 
 
+# With rows along the lanes, sums over rows are products on tensor cores, on a GPU in TF32 for float32, whose backward
+# takes this way in tests alone.
+ROWS_RELATIVE = None if torch.get_default_device().type == "cpu" else 2e-3
+
+
 def single(*args, **kwargs):
     return {n: t if t is None else t.float() for n, t in make(*args, **kwargs).items()}
 
@@ -35,7 +40,9 @@ def schedule(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=["time along lanes", "rows along lanes"])
 def layout(request, monkeypatch):
+    """The tolerance for float32."""
     choose_rows(monkeypatch, request.param)
+    return ROWS_RELATIVE if request.param else None
 
 
 @pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
@@ -60,13 +67,14 @@ def test_forward_chunks(length, states, channels, schedule, monkeypatch):
     "b, c", [("constant", "grouped"), ("per-channel", "constant"), ("shared", "per-channel"), ("grouped", "shared")]
 )
 def test_forms_of_projections(b, c, layout):
-    compare("triton", full, single(2, 3, 9, 2, b, c, 1, optional=b == "shared"), delta_softplus=b != "constant")
+    tensors = single(2, 3, 9, 2, b, c, 1, optional=b == "shared")
+    compare("triton", full, tensors, layout, delta_softplus=b != "constant")
 
 
 @pytest.mark.parametrize("channels", [19, 35])
 def test_rows_beyond_a_program(channels, layout):
     """Gradients of B and C add up over the rows of a program, and over the programs of a group."""
-    compare("triton", full, single(1, channels, 6, 2), delta_softplus=True)
+    compare("triton", full, single(1, channels, 6, 2), layout, delta_softplus=True)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_rows_beyond_a_program(channels, layout):
 def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
     """Chunks of 16 steps, parallel segments of so many chunks, sums over the rows for 16 states at once."""
     choose_rows(monkeypatch, True, segment)
-    compare("triton", full, single(1, 4, length, states, b, c, groups=2), delta_softplus=True)
+    compare("triton", full, single(1, 4, length, states, b, c, groups=2), ROWS_RELATIVE, delta_softplus=True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_extremes(case, layout):
         tensors["delta"] = torch.where(torch.arange(160) % 50 == 0, 2000.0, -8.0).expand(1, 4, 160)
     else:
         tensors["u"] = tensors["u"] * 1e15
-    compare("triton", full, tensors, 1e-4, delta_softplus=True)
+    compare("triton", full, tensors, layout or 1e-4, delta_softplus=True)
 
 
 def test_strides(layout):

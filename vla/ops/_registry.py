@@ -74,8 +74,8 @@ class Operator:
             empty outputs of the right shape and dtype. It runs before every forward, real and fake.
         flops: Number of floating-point operations of a forward, from the arguments' shapes (tensors are replaced by
             their `torch.Size`).
-        any_strides: The kernels take maps as they lie in memory. A compiler then needs no copies with the strides of
-            eager mode, where it has padded rows, for example.
+        exact_strides: Whether a compiler has to hand maps over with the strides that they have in eager mode. Else it
+            keeps the order of their dimensions, and may pad rows.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Operator:
         backends: Sequence[str],
         infer: Callable,
         flops: Callable[..., int],
-        any_strides: bool = False,
+        exact_strides: bool = True,
     ):
         self.name = name
         self.package = package
@@ -97,8 +97,8 @@ class Operator:
 
         qualname = f"vla::{name}"
         tags = (torch.Tag.pt2_compliant_tag,)
-        if any_strides and hasattr(torch.Tag, "flexible_layout"):
-            tags += (torch.Tag.flexible_layout,)
+        if not exact_strides and hasattr(torch.Tag, "needs_fixed_stride_order"):
+            tags += (torch.Tag.needs_fixed_stride_order,)
         torch.library.define(qualname, schema, tags=tags)
         self._overload = getattr(torch.ops.vla, name).default
         forward_schema = self._overload._schema

@@ -40,7 +40,7 @@ operator = Operator(
     backends=("naive", "torch", "triton"),
     infer=_infer,
     flops=_flops,
-    any_strides=True,
+    exact_strides=False,
 )
 
 
