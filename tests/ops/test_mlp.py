@@ -142,8 +142,10 @@ def test_backends():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": torch.ones(())}, r"x has shape \(\), expected \(\.\.\., C\)"),
+        ({"x": torch.ones(())}, r"x has shape \(\), expected \(\.\.\., C\) with C > 0"),
+        ({"x": torch.ones(3, 0)}, r"x has shape \(3, 0\), expected \(\.\.\., C\) with C > 0"),
         ({"weight1": torch.ones(16, 5)}, r"weight1 has shape \(16, 5\), expected \(H, C\) with C = 8"),
+        ({"weight1": torch.ones(0, 8)}, r"weight1 has shape \(0, 8\), expected \(H, C\) with H > 0"),
         ({"bias1": torch.ones(8)}, r"bias1 has shape \(8,\), expected \(H,\) = \(16,\)"),
         ({"weight2": torch.ones(8, 8)}, r"weight2 has shape \(8, 8\), expected \(O, H\) with H = 16"),
         ({"bias2": torch.ones(16)}, r"bias2 has shape \(16,\), expected \(O,\) = \(8,\)"),

@@ -26,11 +26,13 @@ class _SixteenBits(Operator):
 
 
 def _infer(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
-    if x.dim() == 0:
-        raise ValueError(f"{_OP}: x has shape (), expected (..., C)")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected (..., C) with C > 0")
     if weight1.dim() != 2 or weight1.shape[1] != x.shape[-1]:
         raise ValueError(f"{_OP}: weight1 has shape {tuple(weight1.shape)}, expected (H, C) with C = {x.shape[-1]}")
     hidden = weight1.shape[0]
+    if hidden == 0:
+        raise ValueError(f"{_OP}: weight1 has shape {tuple(weight1.shape)}, expected (H, C) with H > 0")
     if weight2.dim() != 2 or weight2.shape[1] != hidden:
         raise ValueError(f"{_OP}: weight2 has shape {tuple(weight2.shape)}, expected (O, H) with H = {hidden}")
     if bias1 is not None:
@@ -47,8 +49,7 @@ def _infer(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
 
 
 def _flops(x, weight1, bias1, weight2, bias2, act) -> int:
-    rows = x.numel() // max(1, x[-1])
-    return 2 * rows * (weight1.numel() + weight2.numel())
+    return 2 * (x.numel() // x[-1]) * (weight1.numel() + weight2.numel())
 
 
 operator = _SixteenBits(

@@ -629,8 +629,9 @@ def scan2d_merge_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < R + 2 * N)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(blocks):
-        total += tl.load(parts_ptr + block * ls_block + row * (R + 2 * N) + column, mask=mask, other=0.0)
+    for _ in range(blocks):
+        total += tl.load(parts_ptr + row * (R + 2 * N) + column, mask=mask, other=0.0)
+        parts_ptr += ls_block  # the blocks together may have more numbers than 32 bits count
     if R > 0:
         tl.store(g_dt_ptr + row * R + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
     column -= R
