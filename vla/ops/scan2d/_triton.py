@@ -629,9 +629,9 @@ def scan2d_merge_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < R + 2 * N)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(blocks):
-        total += tl.load(parts_ptr + row * (R + 2 * N) + column, mask=mask, other=0.0)
-        parts_ptr += ls_block  # the blocks together may have more numbers than 32 bits count
+    for block in range(blocks):
+        at = parts_ptr + block * ls_block.to(tl.int64) + row * (R + 2 * N) + column
+        total += tl.load(at, mask=mask, other=0.0)
     if R > 0:
         tl.store(g_dt_ptr + row * R + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
     column -= R
