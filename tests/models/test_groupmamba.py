@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import vla  # noqa: F401
@@ -384,6 +385,30 @@ def test_recomputed(monkeypatch):
 
     monkeypatch.setattr(groupmamba, "recomputed", recomputed)
     actual = torch.autograd.grad(block(x).square().sum(), leaves)
-    assert calls == ["modulate", "contract"]
+    assert calls == ["close_and_modulate", "contract"]
     for grad, other in zip(actual, expected, strict=True):
         assert_close("gradient", grad, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssm", "ssm.in_proj", "ssm.gate_proj", "ssm.out_norm", "ssm.out_proj", "norm", "proj"]
+)
+def test_hooks(name):
+    """Every module inside the mixer is called where somebody waits for that."""
+    mixer, x, seen = GroupMambaMixer(16), torch.randn(2, 16, 4, 3), []
+    expected = mixer(x)
+    mixer.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close("output", mixer(x), expected)
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["ssm.out_norm", "ssm.out_proj", "norm", "proj"])
+def test_one_kernel_is_for_plain_modules(name):
+    """A low-rank adapter, a quantised layer or the like is called in inference too."""
+    mixer = GroupMambaMixer(16)
+    module = mixer.get_submodule(name)
+    with FakeTensorMode(), torch.no_grad():
+        y = torch.empty(2, 16, 4, 3, dtype=torch.bfloat16, device="cuda")
+        assert mixer.infers(y, y)
+        module.__class__ = type("Adapted", (type(module),), {})
+        assert not mixer.infers(y, y)

@@ -49,6 +49,11 @@ def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     return function(*maps)
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, not one that replaced it, and nobody waits for its call."""
+    return type(module) is kind and not has_hooks(module)
+
+
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
 
@@ -225,6 +230,9 @@ class GroupedSS2D(nn.Module):
         self.out_proj = GroupedLinear(k, inner, width)
 
     def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
+                return self.scan(self.conv(self.in_proj(x))), self.gate_proj(x)
         x, z = grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
         return self.scan(self.conv(x)), z
 
@@ -273,30 +281,43 @@ class GroupMambaMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
         gate = torch.sigmoid(self.fc2(F.relu(self.fc1(n.mean((2, 3))))))
-        y, z = self.ssm.scan_and_gate(n)
         gate = self.skip_scale * gate
         if torch.jit.is_scripting():
-            return self.modulate(y, z, n, gate)
+            return self.modulate(self.ssm(n), n, gate)
         else:
+            if not is_plain(self.ssm, GroupedSS2D):
+                return self.modulate(self.ssm(n), n, gate)
+            y, z = self.ssm.scan_and_gate(n)
             if self.infers(y, n):
                 return self.modulate_at_once(y, z, n, gate)
-            return recomputed(self.modulate, y, z, n, gate)
+            return recomputed(self.close_and_modulate, y, z, n, gate)
 
-    def modulate(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
-        y = self.ssm.close(y, z) * n * gate[:, :, None, None]
+    def modulate(self, y: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        y = y * n * gate[:, :, None, None]
         return self.proj(self.norm(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def close_and_modulate(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        return self.modulate(self.ssm.close(y, z), n, gate)
 
     @torch.jit.ignore
     def infers(self, y: Tensor, n: Tensor) -> bool:
         """Whether `vla.ops.group_modulation` is what follows the scan, and faster than its parts."""
         if not isinstance(y, Tensor) or not y.is_cuda or torch.is_grad_enabled() or y.dtype.itemsize != 2:
             return False
-        parts = (self.ssm.out_norm, self.ssm.out_proj, self.norm, self.proj)
-        return y.shape == n.shape and y.shape[1] <= MODULATED_CHANNELS and not any(has_hooks(part) for part in parts)
+        if y.shape != n.shape or y.shape[1] > MODULATED_CHANNELS:
+            return False
+        parts = (
+            (self.ssm.out_norm, GroupedLayerNorm),
+            (self.ssm.out_proj, GroupedLinear),
+            (self.norm, DEFAULT_NORM),
+            (self.proj, Linear),
+        )
+        return all(is_plain(module, kind) for module, kind in parts)
 
     @torch.jit.ignore
     def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
-        """`modulate`, without gradients."""
+        """`close_and_modulate`, without gradients."""
         out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
         out = group_modulation(
             *(x.permute(0, 2, 3, 1) for x in (y, z, n)),
