@@ -22,15 +22,18 @@ from tests.ops.test_gpu import (  # noqa: E402
     bi_wkv,
     depthwise,
     directional,
+    group_modulation,
     layer_norm,
     layer_norm_grn,
     lines,
+    mlp,
     norm,
     q_shift,
     q_shift_mix,
     randn,
     scan,
     squared_relu,
+    two_layers,
     wkv6,
 )
 
@@ -65,6 +68,10 @@ CASES: dict[str, Case] = {
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
+    "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), dict(groups=4)),
+    "mlp": two_layers((3, 67, 33), 100, out=20),
+    "mlp wide": two_layers((3, 67, 100), 130, out=20),
+    "mlp wider": two_layers((3, 67, 403), 130, out=20),
 }
 
 
@@ -73,6 +80,8 @@ def main(names: list[str]) -> None:
         if names and name.split()[0] not in names:
             continue
         for dtype in (torch.float32, torch.bfloat16):
+            if function is mlp and dtype == torch.float32:
+                continue  # has kernels for 16 bits only
             run("triton", function, {n: t if t is None else t.to(dtype) for n, t in make().items()}, **options)
             torch.cuda.synchronize()
             sys.stdout.write(f"{name} {dtype}\n")

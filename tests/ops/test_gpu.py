@@ -163,7 +163,6 @@ HUGE: dict[str, Case] = {
     "line_scan": lines((1, 64, 64, 64), chunk=2),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2), {}),
     "depthwise_conv2d": depthwise((1, 64, 64, 64), 3, "silu"),
-    "depthwise_conv2d 3x3 stage 3": depthwise((8, 348, 14, 14), 3, "gelu", bias=True),
     "depthwise_conv2d 7x7": depthwise((1, 64, 64, 64), 7),
     "layer_norm": norm(layer_norm, (1, 4096, 64)),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((1, 64, 64, 64)), {}),
