@@ -101,7 +101,7 @@ def test_hooks(name, calls):
 
 
 def test_path():
-    """Plain modules on a CPU, for little, in 32 bits and for a tracer."""
+    """Plain modules on a CPU and for a tracer."""
     large = torch.empty(mlp._LARGE, device="meta")
     assert not mlp._uses_operator(torch.randn(mlp._LARGE))
     assert not mlp._uses_operator(large)

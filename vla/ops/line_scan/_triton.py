@@ -16,6 +16,11 @@ class _Sweep:
     Coefficients that the proxy's kernels can't expand are expanded here, for one sweep at a time.
     """
 
+    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
+    BAND, HALO = 256, 32
+    # Lines of a block, backward, at least: its stores fill more of a sector.
+    LEAST = 8
+
     def __init__(self, args: tuple, k: int):
         x, gates, lam, u, skip, proxy, directions, chunk, self.normalize, aligned = args
         self.direction, self.frame = directions[k], directions[k] if aligned else "right"
@@ -42,11 +47,6 @@ class _Sweep:
             return [0, 0, 0, 0]
         *_, d, h, w = t.stride()
         return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
-
-    # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
-    BAND, HALO = 256, 32
-    # Lines of a block, backward, at least: its stores fill more of a sector.
-    LEAST = 8
 
     def _long(self, maps: list[Tensor | None], least: int = 1) -> tuple[tuple[int], list[list], dict]:
         """Grid, arguments of every launch and constants for the kernels of longer chunks.
