@@ -9,6 +9,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 import vla  # noqa: F401
@@ -27,7 +28,7 @@ from vla.layers.groupmamba import (
     block_diagonal,
     grouped_linear,
 )
-from vla.models.groupmamba import ClassBlock, GroupMamba, Stem, checkpoint_filter_fn, convolve_blocks
+from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
 
@@ -352,6 +353,15 @@ def test_first_convolution_of_blocks(channels):
     for actual, expected in zip(*results, strict=True):
         assert_close("convolution", actual, expected)
     assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
+def test_first_convolution_is_exported_for_all_sizes(monkeypatch):
+    monkeypatch.setattr("vla.models.groupmamba.is_worth_launches", lambda x: True)
+    layer, sizes = ImageConv2d(3, 5), {2: Dim("height", min=8, max=64), 3: Dim("width", min=8, max=64)}
+    exported = torch.export.export(layer, (torch.randn(2, 3, 16, 16),), dynamic_shapes=(sizes,)).module()
+    x = torch.randn(2, 3, 19, 22)
+    assert_close("convolution", exported(x), nn.functional.conv2d(x, layer.weight, stride=2, padding=3))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -24,6 +24,9 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
 
+# Of PyTorch 2.7.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 
 def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution with 7 x 7 kernels, stride 2 and padding 3, of blocks of 2 x 4 pixels.
@@ -52,7 +55,8 @@ def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
 def convolve_images(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution with 7 x 7 kernels, stride 2 and padding 3."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        if is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0:
+        # An exported graph may be for all sizes.
+        if not is_exporting() and is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0:
             return convolve_blocks(x.to(autocast_dtype(x) or x.dtype), weight)
     return F.conv2d(x, weight, stride=2, padding=3)
 
