@@ -25,6 +25,9 @@ def _activation(module: nn.Module) -> str | None:
 def _uses_operator(x: Tensor) -> bool:
     if type(x) is not Tensor or torch.jit.is_tracing():
         return False
+    # Transforms of `torch.func` do without, as the operators' gradients are not theirs.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
     if x.shape[-1] > _NARROW and torch.is_grad_enabled():
         return False
     dtypes = (torch.float16, torch.bfloat16)
