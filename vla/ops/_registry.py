@@ -330,7 +330,10 @@ class _full_precision(AbstractContextManager):
 
 def _current(device: torch.device) -> AbstractContextManager:
     """The GPU of the tensors as the current one: that is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # Asked first because to enter a device takes the host longer, also the one that is current.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
