@@ -99,7 +99,8 @@ class Linear(nn.Linear):
 
 def block_diagonal(weights: list[Tensor]) -> Tensor:
     """One matrix (len(weights) * K * O, K * I) that applies the K matrices (K, O, I) of each to groups of channels."""
-    stacked = torch.stack(weights).permute(0, 2, 3, 1)  # (len(weights), O, I, K)
+    stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)
+    stacked = stacked.permute(0, 2, 3, 1)  # (len(weights), O, I, K)
     return torch.diag_embed(stacked, dim1=1, dim2=3).flatten(3, 4).flatten(0, 2)
 
 

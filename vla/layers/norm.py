@@ -26,10 +26,13 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
 _LARGE = 2**20
 
 
-def _uses_operator(x: Tensor) -> bool:
+def _uses_operator(x: Tensor, composite: bool = False) -> bool:
+    """Whether `vla.ops.layer_norm` is faster than PyTorch's own, or with `composite` than several of its operators."""
     # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
     # Asked last for its size, of which a compiler would make a condition.
-    return x.device.type in ("cuda", "xpu") and not torch.compiler.is_compiling() and x.numel() >= _LARGE
+    if x.device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
+        return False
+    return composite or x.numel() >= _LARGE
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
@@ -82,7 +85,7 @@ def normalize(
         return _plain(x, weight, bias, eps, groups, gate)
     else:
         dtype = _result_dtype(x, narrow)
-        if _uses_operator(x):
+        if _uses_operator(x, composite=groups > 1 or gate is not None):
             return ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
         return _plain(x, weight, bias, eps, groups, gate).to(dtype)
 

@@ -100,26 +100,20 @@ class SelectiveScan2d(nn.Module):
         else:
             init_decay(init, self.A_log, self.dt_proj_weight, self.dt_proj_bias)
 
-    def scan(self, x: Tensor, first: int, directions: list[str], per_line: bool) -> Tensor:
-        """Scans with the parameters of the groups from `first` on, one per direction, and sums."""
-        last = first + len(directions)
-        projected = project(x, self.x_proj_weight[first:last])
+    def parameter_groups(self) -> list[Tensor]:
+        """Every parameter, with the K groups in front."""
+        return [self.x_proj_weight, self.A_log, self.D, self.dt_proj_weight, self.dt_proj_bias]
+
+    def scan(self, x: Tensor, groups: list[Tensor], directions: list[str], per_line: bool) -> Tensor:
+        """Scans with some of the `parameter_groups`, one per direction, and sums."""
+        x_proj_weight, A_log, D, dt_proj_weight, dt_proj_bias = groups
+        projected = project(x, x_proj_weight)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        return scan2d(
-            x,
-            dt,
-            -torch.exp(self.A_log[first:last]),
-            B,
-            C,
-            directions,
-            self.D[first:last],
-            self.dt_proj_weight[first:last],
-            self.dt_proj_bias[first:last],
-            per_line=per_line,
-        )
+        A = -torch.exp(A_log)
+        return scan2d(x, dt, A, B, C, directions, D, dt_proj_weight, dt_proj_bias, per_line=per_line)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scan(x, 0, self.directions, False)
+        return self.scan(x, self.parameter_groups(), self.directions, False)
 
 
 class CascadeScan2d(SelectiveScan2d):
@@ -148,10 +142,12 @@ class CascadeScan2d(SelectiveScan2d):
     def scan_lines(self, x: Tensor, first: int, axis: int) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), [self.dim]).permute(0, 3, 1, 2)
         if self.aligned:
-            return self.scan(x, first, self.directions[first : first + 2], True)
-        forward = self.scan(x, first, self.directions[first : first + 1], True)
-        backward = self.scan(x, first + 1, self.directions[first + 1 : first + 2], True)
-        return forward + backward.flip([axis])
+            return self.scan_groups(x, first, first + 2)
+        return self.scan_groups(x, first, first + 1) + self.scan_groups(x, first + 1, first + 2).flip([axis])
+
+    def scan_groups(self, x: Tensor, first: int, last: int) -> Tensor:
+        groups = [parameter[first:last] for parameter in self.parameter_groups()]
+        return self.scan(x, groups, self.directions[first:last], True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scan_lines(self.scan_lines(x, 0, 3), 2, 2)

@@ -8,7 +8,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...], pattern: str) -> None:
     """Raises `ValueError` unless `tensor` has the shape `wanted`, which `pattern` spells for the reader."""
-    if tuple(tensor.shape) != tuple(wanted):
+    if tensor.shape != wanted:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern} = {tuple(wanted)}")
 
 

@@ -309,16 +309,31 @@ def _triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off: it would take the products inside a backend out of the float32 of its states."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+class _full_precision(AbstractContextManager):
+    """Autocast off: it would take the products inside a backend out of the float32 of its states.
+
+    The flag alone; `torch.autocast` takes the host longer than some backends need.
+    """
+
+    def __init__(self, device: torch.device):
+        self.kind = device.type
+        self.enabled = torch.is_autocast_enabled(self.kind)
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *exception) -> None:
+        if self.enabled:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def _current(device: torch.device) -> AbstractContextManager:
     """The GPU of the tensors as the current one: that is where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # Asked first because to enter a device takes the host longer, also the one that is current.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:

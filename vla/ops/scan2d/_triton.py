@@ -1,6 +1,8 @@
 """Triton kernels of the directional scan: every direction walks the map in place, see the README for the design."""
 
 import math
+from functools import lru_cache
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -723,13 +725,24 @@ def _packed(*maps: Tensor) -> list[Tensor]:
 
 def _reach(*tensors: Tensor) -> int:
     """Elements between the first and the last of a picture's, in the widest of some maps (B, ..., H, W)."""
-    return max(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+    reach = 0
+    for t in tensors:
+        strides = t.stride()[1:]
+        reach = max(reach, sum(map(mul, t.shape[1:], strides)) - sum(strides))
+    return reach
 
 
 def _map_strides(map: Tensor) -> tuple[int, int, int]:
     """Of batch, channel and pixel."""
     b, d, _, p = map.stride()
     return b, d, p
+
+
+@lru_cache
+def _cut(channels: int, length: int, config: Config) -> tuple[int, int, int]:
+    tiles = cdiv(length, config.T * config.S)
+    runs = cdiv(tiles, config.tiles) if config.tiles else 1
+    return cdiv(channels, config.BLOCK_D), runs, cdiv(tiles, runs)
 
 
 class _Problem:
@@ -776,9 +789,7 @@ class _Problem:
 
     def cut(self, config: Config) -> tuple[int, int, int]:
         """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
-        tiles = cdiv(self.length, config.T * config.S)
-        runs = cdiv(tiles, config.tiles) if config.tiles else 1
-        return cdiv(self.channels, config.BLOCK_D), runs, cdiv(tiles, runs)
+        return _cut(self.channels, self.length, config)
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.dt, self.A, self.B, self.C, self.D, self.weight, self.bias
