@@ -102,8 +102,8 @@ def test_hooks(name, calls):
 
 def test_path():
     """Plain modules on a CPU and for a tracer."""
-    large = torch.empty(mlp._LARGE, device="meta")
-    assert not mlp._uses_operator(torch.randn(mlp._LARGE))
+    large = torch.empty(mlp.LARGE, device="meta")
+    assert not mlp._uses_operator(torch.randn(mlp.LARGE))
     assert not mlp._uses_operator(large)
     x = torch.randn(3, 6)
     graph = torch.fx.symbolic_trace(Mlp(6, 12)).graph

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import group_modulation, scan2d
+from ..ops.group_modulation import KERNEL_CHANNELS
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import LayerNorm2d, has_hooks, narrow, normalize
+from .norm import LARGE, LayerNorm2d, has_hooks, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -26,10 +27,6 @@ torch.fx.wrap("normalize")
 
 # Numbers of 16 bits in the 16 bytes that the rows of a matrix have to be multiples of for tensor cores' full speed.
 ALIGNMENT = 8
-# Numbers of a map from which a GPU takes longer than some launches more take the host.
-LARGE = 2**20
-# Up to which `vla.ops.group_modulation` has kernels.
-MODULATED_CHANNELS = 128
 
 
 def is_worth_launches(x: Tensor) -> bool:
@@ -306,7 +303,7 @@ class GroupMambaMixer(nn.Module):
         """Whether `vla.ops.group_modulation` is what follows the scan, and faster than its parts."""
         if not isinstance(y, Tensor) or not y.is_cuda or torch.is_grad_enabled() or y.dtype.itemsize != 2:
             return False
-        if y.shape != n.shape or y.shape[1] > MODULATED_CHANNELS:
+        if y.shape != n.shape or y.shape[1] > KERNEL_CHANNELS:
             return False
         parts = (
             (self.ssm.out_norm, GroupedLayerNorm),

@@ -5,13 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import mlp
-from .norm import autocast_dtype, has_hooks
+from .norm import LARGE, autocast_dtype, has_hooks
 
 __all__ = ["Mlp"]
 
-# Numbers from which the kernels save a GPU more time than their launch takes the host beyond PyTorch's.
-_LARGE = 2**20
-# Channels up to which they do in training too, where they compute the hidden channels anew.
+# Channels up to which the kernels save time in training too, where they compute the hidden channels anew.
 _NARROW = 192
 
 
@@ -32,7 +30,7 @@ def _uses_operator(x: Tensor) -> bool:
         return False
     dtypes = (torch.float16, torch.bfloat16)
     # Asked last for its size, of which a compiler would make a condition.
-    return x.is_cuda and (autocast_dtype(x) or x.dtype) in dtypes and x.numel() >= _LARGE
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in dtypes and x.numel() >= LARGE
 
 
 class Mlp(timm.layers.Mlp):

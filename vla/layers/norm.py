@@ -22,8 +22,9 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-# Numbers from which a layer norm takes a GPU longer than its launch takes the host, of which PyTorch's own takes less.
-_LARGE = 2**20
+# Numbers from which a map keeps a GPU busy for longer than launching an operator's kernel takes the host, of which
+# PyTorch's own take less.
+LARGE = 2**20
 
 
 def _uses_operator(x: Tensor, composite: bool = False) -> bool:
@@ -32,7 +33,7 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     # Asked last for its size, of which a compiler would make a condition.
     if x.device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
         return False
-    return composite or x.numel() >= _LARGE
+    return composite or x.numel() >= LARGE
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:

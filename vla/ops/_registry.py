@@ -187,11 +187,8 @@ class Operator:
             return "computes in float32, the tensors are float64"
         return None
 
-    def _module(self, first: Tensor) -> ModuleType:
-        """The backend module that serves tensors like `first`."""
-        return self._load(self.backend_for(first.device, first.dtype))
-
     def _load(self, backend: str) -> ModuleType:
+        """The module of a backend."""
         if backend not in self._modules:
             module = backend if backend == "naive" else f"_{backend}"
             self._modules[backend] = importlib.import_module(f"{self.package}.{module}")
@@ -212,7 +209,7 @@ class Operator:
         device = self._check_devices(args)
         self.infer(*args)
         with _full_precision(device), _current(device):
-            return self._module(args[self.tensor_arguments[0]]).forward(*args)
+            return self._load(self.backend_for(device, args[self.tensor_arguments[0]].dtype)).forward(*args)
 
     def _fake(self, *args):
         self._check_devices(args)
@@ -246,13 +243,14 @@ class Operator:
         """One gradient per tensor argument, None for absent ones."""
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
-        module = self._module(tensors[0])
+        backend = self.backend_for(device, tensors[0].dtype)
+        module = self._load(backend)
         with _full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
                 # Kernels of inference alone leave that to PyTorch's own operators.
-                plain = module if module.__name__.endswith((".naive", "._torch")) else self._load("torch")
+                plain = module if backend in ("naive", "torch") else self._load("torch")
                 results = self._differentiate(plain.forward, grads, args)
         return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
 

@@ -9,10 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, cdiv, next_power_of_2, product, product_precision
-from . import _torch
+from . import KERNEL_CHANNELS, _torch
 
-# Channels up to which the rows of both products fit in the registers, in 16 bits; others go one operation at a time.
-MAX_CHANNELS = 128
 BLOCK_R = 64
 
 
@@ -111,7 +109,7 @@ def forward(
     dtype: torch.dtype | None,
 ) -> Tensor:
     channels = y.shape[3]
-    if channels > MAX_CHANNELS or y.dtype.itemsize > 2:
+    if channels > KERNEL_CHANNELS or y.dtype.itemsize > 2:
         vectors = (out_norm_weight, out_norm_bias, out_proj, norm_weight, norm_bias, proj, proj_bias)
         return _torch.forward(y, z, n, gate, *vectors, groups, out_eps, eps, dtype)
     out = y.new_empty(y.shape, dtype=dtype)
