@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 import vla.ops
 from tests.ops.aot_cases import CASES, Case
 from vla.ops._registry import Operator, _as_gradient, use_backend
+from vla.ops._triton import Kernel
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # A100; H100 and H200; RTX 50, which Triton knows since 3.3. Bytes of shared memory that a program can have there.
@@ -176,7 +177,10 @@ class Compiler:
             self.fail(f"{kernel.__name__}: grid {grid}, the limit is {GRID_LIMIT}")
 
     def _report(self, kernel: JITFunction, target: int, binary, seconds: float, arguments: dict) -> None:
-        self.compiled.add((kernel.fn.__module__, kernel.__name__, target))
+        module = sys.modules[kernel.fn.__module__]
+        if not isinstance(getattr(module, kernel.__name__), Kernel):
+            self.fail(f"{kernel.__name__} is launched, which only a function with `vla.ops._triton.kernel` must be")
+        self.compiled.add((module.__name__, kernel.__name__, target))
         if binary.hash in self.seen:
             return
         self.seen.add(binary.hash)
@@ -224,13 +228,12 @@ def operators() -> list[str]:
 
 
 def kernels_of(operator: str) -> set[tuple[str, str]]:
-    """(module, name) of every function called `*_kernel` in the operator's Triton files."""
+    """(module, name) of every kernel in the operator's Triton files."""
     found = set()
     for file in (Path(vla.ops.__file__).parent / operator).glob("_triton*.py"):
         name = f"vla.ops.{operator}.{file.stem}"
         members = vars(importlib.import_module(name)).values()
-        own = {m.__name__ for m in members if isinstance(m, JITFunction) and m.fn.__module__ == name}
-        found |= {(name, kernel) for kernel in own if kernel.endswith("_kernel")}
+        found |= {(name, m.__name__) for m in members if isinstance(m, Kernel) and m.__module__ == name}
     return found
 
 

@@ -16,6 +16,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _replay
+
 BACKENDS = ("naive", "torch", "numba", "triton")
 # The first version, that of torch 2.8, which compiles all kernels (`tl.flip` along the first axis, `tl.gather`).
 MIN_TRITON = (3, 4)
@@ -92,6 +94,7 @@ class Operator:
         self.package = package
         self.backends = tuple(backends)
         self.infer = infer
+        self._forward_replays, self._backward_replays = _replay.Replays(), _replay.Replays()
         self._modules: dict[str, ModuleType] = {}
         self._warned = False
 
@@ -206,8 +209,12 @@ class Operator:
         return first
 
     def _forward(self, *args):
+        return self._forward_replays(self._run, *args, state=_override)
+
+    def _run(self, *args):
         device = self._check_devices(args)
-        self.infer(*args)
+        if _replay.current() is None:  # else they have passed
+            self.infer(*args)
         with _full_precision(device), _current(device):
             return self._load(self.backend_for(device, args[self.tensor_arguments[0]].dtype)).forward(*args)
 
@@ -241,6 +248,9 @@ class Operator:
 
     def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
         """One gradient per tensor argument, None for absent ones."""
+        return self._backward_replays(self._run_backward, list(grads), *args, state=_override)
+
+    def _run_backward(self, grads: list[Tensor], *args) -> list[Tensor | None]:
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
         backend = self.backend_for(device, tensors[0].dtype)

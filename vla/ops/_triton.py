@@ -1,9 +1,38 @@
 """Device functions that several operators' kernels share."""
 
+from collections.abc import Callable
+from functools import partial, update_wrapper
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import _replay
+
+
+class Kernel:
+    """A Triton kernel that Python launches, `kernel[grid](...)`; a recording takes note of that."""
+
+    def __init__(self, function: Callable, **options):
+        self.jit = triton.jit(function, **options)
+        update_wrapper(self, function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        recording = _replay.current()
+        return self.jit[grid] if recording is None else partial(self._record, recording, grid)
+
+    def _record(self, recording: _replay.Recording, grid: tuple[int, ...], *args, **kwargs) -> None:
+        with _disable_current_modes():
+            binary = self.jit[grid](*args, **kwargs)
+        recording.launched(binary, grid, [*args, *(kwargs[name] for name in self.jit.arg_names[len(args) :])])
+
+
+def kernel(function: Callable | None = None, **options) -> Callable:
+    """Decorator like `triton.jit`, with its options, of functions that Python launches. Those they call need none."""
+    return partial(Kernel, **options) if function is None else Kernel(function, **options)
+
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

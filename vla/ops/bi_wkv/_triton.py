@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2
 from . import _torch, released
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -681,7 +681,7 @@ def _far_inputs(
 # on its own, because the compiler's time grows with the square of what hangs together.
 
 
-@triton.jit(do_not_specialize=["spans", "length"])
+@kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_sums_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
     stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
@@ -703,7 +703,7 @@ def bi_wkv_sums_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def bi_wkv_outside_kernel(
     w_ptr, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -743,7 +743,7 @@ def bi_wkv_outside_kernel(
         m, x, y = _side(gm, gx, gy, between, w, m, W * P, x, y)
 
 
-@triton.jit(do_not_specialize=["spans", "length"])
+@kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_fwd_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
@@ -768,7 +768,7 @@ def bi_wkv_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["spans", "length"])
+@kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_grads_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
@@ -793,7 +793,7 @@ def bi_wkv_grads_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["spans", "length"])
+@kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_bwd_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, repeat
+from .._triton import LOG2E, cdiv, kernel, repeat
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -173,7 +173,7 @@ def correlate_taps(sums, rows, row, KH: tl.constexpr, KW: tl.constexpr):
     return out
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         *("channels", "height", "width", "strips", "segment"),
         *("x_batch", "x_row", "y_batch", "y_row"),
@@ -255,7 +255,7 @@ def depthwise_conv2d_fwd_kernel(
         store_row(y + done.to(tl.int64) * y_row * VEC, y_column * VEC, y_masks, (done >= first) & (done < last), out)
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=[
         *("channels", "height", "width", "strips", "segment"),
         *("x_batch", "x_row", "g_batch", "g_row", "gx_batch", "gx_row"),
@@ -392,7 +392,7 @@ def depthwise_conv2d_bwd_kernel(
         tl.store(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
 
 
-@triton.jit(do_not_specialize=["parts_count", "g_weight_size", "g_bias_size"])
+@kernel(do_not_specialize=["parts_count", "g_weight_size", "g_bias_size"])
 def depthwise_conv2d_sum_kernel(
     parts,
     g_weight,

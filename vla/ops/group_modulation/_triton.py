@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, next_power_of_2, product, product_precision
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, product, product_precision
 from . import KERNEL_CHANNELS, _torch
 
 BLOCK_R = 64
@@ -31,7 +31,7 @@ def linear(rows, matrix, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PRECISION:
     return product(rows.to(block.dtype), tl.trans(block), PRECISION)
 
 
-@triton.jit(do_not_specialize=["count", "pixels"])
+@kernel(do_not_specialize=["count", "pixels"])
 def group_modulation_fwd_kernel(
     y,
     z,

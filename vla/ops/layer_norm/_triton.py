@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, next_power_of_2
+from .._triton import cdiv, kernel, next_power_of_2
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -125,7 +125,7 @@ def _first_channel(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.con
     return ((tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)) % GROUPS * CHANNELS)[:, None]
 
 
-@triton.jit
+@kernel
 def layer_norm_fwd_kernel(
     x,
     branch,
@@ -159,7 +159,7 @@ def layer_norm_fwd_kernel(
     _store(y + start, out, inside, CHANNELS, WIDTH)
 
 
-@triton.jit
+@kernel
 def layer_norm_bwd_kernel(
     g,
     g_total,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, next_power_of_2
+from .._triton import cdiv, kernel, next_power_of_2
 
 # Programs that keep a GPU busy.
 _PROGRAMS = 1024
@@ -20,7 +20,7 @@ def _normalise(x_ptr, row, inside, column, channels, eps):
     return centred * scale, scale
 
 
-@triton.jit
+@kernel
 def layer_norm_grn_sums_kernel(
     x_ptr, g_ptr, norm_weight_ptr, norm_bias_ptr, sums_ptr,
     channels, pixels, parts, steps, eps,
@@ -73,7 +73,7 @@ def _total(sums_ptr, column, valid, channels, parts, which, SUMS: tl.constexpr):
     return total
 
 
-@triton.jit
+@kernel
 def layer_norm_grn_scale_kernel(
     sums_ptr, weight_ptr, scale_ptr,
     channels, parts, eps,
@@ -89,7 +89,7 @@ def layer_norm_grn_scale_kernel(
     tl.store(scale_ptr + picture * channels + column, 1.0 + weight * share, valid)
 
 
-@triton.jit
+@kernel
 def layer_norm_grn_scale_bwd_kernel(
     sums_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, parameters_ptr,
     channels, pixels, parts, eps,
@@ -127,7 +127,7 @@ def layer_norm_grn_scale_bwd_kernel(
     tl.store(out + 3 * channels, gradient, valid)
 
 
-@triton.jit
+@kernel
 def layer_norm_grn_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, scale_ptr, y_ptr,
     channels, pixels, blocks, eps,
@@ -149,7 +149,7 @@ def layer_norm_grn_fwd_kernel(
     tl.store(y_ptr + row * channels + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@kernel
 def layer_norm_grn_bwd_kernel(
     x_ptr, g_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, gx_ptr,
     channels, pixels, blocks, eps,

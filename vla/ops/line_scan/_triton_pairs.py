@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._triton import LOG2E
+from .._triton import LOG2E, kernel
 from ._triton_proxy import _MIN_TOTAL, _exp2, _inverse
 
 
@@ -81,7 +81,7 @@ def _pixels(
     return (q // channels)[:, None], (q % channels)[:, None], i[:, None], w, mask
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "sequences", "channels", "rows", "lines", "blocks",
     "x_b", "x_d", "x_i", "x_w", "g_b", "g_n", "g_d", "g_i", "g_w", "lam_b", "lam_d", "lam_i", "lam_w",
     "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "y_b", "y_d", "y_i", "y_w",
@@ -145,7 +145,7 @@ def _second_gradient(gy, u, mask, T: tl.constexpr, W: tl.constexpr, REVERSE: tl.
     return g
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "sequences", "channels", "rows", "lines", "blocks",
     "x_b", "x_d", "x_i", "x_w", "g_b", "g_n", "g_d", "g_i", "g_w", "lam_b", "lam_d", "lam_i", "lam_w",
     "u_b", "u_d", "u_i", "u_w", "skip_b", "skip_d", "skip_i", "skip_w", "gy_b", "gy_d", "gy_i", "gy_w",

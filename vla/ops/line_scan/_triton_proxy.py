@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2
 from .frames import from_map_frame, to_map_frame
 
 # The least sum of sigmoids that divides them.
@@ -135,7 +135,7 @@ def _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first):
     return _pick(k, o0, o1, o2, o3) + first * across + i * _pick(k, i0, i1, i2, i3), across
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
@@ -325,7 +325,7 @@ def _add(pointer, value, mask, more):
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "groups", "per", "span", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
@@ -492,7 +492,7 @@ def line_scan_proxy_bwd_kernel(
             _add(gw_k + 5 * v_j, gw5, c_mask, again)
 
 
-@triton.jit
+@kernel
 def line_scan_pack_kernel(
     gates, lam, u, skip, w, v, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     EXACT: tl.constexpr, C: tl.constexpr,
@@ -532,7 +532,7 @@ def _store_halves(pointer, value, first, mask):
     tl.store(pointer, tl.where(first, rounded, rest), mask)
 
 
-@triton.jit(do_not_specialize=["workers"])
+@kernel(do_not_specialize=["workers"])
 def line_scan_unpack_kernel(
     gw, gates, lam, u, skip, channels, width, workers, gates_j, K: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     V: tl.constexpr, C: tl.constexpr, N: tl.constexpr,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2
 
 # Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a
 # tile's width must. Columns outside are zero.
@@ -148,7 +148,7 @@ def _accumulate(sums, tile, rows, DTYPE: tl.constexpr):
     return out
 
 
-@triton.jit
+@kernel
 def mlp_fwd_kernel(
     x,
     weight1,
@@ -192,7 +192,7 @@ def mlp_fwd_kernel(
     _store(y + row * OUT, sums, row < rows, OUT, OUT_LEAD, OUT_REST)
 
 
-@triton.jit
+@kernel
 def mlp_bwd_kernel(
     g,
     x,
@@ -237,7 +237,7 @@ def mlp_bwd_kernel(
     _store(gx + row * CHANNELS, sums, row < rows, CHANNELS, LEAD, REST)
 
 
-@triton.jit
+@kernel
 def mlp_bwd_weights_kernel(
     g,
     x,
@@ -329,7 +329,7 @@ def _matrix_product(
     return total
 
 
-@triton.jit
+@kernel
 def mlp_hidden_kernel(
     x,
     weight1,
@@ -364,7 +364,7 @@ def mlp_hidden_kernel(
     tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], tile, (row < rows)[:, None] & inside[None, :])
 
 
-@triton.jit
+@kernel
 def mlp_bwd_hidden_kernel(
     g,
     x,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, next_power_of_2
+from .._triton import cdiv, kernel, next_power_of_2
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def load_shifted(
     return value
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def q_shift_kernel(
     x,
     rest,

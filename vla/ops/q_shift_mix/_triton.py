@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, next_power_of_2, product, product_precision
+from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
 from ..q_shift._triton import groups, load_from, load_shifted, place, shifted
 
 
@@ -40,7 +40,7 @@ def share_of(
     return share
 
 
-@triton.jit(do_not_specialize=["mixes", "step"])
+@kernel(do_not_specialize=["mixes", "step"])
 def q_shift_mix_fwd_kernel(
     x,
     weight,
@@ -91,7 +91,7 @@ def q_shift_mix_fwd_kernel(
         tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["step"])
+@kernel(do_not_specialize=["step"])
 def q_shift_mix_bwd_kernel(
     g,
     x,
@@ -176,7 +176,7 @@ def q_shift_mix_bwd_kernel(
         tl.store(g_weight + mix * channels + channel, tl.sum(sums[mix], 0)[None], inside_c)
 
 
-@triton.jit(do_not_specialize=["mixes", "step"])
+@kernel(do_not_specialize=["mixes", "step"])
 def q_shift_mix_low_rank_bwd_kernel(
     g,
     x,

@@ -10,7 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2, pick, product_precision, settle, softplus2
+from .._triton import (
+    LN2,
+    LOG2E,
+    Kernel,
+    cdiv,
+    compose,
+    kernel,
+    next_power_of_2,
+    pick,
+    product_precision,
+    settle,
+    softplus2,
+)
 
 # Whether a launch sums up over directions before another one, or after it.
 FIRST = tl.constexpr(1)
@@ -240,7 +252,7 @@ def _time_step(
     return step, _softplus2(step, PRECISION == "tf32x3") if SOFTPLUS else step
 
 
-@triton.jit
+@kernel
 def scan2d_states_kernel(
     x_ptr, gy_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, weight_ptr, bias_ptr, total_ptr, border_ptr,
     K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
@@ -321,7 +333,7 @@ def scan2d_states_kernel(
             tl.store(total + 2 * N * BLOCK_D, handed, mask=n_mask)
 
 
-@triton.jit
+@kernel
 def scan2d_carry_kernel(
     total_ptr, entry_ptr, runs,
     N: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr,
@@ -349,7 +361,7 @@ def scan2d_carry_kernel(
             tl.store(entry_ptr + (to * 2 * N + adjoint * N + n) * BLOCK_D + lane, state, mask=mask)
 
 
-@triton.jit
+@kernel
 def scan2d_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, partial_ptr, y_ptr,
     chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
@@ -449,7 +461,7 @@ def scan2d_fwd_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@kernel
 def scan2d_bwd_kernel(
     gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr,
     gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
@@ -621,7 +633,7 @@ def scan2d_bwd_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@kernel
 def scan2d_merge_kernel(
     parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block,
     N: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -855,7 +867,7 @@ class _Problem:
         return entries, borders
 
     def launch(
-        self, kernel: triton.JITFunction, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor,
+        self, kernel: Kernel, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor,
         **constants: bool,
     ) -> None:  # fmt: skip
         """Launches a kernel over (sequences, runs, blocks of channels), and groups.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, compose, next_power_of_2
+from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
 from . import _triton_rows
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, steps_last, strides_of
 
@@ -135,7 +135,7 @@ def _rows(program, span, channels, ROWS: tl.constexpr):
     return batch, (first_channel + row).to(tl.int64), row < span
 
 
-@triton.jit
+@kernel
 def selective_scan_fwd_kernel(
     u_ptr,
     delta_ptr,
@@ -276,7 +276,7 @@ def selective_scan_fwd_kernel(
         tl.store(carry_ptr + sequence, carry, valid)  # (R,)
 
 
-@triton.jit
+@kernel
 def selective_scan_chunk_kernel(
     delta_ptr,
     A_ptr,
@@ -385,7 +385,7 @@ def selective_scan_chunk_kernel(
                 tl.store(at + 1, carry, valid)  # (R,)
 
 
-@triton.jit
+@kernel
 def selective_scan_carry_kernel(
     local_ptr,
     total_ptr,
@@ -445,7 +445,7 @@ def _prefetch_block(u_ptr, delta_ptr, g_ptr, channel, time, u_d, u_l, delta_d, d
     prefetch(g_ptr + channel * g_d + time * g_l)
 
 
-@triton.jit
+@kernel
 def selective_scan_bwd_kernel(
     g_ptr,
     u_ptr,

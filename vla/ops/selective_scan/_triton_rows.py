@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, pick, repeat
+from .._triton import LN2, LOG2E, cdiv, kernel, pick, repeat
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
@@ -219,7 +219,7 @@ def _prefetch_states(P_row, Q_row, start, states, P_n, P_l, Q_n, Q_l):
         prefetch(tl.where(lane % 2 == 0, P_at, Q_at))
 
 
-@triton.jit
+@kernel
 def selective_scan_segments_kernel(
     v_ptr,
     delta_ptr,
@@ -338,7 +338,7 @@ def selective_scan_segments_kernel(
     tl.store(total_ptr + (batch * segments + segment) * channels + channel, elapsed, valid)  # (R,)
 
 
-@triton.jit
+@kernel
 def selective_scan_borders_kernel(
     total_ptr,
     A_ptr,
@@ -382,7 +382,7 @@ def selective_scan_borders_kernel(
             h = tl.exp2(A * totals[i]) * h + added[i]
 
 
-@triton.jit
+@kernel
 def selective_scan_fwd_rows_kernel(
     u_ptr,
     delta_ptr,
@@ -509,7 +509,7 @@ def selective_scan_fwd_rows_kernel(
             tl.store(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
 
 
-@triton.jit
+@kernel
 def selective_scan_bwd_rows_kernel(
     g_ptr,
     u_ptr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, softplus2
+from .._triton import cdiv, kernel, softplus2
 
 # Programs that keep a GPU busy. Fewer rows than that, and parts of a sequence run in parallel.
 MIN_PROGRAMS = 1024
@@ -56,7 +56,7 @@ def prefetch(pointers):
     )
 
 
-@triton.jit
+@kernel
 def selective_scan_add_kernel(
     parts_ptr,
     out_ptr,

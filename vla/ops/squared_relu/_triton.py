@@ -1,16 +1,15 @@
 """Squared ReLU in one pass over memory, and its backward in another."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv
+from .._triton import cdiv, kernel
 
 _BLOCK, _WARPS = 2048, 8
 
 
-@triton.jit
+@kernel
 def squared_relu_fwd_kernel(x, y, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i, i < size).to(tl.float32)
@@ -18,7 +17,7 @@ def squared_relu_fwd_kernel(x, y, size, BLOCK: tl.constexpr):
     tl.store(y + i, (value * value).to(y.dtype.element_ty), i < size)
 
 
-@triton.jit
+@kernel
 def squared_relu_bwd_kernel(g, y, gx, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slope = 2.0 * tl.sqrt(tl.load(y + i, i < size).to(tl.float32))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, leading, next_power_of_2, product, product_precision
+from .._triton import LOG2E, cdiv, kernel, leading, next_power_of_2, product, product_precision
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def pairs_at(level, L: tl.constexpr):
     return (i >> level) == ((t >> level) ^ 1)
 
 
-@triton.jit
+@kernel
 def wkv6_states_kernel(
     a,
     b,
@@ -134,7 +134,7 @@ def wkv6_states_kernel(
         tl.store(totals, total, row < N)
 
 
-@triton.jit
+@kernel
 def wkv6_segments_kernel(ends, totals, segments, N: tl.constexpr, BLOCK: tl.constexpr):
     """Replaces each segment's own sum in `ends` by the sum of all segments before it, one (N, N) state a program."""
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -150,7 +150,7 @@ def wkv6_segments_kernel(ends, totals, segments, N: tl.constexpr, BLOCK: tl.cons
         totals += N
 
 
-@triton.jit
+@kernel
 def wkv6_fwd_kernel(
     r,
     k,
@@ -230,7 +230,7 @@ def wkv6_fwd_kernel(
     tl.store(y, out.to(y.dtype.element_ty), inside_v)
 
 
-@triton.jit
+@kernel
 def wkv6_bwd_kernel(
     r,
     k,
