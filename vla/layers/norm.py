@@ -22,7 +22,7 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-# Numbers from which a map keeps a GPU busy for longer than launching an operator's kernel takes the host, of which
+# Numbers from which a map keeps a GPU busy for longer than an operator's forward and backward take the host, of which
 # PyTorch's own take less.
 LARGE = 2**20
 
@@ -33,7 +33,8 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     # Asked last for its size, of which a compiler would make a condition.
     if x.device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
         return False
-    return composite or x.numel() >= LARGE
+    # Without a backward the operator is always the faster, as it casts and adds in its only launch.
+    return composite or not torch.is_grad_enabled() or x.numel() >= LARGE
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:

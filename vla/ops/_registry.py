@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _replay
@@ -21,6 +20,9 @@ from . import _replay
 BACKENDS = ("naive", "torch", "numba", "triton")
 # The first version, that of torch 2.8, which compiles all kernels (`tl.flip` along the first axis, `tl.gather`).
 MIN_TRITON = (3, 4)
+
+# Types of arguments that neither a compiler nor a subclass of tensors has made.
+_PLAIN = frozenset((Tensor, Parameter, bool, int, float, str, list, tuple, torch.dtype, type(None)))
 
 _override: str | None = None
 
@@ -144,12 +146,11 @@ class Operator:
 
     def _is_observed(self, args: tuple) -> bool:
         """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
             return True
         if torch._C._are_functorch_transforms_active():
             return True
-        tensors = (args[i] for i in self.tensor_arguments if args[i] is not None)
-        return any(type(t) not in (Tensor, Parameter) or t.is_meta for t in tensors)
+        return not _PLAIN.issuperset(map(type, args)) or args[self.tensor_arguments[0]].is_meta
 
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
@@ -209,13 +210,13 @@ class Operator:
         return first
 
     def _forward(self, *args):
-        return self._forward_replays(self._run, *args, state=_override)
+        return self._forward_replays(self._run, args[self.tensor_arguments[0]], _override, *args)
 
     def _run(self, *args):
         device = self._check_devices(args)
         if _replay.current() is None:  # else they have passed
             self.infer(*args)
-        with _full_precision(device), _current(device):
+        with _replay.full_precision(device), _current(device):
             return self._load(self.backend_for(device, args[self.tensor_arguments[0]].dtype)).forward(*args)
 
     def _fake(self, *args):
@@ -248,14 +249,14 @@ class Operator:
 
     def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
         """One gradient per tensor argument, None for absent ones."""
-        return self._backward_replays(self._run_backward, list(grads), *args, state=_override)
+        return self._backward_replays(self._run_backward, args[self.tensor_arguments[0]], _override, grads, *args)
 
     def _run_backward(self, grads: list[Tensor], *args) -> list[Tensor | None]:
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
         backend = self.backend_for(device, tensors[0].dtype)
         module = self._load(backend)
-        with _full_precision(device), _current(device):
+        with _replay.full_precision(device), _current(device):
             if hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
@@ -315,25 +316,6 @@ def _is_installed(package: str) -> bool:
 def _triton_version() -> tuple[int, int]:
     major, minor = importlib.import_module("triton").__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-class _full_precision(AbstractContextManager):
-    """Autocast off: it would take the products inside a backend out of the float32 of its states.
-
-    The flag alone; `torch.autocast` takes the host longer than some backends need.
-    """
-
-    def __init__(self, device: torch.device):
-        self.kind = device.type
-        self.enabled = torch.is_autocast_enabled(self.kind)
-
-    def __enter__(self) -> None:
-        if self.enabled:
-            torch.set_autocast_enabled(self.kind, False)
-
-    def __exit__(self, *exception) -> None:
-        if self.enabled:
-            torch.set_autocast_enabled(self.kind, True)
 
 
 def _current(device: torch.device) -> AbstractContextManager:

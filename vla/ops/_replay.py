@@ -7,14 +7,16 @@ repeat these with their own tensors.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 _aten = torch.ops.aten
+# Of memory that nothing is written to.
 _ALLOCATIONS = frozenset(
     (
         _aten.empty.memory_format,
@@ -24,6 +26,7 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     )
 )
+# What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 )
@@ -42,51 +45,41 @@ class _View:
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
 
 
-class _Tree:
-    """Containers and constants, with a `_View` where there was a tensor."""
-
-    def __init__(self, leaves: list, spec):
-        self.leaves, self.spec = leaves, spec
-
-    def of(self, slots: list[Tensor]):
-        return tree_unflatten([x.of(slots) if type(x) is _View else x for x in self.leaves], self.spec)
+def _fill(tree, slots: list[Tensor]):
+    """Containers with tensors in place of views."""
+    if type(tree) is _View:
+        return tree.of(slots)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_fill(x, slots) for x in tree])
+    return {name: _fill(x, slots) for name, x in tree.items()} if isinstance(tree, dict) else tree
 
 
 class _Allocation:
-    def __init__(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype):
-        self.size, self.stride, self.dtype = size, stride, dtype
+    def __init__(self, slot: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype):
+        self.slot, self.size, self.stride, self.dtype = slot, size, stride, dtype
 
-    def repeat(self, slots: list[Tensor], pointers: list[int]) -> None:
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
         new = slots[0].new_empty_strided(self.size, self.stride, dtype=self.dtype)
         slots.append(new)
         pointers.append(new.data_ptr())
+
+    def skip(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        slots.append(None)
+        pointers.append(None)
 
 
 class _Call:
     """An operator of PyTorch; all its results take slots."""
 
-    def __init__(self, function: Callable, arguments: _Tree):
+    def __init__(self, function: Callable, arguments: tuple[tuple, dict]):
         self.function, self.arguments = function, arguments
 
-    def repeat(self, slots: list[Tensor], pointers: list[int]) -> None:
-        args, kwargs = self.arguments.of(slots)
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        args, kwargs = _fill(self.arguments, slots)
         results = self.function(*args, **kwargs)
         for new in (results,) if isinstance(results, Tensor) else results:
             slots.append(new)
             pointers.append(new.data_ptr())
-
-
-class _Launch:
-    """A compiled kernel on its grid. Of its arguments, tensors stand in `places`: (argument, slot, bytes after it)."""
-
-    def __init__(self, run: Callable, arguments: list, places: list[tuple[int, int, int]]):
-        self.run, self.arguments, self.places = run, arguments, places
-
-    def repeat(self, slots: list[Tensor], pointers: list[int]) -> None:
-        arguments = self.arguments.copy()
-        for i, slot, offset in self.places:
-            arguments[i] = pointers[slot] + offset
-        self.run(*arguments)
 
 
 class Recording(TorchDispatchMode):
@@ -97,14 +90,17 @@ class Recording(TorchDispatchMode):
 
     Attributes:
         complete: Whether all can be repeated.
-        steps: In order, what has to be.
+        launches: Whether that takes a launch.
+        steps: In order, what has to be done, as objects with a method `repeat(slots, pointers, stream)`.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
         self.complete = True
-        self.steps: list[_Allocation | _Call | _Launch] = []
+        self.launches = False
+        self.steps: list = []
         self._slots: list[Tensor] = []
+        self._used: set[int] = set()
         # With the tensors themselves: without, their `id` and memory could pass to others.
         self._known: dict[int, tuple[Tensor, int]] = {}
         for tensor in tensors:
@@ -116,10 +112,12 @@ class Recording(TorchDispatchMode):
 
     def _slot(self, tensor: Tensor) -> int | None:
         """Whose memory the tensor is of. None, and nothing can be repeated, for one that came from elsewhere."""
-        if id(tensor) in self._known:
-            return self._known[id(tensor)][1]
-        self.complete = False
-        return None
+        if id(tensor) not in self._known:
+            self.complete = False
+            return None
+        slot = self._known[id(tensor)][1]
+        self._used.add(slot)
+        return slot
 
     def _view(self, tensor: Tensor) -> _View | None:
         slot = self._slot(tensor)
@@ -132,73 +130,95 @@ class Recording(TorchDispatchMode):
         self.complete &= tensor.dtype == base.dtype
         return _View(slot, layout[0] - base.storage_offset(), *layout[1:])
 
-    def _tree(self, tree) -> _Tree:
-        leaves, spec = tree_flatten(tree)
-        return _Tree([self._view(x) if isinstance(x, Tensor) else x for x in leaves], spec)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in _ALLOCATIONS:
-            self.steps.append(_Allocation(out.shape, out.stride(), out.dtype))
+        if func in _ALLOCATIONS and out.device == self._slots[0].device:
+            self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
             self._add(out)
             return out
         results = [out] if isinstance(out, Tensor) else out
-        if _UNREPEATABLE.intersection(func.tags) or not isinstance(results, (list, tuple)):
+        fixed = isinstance(results, (list, tuple)) and all(isinstance(x, Tensor) for x in results)
+        if not fixed or _UNREPEATABLE.intersection(func.tags):
             self.complete = False
             return out
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        owners = {x.untyped_storage()._cdata: self._slot(x) for x in given}
+        owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
         if not func._schema.is_mutable and all(x.untyped_storage()._cdata in owners for x in results):
             for x in results:
                 self._known.setdefault(id(x), (x, owners[x.untyped_storage()._cdata]))
             return out
-        self.steps.append(_Call(func, self._tree((args, kwargs))))
+        self.steps.append(_Call(func, tree_map_only(Tensor, self._view, (args, kwargs))))
         for x in results:
             self._add(x)
         return out
 
-    def launched(self, binary, grid: tuple[int, ...], arguments: list) -> None:
-        """Takes note of a launch.
-
-        Args:
-            binary: What Triton's launch returned, to be launched again as `binary[grid](*arguments)`.
-            grid: Numbers of programs.
-            arguments: All that the kernel has, constants too.
-        """
-        if not hasattr(binary, "__getitem__"):  # interpreted
-            self.complete = False
-            return
+    def places(self, arguments: list) -> list[tuple[int, int, int]]:
+        """Where a launch has tensors among its arguments: (argument, slot, bytes after the slot's start)."""
         places = []
         for i, x in enumerate(arguments):
             slot = self._slot(x) if isinstance(x, Tensor) else None
             if slot is not None:
                 base = self._slots[slot]
-                offset = x.storage_offset() * x.itemsize - base.storage_offset() * base.itemsize
-                places.append((i, slot, offset))
-                arguments[i] = None
-        self.steps.append(_Launch(binary[(*grid, 1, 1)[:3]], arguments, places))
+                places.append((i, slot, x.storage_offset() * x.itemsize - base.storage_offset() * base.itemsize))
+        return places
 
     def finish(self, outputs) -> Callable | None:
-        """What repeats the function that returned `outputs`, if that is possible and worth it."""
-        outputs = self._tree(outputs)
-        worth = any(isinstance(step, _Launch) for step in self.steps)
+        """What repeats the function that returned `outputs`, None if that is not possible or not worth it."""
+        outputs = tree_map_only(Tensor, self._view, outputs)
         # Their memory is no longer needed.
         self._slots.clear()
         self._known.clear()
-        return partial(_repeat, [step.repeat for step in self.steps], outputs) if worth and self.complete else None
+        if not self.complete or not self.launches:
+            return None
+        unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
+        steps = [step.skip if step in unused else step.repeat for step in self.steps]
+        calls = any(isinstance(step, _Call) for step in self.steps)
+        return partial(_repeat_with_calls if calls else _repeat, steps, outputs)
 
 
-def _repeat(steps: list[Callable], outputs: _Tree, tensors: list[Tensor], pointers: list[int]):
+def _repeat(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
     for step in steps:
-        step(tensors, pointers)
-    return outputs.of(tensors)
+        step(tensors, pointers, stream)
+    return _fill(outputs, tensors)
+
+
+def _repeat_with_calls(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
+    with full_precision(tensors[0].device):
+        return _repeat(steps, outputs, tensors, pointers, stream)
+
+
+class full_precision(AbstractContextManager):  # noqa: N801
+    """Autocast off: it would take the products inside a backend out of the float32 of its states.
+
+    The flag alone; `torch.autocast` takes the host longer than some backends need.
+    """
+
+    def __init__(self, device: torch.device):
+        self.kind = device.type
+        self.enabled = torch.is_autocast_enabled(self.kind)
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *exception) -> None:
+        if self.enabled:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def current() -> Recording | None:
     """The recording that goes on in this thread."""
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Recording) else None
+
+
+def _stream(tensor: Tensor) -> int | None:
+    """Where a launch with this tensor goes, None unless it is on the current GPU, where Triton launches."""
+    device = tensor.get_device()
+    if not tensor.is_cuda or device != torch.cuda.current_device():
+        return None
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 _UNKNOWN, _SEEN, _NEVER = "unknown", "seen once", "never to be repeated"
@@ -217,14 +237,18 @@ class Replays:
     def __init__(self):
         self._known: dict[tuple, Callable] = {}
 
-    def __call__(self, function: Callable, *args, state=None):
+    def __call__(self, function: Callable, first: Tensor, state, *args):
         """`function(*args)`.
 
         Args:
             function: Launches kernels on the GPU of its tensors. Returns tensors of its own.
-            *args: Tensors, lists of tensors, or constants.
+            first: One of the tensors.
             state: What else the function depends on.
+            *args: Tensors, lists of tensors, or constants.
         """
+        stream = _stream(first)
+        if stream is None:
+            return function(*args)
         layout, tensors, pointers = [state], [], []
         for arg in args:
             group = arg if type(arg) is list else (arg,)
@@ -236,8 +260,6 @@ class Replays:
                     pointers.append(pointer)
                     x = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16)
                 layout.append(x)
-        if not self._serves(tensors[0]):
-            return function(*args)
         layout = tuple(layout)
         replay = self._known.get(layout, _UNKNOWN)
         if replay is _UNKNOWN:
@@ -247,7 +269,7 @@ class Replays:
         if replay in (_UNKNOWN, _NEVER):
             return function(*args)
         if replay is not _SEEN:
-            return replay(tensors, pointers)
+            return replay(tensors, pointers, stream)
         # A tensor that is given twice may be two the next time.
         args = tree_map_only(Tensor, Tensor.detach, args)
         tensors = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
@@ -255,8 +277,3 @@ class Replays:
             outputs = function(*args)
         self._known[layout] = recording.finish(outputs) or _NEVER
         return outputs
-
-    @staticmethod
-    def _serves(tensor: Tensor) -> bool:
-        # Triton launches on the current GPU.
-        return tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()

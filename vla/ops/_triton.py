@@ -26,7 +26,57 @@ class Kernel:
     def _record(self, recording: _replay.Recording, grid: tuple[int, ...], *args, **kwargs) -> None:
         with _disable_current_modes():
             binary = self.jit[grid](*args, **kwargs)
-        recording.launched(binary, grid, [*args, *(kwargs[name] for name in self.jit.arg_names[len(args) :])])
+        if binary is None:  # interpreted
+            recording.complete = False
+            return
+        arguments = [*args, *(kwargs[name] for name in self.jit.arg_names[len(args) :])]
+        recording.launches = True
+        recording.steps.append(_Launch(binary, grid, arguments, recording.places(arguments)))
+
+
+class _Launch:
+    """A compiled kernel on its grid.
+
+    Triton's launch looks at every argument to find the binary that is compiled for the like. This is what it does then.
+
+    Args:
+        binary: What Triton's launch returned.
+        grid: Numbers of programs, up to three.
+        arguments: All that the kernel has, constants too.
+        places: See `Recording.places`.
+    """
+
+    def __init__(self, binary, grid: tuple[int, ...], arguments: list, places: list[tuple[int, int, int]]):
+        grid = (*grid, 1, 1)[:3]
+        self.launch = binary[grid]
+        self.run = binary.run
+        # What `launch` would put before the arguments if there were no hooks.
+        head = [*grid, None, binary.function, binary.packed_metadata, None, None, None]
+        self.length = len(head)
+        self.arguments = [*head, *(None if isinstance(x, Tensor) else x for x in arguments)]
+        self.places = [(self.length + i, slot, offset) for i, slot, offset in places]
+
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        arguments = self.arguments.copy()
+        for i, slot, offset in self.places:
+            arguments[i] = pointers[slot] + offset
+        if _RUN_IS_KNOWN and not _has_hooks():
+            arguments[_STREAM] = stream
+            self.run(*arguments)
+        else:
+            self.launch(*arguments[self.length :], stream=stream)
+
+
+# Versions of Triton whose `CompiledKernel.run` takes what `_Launch` gives it; `CompiledKernel.__getitem__` is public.
+_RUN_IS_KNOWN = (3, 4) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 8)
+_STREAM = 3
+
+
+def _has_hooks() -> bool:
+    """Whether somebody, like a profiler, wants to know of every launch."""
+    # A hook or None in Triton 3.4, later a chain of hooks.
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def kernel(function: Callable | None = None, **options) -> Callable:
