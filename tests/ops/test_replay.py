@@ -101,8 +101,7 @@ def add(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def call(replays: Replays, function, *args, state=None):
-    first = args[0][0] if isinstance(args[0], list) else args[0]
-    return replays(function, first, state, *args)
+    return replays(function, args[0], state, *args)
 
 
 def kinds(replays: Replays) -> list[str]:
@@ -173,8 +172,7 @@ def test_a_tensor_given_twice_is_two_the_next_time():
 def test_views_operators_and_results_of_all_kinds():
     replays = Replays()
 
-    def function(tensors, factor, missing):
-        x, y = tensors
+    def function(x, y, names, factor, missing):
         unused = torch.empty(7)
         del unused
         total = add(x[1:].contiguous(), y.t().reshape(-1)[:-4].view(3, 4), factor)
@@ -187,7 +185,7 @@ def test_views_operators_and_results_of_all_kinds():
     for _ in range(4):
         x, y = torch.randn(4, 4), torch.randn(4, 4)
         with torch.autocast(x.device.type, torch.bfloat16):
-            (twice, zeros), (none, total, same), missing = call(replays, function, [x, y], 2.0, None)
+            (twice, zeros), (none, total, same), missing = call(replays, function, x, y, ["row"], 2.0, None)
         expected = (x[1:] + y.t().reshape(-1)[:-4].view(3, 4)) * 2.0
         assert torch.equal(twice, 2 * expected.t()) and twice.stride() == (1, 4)
         assert torch.equal(zeros, torch.zeros(1, 3, 4))

@@ -249,9 +249,12 @@ class Operator:
 
     def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
         """One gradient per tensor argument, None for absent ones."""
-        return self._backward_replays(self._run_backward, args[self.tensor_arguments[0]], _override, grads, *args)
+        first = args[self.tensor_arguments[0]]
+        return self._backward_replays(self._run_backward, first, _override, len(grads), *grads, *args)
 
-    def _run_backward(self, grads: list[Tensor], *args) -> list[Tensor | None]:
+    def _run_backward(self, count: int, *args) -> list[Tensor | None]:
+        """`_gradients`, from `count` gradients and the arguments after them."""
+        grads, args = list(args[:count]), args[count:]
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
         backend = self.backend_for(device, tensors[0].dtype)

@@ -244,22 +244,21 @@ class Replays:
             function: Launches kernels on the GPU of its tensors. Returns tensors of its own.
             first: One of the tensors.
             state: What else the function depends on.
-            *args: Tensors, lists of tensors, or constants.
+            *args: Tensors and constants.
         """
         stream = _stream(first)
         if stream is None:
             return function(*args)
         layout, tensors, pointers = [state], [], []
-        for arg in args:
-            group = arg if type(arg) is list else (arg,)
-            layout.append(len(group))
-            for x in group:
-                if isinstance(x, Tensor):
-                    pointer = x.data_ptr()
-                    tensors.append(x)
-                    pointers.append(pointer)
-                    x = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16)
-                layout.append(x)
+        for x in args:
+            if isinstance(x, Tensor):
+                pointer = x.data_ptr()
+                tensors.append(x)
+                pointers.append(pointer)
+                x = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16)
+            elif type(x) is list:
+                x = tuple(x)
+            layout.append(x)
         layout = tuple(layout)
         replay = self._known.get(layout, _UNKNOWN)
         if replay is _UNKNOWN:
@@ -271,9 +270,8 @@ class Replays:
         if replay is not _SEEN:
             return replay(tensors, pointers, stream)
         # A tensor that is given twice may be two the next time.
-        args = tree_map_only(Tensor, Tensor.detach, args)
-        tensors = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
-        with Recording(tensors) as recording:
+        args = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        with Recording([x for x in args if isinstance(x, Tensor)]) as recording:
             outputs = function(*args)
         self._known[layout] = recording.finish(outputs) or _NEVER
         return outputs
