@@ -474,19 +474,23 @@ def scan2d_bwd_kernel(
     gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr,
     gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
     chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, ls_block, rs_run,
+    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, os_k, ls_block, rs_run,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
-    directions, of the projections by block of channels, of the parameters by run."""
+    directions, of the projections by block of channels, of the parameters by run.
+
+    With APART a program walks one direction, and `gx_ptr` receives a map for each.
+    """
+    ALONE: tl.constexpr = GROUPED or APART
     block = tl.program_id(0) % blocks
     begin = 0
     end = 2 * K
     index = tl.program_id(0) // blocks
-    if GROUPED:
+    if ALONE:
         begin = index % K
         end = begin + 1
         index = index // K
@@ -516,13 +520,18 @@ def scan2d_bwd_kernel(
     slots = runs * tiles * (T * S)
 
     for turn in range(begin, end):
-        k, walks, first, last = _turn(turn, K, chosen, columns, order, GROUPED)
+        k, walks, first, last = _turn(turn, K, chosen, columns, order, ALONE)
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-            skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
+            # The first program, or the first turn, of a map also passes the skip.
+            skips = k == 0 if APART else first
+            skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            out_ptr = gx_ptr
+            if APART:
+                out_ptr += k * os_k.to(tl.int64)
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
@@ -593,7 +602,7 @@ def scan2d_bwd_kernel(
                             mask, d, d_mask, channels, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
                         )  # fmt: skip
 
-                if not GROUPED:
+                if not ALONE:
                     earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
                     g_step *= tl.exp2(logit - step)
@@ -610,14 +619,14 @@ def scan2d_bwd_kernel(
                     g_dt_at = (pixel * K + k)[:, None] * channels + d[None, :]
                     tl.store(g_dt_ptr + g_dt_at, (g_step * LOG2E).to(g_dt_ptr.dtype.element_ty), mask=full_mask)
 
-                if first:
+                if skips:
                     g_skip += tl.sum(gy * x, axis=0)
                 gx += skip[None, None, :] * gy
                 gx = tl.reshape(gx, (T * S, BLOCK_D))
-                if not GROUPED:
+                if not ALONE:
                     gx += earlier
                 if last:
-                    tl.store(gx_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
+                    tl.store(out_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + gx_at, gx, mask=full_mask)
 
@@ -630,7 +639,7 @@ def scan2d_bwd_kernel(
             if D_ptr is not None:
                 if GROUPED:
                     tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
-                elif first:
+                elif skips:
                     tl.store(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), mask=d_mask)
             if bias_ptr is not None:
                 tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
@@ -663,6 +672,17 @@ def scan2d_merge_kernel(
     tl.store(g_C_ptr + row * N + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
+@triton.jit
+def scan2d_add_kernel(maps_ptr, sum_ptr, count, size, BLOCK: tl.constexpr):
+    """Adds maps, (count, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(count):
+        total += tl.load(maps_ptr + i * size.to(tl.int64) + at, mask=mask, other=0.0)
+    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
+
+
 class Config(NamedTuple):
     """How a kernel cuts its work.
 
@@ -673,6 +693,7 @@ class Config(NamedTuple):
         num_warps: Warps of a program.
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
+        apart: Whether directions to be summed are programs of their own, in the backward.
         ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
     """
 
@@ -683,6 +704,7 @@ class Config(NamedTuple):
     tiles: int = 0
     maxnreg: int | None = None
     ahead: bool = False
+    apart: bool = False
 
     @property
     def S(self) -> int:
@@ -909,10 +931,11 @@ class _Problem(_Sizes):
         cross each other: they are two launches.
         """
         blocks, runs, _ = self.cut(config)
-        programs = self.batch * self.sequences * runs * blocks * (self.count if self.grouped else 1)
+        alone = self.grouped or constants.get("APART", False)
+        programs = self.batch * self.sequences * runs * blocks * (self.count if alone else 1)
         every = (1 << self.count) - 1
         rows, columns = every & ~self.columns, self.columns
-        if rows and columns and not self.grouped and (runs > 1 or self.per_line):
+        if rows and columns and not alone and (runs > 1 or self.per_line):
             launches = ((rows, "rows", FIRST.value), (columns, "columns", SECOND.value))
         else:
             launches = ((every, "both" if rows and columns else "rows" if rows else "columns", 0),)
@@ -978,11 +1001,15 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
 
     entries, borders = problem.enter(config, gy, *saved)
-    tensors = (gy, x, *problem.parameters(), entries, borders, problem.sums(gx), gx, g_dt, parts)
+    apart = config.apart and count > 1 and not grouped
+    maps = gx.new_empty((count, gx.numel()), dtype=torch.float32) if apart else gx
+    tensors = (gy, x, *problem.parameters(), entries, borders, maps if apart else problem.sums(gx), maps, g_dt, parts)
     tensors += sums.split(sizes, dim=1)
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
-    strides += (parts.stride(0), sums.stride(0))
-    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx)
+    strides += (maps.stride(0), parts.stride(0), sums.stride(0))
+    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, APART=apart)
+    if apart:
+        scan2d_add_kernel[(cdiv(gx.numel(), 1024),)](maps, gx, count, gx.numel(), BLOCK=1024)
 
     rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
     block = max(1, 2048 // columns)
