@@ -87,12 +87,12 @@ def test_every_tiling(config, monkeypatch):
             assert_close("output", scan2d(**tensors, directions=["row_rev", "col"]), expected)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize("option", [{}, dict(ahead=True), dict(apart=True)], ids=["", "ahead", "apart"])
 @pytest.mark.parametrize("tiles", [0, 2], ids=["whole", "runs of two"])
-def test_every_cut(tiles, ahead, monkeypatch):
+def test_every_cut(tiles, option, monkeypatch):
     """Whole sequences and runs of several tiles, which a direction and its reverse cut alike."""
     for name in ("_fwd_config", "_bwd_config"):
-        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, ahead=ahead))
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, **option))
     compare("triton", scan2d, single((1, 2, 5, 7), 1, directions=["col", "col_rev"]), directions=["col", "col_rev"])
     compare("triton", scan2d, single((1, 2, 3, 7), 2, directions=CROSS), directions=CROSS)
 
@@ -224,6 +224,17 @@ def test_machinery_of_the_states_kept(whole_sequences):
         assert set(torch.library.opcheck(torch.ops.vla.scan2d.default, arguments).values()) == {"SUCCESS"}
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
         assert set(torch.library.opcheck(torch.ops.vla.scan2d_train.default, arguments).values()) == {"SUCCESS"}
+
+
+def test_second_derivative_raises(whole_sequences):
+    tensors = single((1, 2, 3, 2), 1, directions=["row"])
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    with use_backend("triton"):
+        for function in (scan2d, lambda *args: torch.ops.vla.scan2d(*args, True, False, False)):
+            y = function(*leaves[:5], ["row"], *leaves[5:])
+            first = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)[0]
+            with pytest.raises(RuntimeError, match="differentiate"):
+                torch.autograd.grad(first.sum(), leaves[0])
 
 
 def test_backward_of_another_backend(whole_sequences):

@@ -367,6 +367,7 @@ class _Dispatched(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         return None, None, *ctx.operator._autograd_backward(ctx, *grads)
 
