@@ -83,22 +83,27 @@ class OnMeta(TorchDispatchMode):
         if func.namespace != "vla":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("vla::")
-        operator = self.operators[name.removesuffix("_backward")]
+        operator = self.operators[name.removesuffix("_backward").removesuffix("_train")]
         if "triton" not in operator.backends:
             return operator._fake(*args) if name == operator.name else operator._fake_backward(*args)
         backend = importlib.import_module(f"{operator.package}._triton")
-        if name == operator.name:
-            expected, actual = operator.infer(*args), backend.forward(*args)
+        if not name.endswith("_backward"):
+            training = name != operator.name
+            extra = {"saved": backend.to_save(*args)} if training else {}
+            expected, actual = operator.infer(*args), backend.forward(*args, **extra)
             single = isinstance(expected, torch.Tensor)
             for e, a in zip(*(([expected], [actual]) if single else (expected, actual)), strict=True):
                 assert (a.shape, a.dtype) == (e.shape, e.dtype), f"{name} returned {a.dtype} {tuple(a.shape)}"
+            if training:
+                return *((actual,) if single else actual), extra["saved"]
             return actual
         if not hasattr(backend, "backward"):
             return operator._fake_backward(*args)
-        grads, *args = args
+        grads, saved, *args = args
         tensors = {operator.arguments[i]: args[i] for i in operator.tensor_arguments}
         results = []
-        for (argument, tensor), grad in zip(tensors.items(), backend.backward(grads, *args), strict=True):
+        extra = {"saved": saved} if saved else {}
+        for (argument, tensor), grad in zip(tensors.items(), backend.backward(grads, *args, **extra), strict=True):
             if tensor is None:
                 results.append(torch.empty(0, device="meta"))
                 continue
@@ -238,9 +243,11 @@ def kernels_of(operator: str) -> set[tuple[str, str]]:
 
 
 def run_case(compiler: Compiler, case: Case, dtype: torch.dtype) -> None:
-    """Forward and backward of one case."""
+    """Forward and backward of one case, and the forward without a gradient."""
     arguments = case.make(dtype)
     tensors = [t.requires_grad_() for t in arguments.values() if isinstance(t, torch.Tensor) and t.is_leaf]
+    with torch.no_grad():
+        run(compiler, lambda: case.function(**arguments), [])
     run(compiler, lambda: case.function(**arguments), tensors)
 
 
@@ -260,7 +267,8 @@ def run(compiler: Compiler, call: Callable[[], object], tensors: list[torch.Tens
         with compiler.intercept(), use_backend("triton"), OnMeta():
             outputs = call()
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            torch.autograd.grad(outputs, tensors, [torch.empty_like(o) for o in outputs], allow_unused=True)
+            if tensors:
+                torch.autograd.grad(outputs, tensors, [torch.empty_like(o) for o in outputs], allow_unused=True)
     except Exception as error:
         if not compiler.failed:  # what follows a kernel that does not compile is not worth a second message
             traceback.print_exc()

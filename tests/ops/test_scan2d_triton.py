@@ -4,9 +4,13 @@ import importlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from tests import golden  # noqa: E402
 from tests.ops.harness import compare, run  # noqa: E402
 from tests.ops.test_scan2d import CROSS, make  # noqa: E402
 from tests.tolerance import assert_close  # noqa: E402
@@ -83,14 +87,166 @@ def test_every_tiling(config, monkeypatch):
             assert_close("output", scan2d(**tensors, directions=["row_rev", "col"]), expected)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize("option", [{}, dict(ahead=True), dict(apart=True)], ids=["", "ahead", "apart"])
 @pytest.mark.parametrize("tiles", [0, 2], ids=["whole", "runs of two"])
-def test_every_cut(tiles, ahead, monkeypatch):
+def test_every_cut(tiles, option, monkeypatch):
     """Whole sequences and runs of several tiles, which a direction and its reverse cut alike."""
     for name in ("_fwd_config", "_bwd_config"):
-        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, ahead=ahead))
+        monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, **option))
     compare("triton", scan2d, single((1, 2, 5, 7), 1, directions=["col", "col_rev"]), directions=["col", "col_rev"])
     compare("triton", scan2d, single((1, 2, 3, 7), 2, directions=CROSS), directions=CROSS)
+
+
+@pytest.fixture
+def whole_sequences(monkeypatch):
+    """Tiles of 16 pixels without runs, whose states at the borders the forward keeps for the backward."""
+    for name in ("_fwd_config", "_bwd_config"):
+        monkeypatch.setattr(kernels, name, lambda sizes: kernels.Config(4, 16, 2, 1))
+
+
+def saved_bytes(function):
+    """Bytes of float32 states (sequences, K, runs, tiles, N, D) that a call leaves for its backward."""
+    sizes = []
+
+    def pack(tensor):
+        if tensor.dim() == 6:
+            sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("config", [(4, 16, 2, 1), (4, 16, 4, 1), (8, 32, 4, 1), (4, 32, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape, states, directions, options",
+    [
+        ((1, 18, 5, 7), 1, ["row_rev", "col"], {}),
+        ((1, 3, 4, 9), 2, ["col_rev", "row"], dict(grouped=True)),
+    ],
+    ids=str,
+)
+def test_forward_keeps_states_for_the_backward(
+    shape, states, directions, options, config, whole_sequences, monkeypatch
+):
+    """Tiles of the forward that are as long as the backward's or several times that, of as many channels or more."""
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: kernels.Config(*config))
+    monkeypatch.setattr(kernels, "scan2d_states_kernel", None)
+    tensors = single(shape, states, directions=directions, grouped=options.get("grouped", False))
+    compare("triton", scan2d, tensors, directions=directions, **options)
+
+
+def test_forward_keeps_states_of_lines(whole_sequences, monkeypatch):
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: kernels.Config(4, 16, 4, 1))
+    monkeypatch.setattr(kernels, "scan2d_states_kernel", None)
+    tensors = single((1, 3, 2, 17), 1, directions=["row_rev"])
+    compare("triton", scan2d, tensors, directions=["row_rev"], per_line=True)
+
+
+@pytest.mark.parametrize(
+    "config, states, count",
+    [
+        ((4, 16, 2, 1), 1, 3),  # 40 steps are 3 tiles of 16
+        ((4, 16, 2, 1, 1), 1, 0),  # runs
+        ((2, 16, 1, 1), 1, 0),  # tiles of 4 do not begin where those of 16 do
+        ((4, 16, 2, 1), 9, 0),  # 2 directions of 9 states every 16 steps, 4.5 bytes a pixel, are more than x
+    ],
+    ids=str,
+)
+def test_memory_of_the_states_kept(config, states, count, whole_sequences, monkeypatch):
+    monkeypatch.setattr(kernels, "_fwd_config" if config[0] == 2 else "_bwd_config", lambda _: kernels.Config(*config))
+    tensors = single((1, 20, 5, 8), states, directions=["row", "col"])
+    tensors["x"].requires_grad_()
+    with use_backend("triton"):
+        assert saved_bytes(lambda: scan2d(**tensors, directions=["row", "col"])) == 4 * 2 * count * states * 20
+        with torch.no_grad():
+            assert saved_bytes(lambda: scan2d(**tensors, directions=["row", "col"])) == 0
+
+
+def test_memory_is_that_of_half_a_map_in_vmamba():
+    """Bytes per pixel and channel of VMamba-T's later stages with 128 pictures, whose maps have 2."""
+
+    def kept(channels, side, rank):
+        x = torch.empty(128, channels, side, side, device="meta", dtype=torch.bfloat16)
+        A, weight = torch.empty(4, channels, 1, device="meta"), torch.empty(4, channels, rank, device="meta")
+        (states,) = kernels.to_save(x, None, A, None, None, CROSS, None, weight, None, True, False, False)
+        return states.nbytes / x.numel()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_fwd_config", fwd)
+        patch.setattr(kernels, "_bwd_config", bwd)
+        assert kept(192, 28, 12) == 1
+        assert kept(384, 14, 24) == pytest.approx(1.06, abs=0.01)
+        assert kept(768, 7, 48) == pytest.approx(1.31, abs=0.01)
+
+
+def targets(graph):
+    return {str(node.target) for node in graph.nodes} & {"vla.scan2d.default", "vla.scan2d_train.default"}
+
+
+def test_machinery_of_the_states_kept(whole_sequences):
+    """The dispatcher, compilers, checkpoints and hooks give the direct path's gradients; exports stay as they were."""
+    tensors = single((1, 2, 3, 6), 1, directions=["row_rev"])
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    options = (True, False, False)
+
+    def scan(*leaves):
+        return scan2d(*leaves[:5], ["row_rev"], *leaves[5:])
+
+    def gradients(function):
+        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+    def compiler(graph, inputs):
+        graphs.append(targets(graph.graph))
+        return make_boxed_func(graph)
+
+    class Scan(torch.nn.Module):
+        def forward(self, *leaves):
+            return scan(*leaves)
+
+    graphs = []
+    packed = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor)
+    with use_backend("triton"):
+        expected = gradients(scan)
+        for function in (
+            lambda *leaves: torch.ops.vla.scan2d(*leaves[:5], ["row_rev"], *leaves[5:], *options),
+            lambda *leaves: checkpoint(scan, *leaves, use_reentrant=False),
+            torch.compile(scan, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)),
+        ):
+            assert all(map(torch.equal, gradients(function), expected))
+        with packed:
+            assert all(map(torch.equal, gradients(scan), expected))
+        assert graphs[0] == {"vla.scan2d_train.default"}
+        exported = torch.export.export(Scan(), tuple(leaves))
+        assert targets(exported.graph) == targets(exported.run_decompositions().graph) == {"vla.scan2d.default"}
+        arguments = (*leaves[:5], ["row_rev"], *leaves[5:], *options)
+        assert set(torch.library.opcheck(torch.ops.vla.scan2d.default, arguments).values()) == {"SUCCESS"}
+        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        assert set(torch.library.opcheck(torch.ops.vla.scan2d_train.default, arguments).values()) == {"SUCCESS"}
+
+
+def test_second_derivative_raises(whole_sequences):
+    tensors = single((1, 2, 3, 2), 1, directions=["row"])
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    with use_backend("triton"):
+        for function in (scan2d, lambda *args: torch.ops.vla.scan2d(*args, True, False, False)):
+            y = function(*leaves[:5], ["row"], *leaves[5:])
+            first = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)[0]
+            with pytest.raises(RuntimeError, match="differentiate"):
+                torch.autograd.grad(first.sum(), leaves[0])
+
+
+def test_backward_of_another_backend(whole_sequences):
+    """What was saved is read by the backend that has saved it."""
+    tensors = single((1, 2, 3, 6), 1, directions=["row"])
+    expected = run("triton", scan2d, tensors, directions=["row"])["grad of x"]
+    x = tensors["x"].requires_grad_()
+    with use_backend("triton"):
+        y = scan2d(**tensors, directions=["row"])
+    with use_backend("torch"):
+        weight = torch.from_numpy(golden.fill_tensor("loss0", y.shape)).to(y.dtype)
+        assert torch.equal(torch.autograd.grad(y, x, weight)[0], expected)
 
 
 def test_long_sequences_of_few_programs_are_cut_into_runs():

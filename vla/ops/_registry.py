@@ -24,6 +24,7 @@ MIN_TRITON = (3, 4)
 # Types of arguments that neither a compiler nor a subclass of tensors has made.
 _PLAIN = frozenset((Tensor, Parameter, bool, int, float, str, list, tuple, torch.dtype, type(None)))
 
+_LIBRARY = torch.library.Library("vla", "FRAGMENT")
 _override: str | None = None
 
 
@@ -69,6 +70,13 @@ class Operator:
     that of `_torch.py` for kernels.
     (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
+    One backend's forward may leave more for its backward than the arguments. Its `to_save(*args)` returns empty
+    tensors, whose number and shapes are a function of the arguments' sizes and dtypes; `forward(*args, saved=...)`
+    fills them when a gradient is wanted, `backward(grads, *args, saved=...)` gets them, and without `saved` both do
+    without. For the dispatcher that forward is `vla::<name>_train`, which returns the tensors after the outputs. It
+    stands below autograd: callers and exported programs see `vla::<name>` alone. What a compiler has traced with such
+    a backend keeps to it, and what has been saved goes to the backward of the same.
+
     Args:
         name: Operator name inside the `vla` namespace.
         schema: Operator schema, e.g. `"(Tensor x, Tensor? bias, bool flag) -> Tensor"`. No aliasing.
@@ -80,6 +88,7 @@ class Operator:
             their `torch.Size`).
         exact_strides: Whether a compiler has to hand maps over with the strides that they have in eager mode. Else it
             keeps the order of their dimensions, and may pad rows.
+        saves: The backend that has `to_save`.
     """
 
     def __init__(
@@ -91,12 +100,14 @@ class Operator:
         infer: Callable,
         flops: Callable[..., int],
         exact_strides: bool = True,
+        saves: str | None = None,
     ):
         self.name = name
         self.package = package
         self.backends = tuple(backends)
         self.infer = infer
-        self._forward_replays, self._backward_replays = _replay.Replays(), _replay.Replays()
+        self.saves = saves
+        self._forward_replays, self._train_replays, self._backward_replays = (_replay.Replays() for _ in range(3))
         self._modules: dict[str, ModuleType] = {}
         self._warned = False
 
@@ -111,27 +122,36 @@ class Operator:
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
         ]
-        inputs = schema.split("->")[0].strip().removeprefix("(").removesuffix(")")
+        inputs, outputs = (part.strip().removeprefix("(").removesuffix(")") for part in schema.split("->"))
         torch.library.define(
             f"{qualname}_backward",
-            f"(Tensor[] grad_outputs, {inputs}) -> Tensor[]",
+            f"(Tensor[] grad_outputs, Tensor[] saved, {inputs}) -> Tensor[]",
             tags=tags,
         )
 
         torch.library.impl(qualname, "default", self._forward)
         torch.library.register_fake(qualname, self._fake)
-        torch.library.register_autograd(qualname, self._autograd_backward, setup_context=self._setup_context)
+        if saves is None:
+            torch.library.register_autograd(qualname, self._autograd_backward, setup_context=self._setup_context)
+        else:
+            torch.library.define(f"{qualname}_train", f"({inputs}) -> ({outputs}, Tensor[])", tags=tags)
+            torch.library.impl(f"{qualname}_train", "default", self._train)
+            torch.library.register_fake(f"{qualname}_train", self._fake_train)
+            self._train_overload = getattr(torch.ops.vla, f"{name}_train").default
+            _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         torch.library.impl(f"{qualname}_backward", "default", self._backward)
         torch.library.register_fake(f"{qualname}_backward", self._fake_backward)
 
         def forward_flops(*args, out_shape=None, **kwargs) -> int:
             return flops(*args, **kwargs)
 
-        def backward_flops(grad_outputs, *args, out_shape=None, **kwargs) -> int:
+        def backward_flops(grad_outputs, saved, *args, out_shape=None, **kwargs) -> int:
             # The forward recomputed, and two products where it had one.
             return 3 * flops(*args, **kwargs)
 
         register_flop_formula(getattr(torch.ops.vla, name))(forward_flops)
+        if saves is not None:
+            register_flop_formula(getattr(torch.ops.vla, f"{name}_train"))(forward_flops)
         register_flop_formula(getattr(torch.ops.vla, f"{name}_backward"))(backward_flops)
 
     def __call__(self, *args):
@@ -219,26 +239,59 @@ class Operator:
         with _replay.full_precision(device), _current(device):
             return self._load(self.backend_for(device, args[self.tensor_arguments[0]].dtype)).forward(*args)
 
+    def _is_saving(self, args: tuple) -> bool:
+        """Whether the backend that serves these arguments has more to save than them."""
+        first = args[self.tensor_arguments[0]]
+        return self.saves is not None and self.backend_for(first.device, first.dtype) == self.saves
+
+    def _train(self, *args) -> tuple:
+        """The outputs, and a list of what else the backward gets."""
+        return self._train_replays(self._run_train, args[self.tensor_arguments[0]], _override, *args)
+
+    def _run_train(self, *args) -> tuple:
+        device = self._check_devices(args)
+        if _replay.current() is None:  # else they have passed
+            self.infer(*args)
+        module = self._load(self.saves)
+        with _replay.full_precision(device), _current(device):
+            saved = module.to_save(*args)
+            outputs = module.forward(*args, saved=saved)
+        return *((outputs,) if isinstance(outputs, Tensor) else outputs), saved
+
+    def _fake_train(self, *args) -> tuple:
+        outputs = self._fake(*args)
+        return *((outputs,) if isinstance(outputs, Tensor) else outputs), self._load(self.saves).to_save(*args)
+
+    def _autograd(self, keyset: torch._C.DispatchKeySet, *args):
+        """What `torch.library.register_autograd` would register, for an operator that saves."""
+        keyset &= torch._C._after_autograd_keyset
+        tensors = (args[i] for i in self.tensor_arguments if args[i] is not None)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _Dispatched.apply(self, keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload.redispatch(keyset, *args)
+
     def _fake(self, *args):
         self._check_devices(args)
         return self.infer(*args)
 
-    def _setup_context(self, ctx, inputs, output) -> None:
-        ctx.save_for_backward(*(inputs[i] for i in self.tensor_arguments))
+    def _setup_context(self, ctx, inputs, output, saved=()) -> None:
+        ctx.save_for_backward(*(inputs[i] for i in self.tensor_arguments), *saved)
         ctx.constants = [None if i in self.tensor_arguments else value for i, value in enumerate(inputs)]
 
     def _autograd_backward(self, ctx, *grads):
-        args = self._saved(ctx)
-        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), *args)
+        args, saved = self._saved(ctx)
+        results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), saved, *args)
         present = (args[i] is not None for i in self.tensor_arguments)
         return self._for_arguments([r if given else None for r, given in zip(results, present, strict=True)])
 
-    def _saved(self, ctx) -> list:
-        """The arguments that `_setup_context` saved."""
-        args = list(ctx.constants)
-        for i, tensor in zip(self.tensor_arguments, ctx.saved_tensors, strict=True):
+    def _saved(self, ctx) -> tuple[list, list[Tensor]]:
+        """The arguments that `_setup_context` saved, and what else."""
+        args, tensors = list(ctx.constants), ctx.saved_tensors
+        count = len(self.tensor_arguments)
+        for i, tensor in zip(self.tensor_arguments, tensors[:count], strict=True):
             args[i] = tensor
-        return args
+        return args, list(tensors[count:])
 
     def _for_arguments(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients of the tensor arguments as those of all arguments."""
@@ -247,20 +300,23 @@ class Operator:
             results[i] = grad
         return tuple(results)
 
-    def _gradients(self, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
+    def _gradients(self, grads: list[Tensor], saved: list[Tensor], args: Sequence) -> list[Tensor | None]:
         """One gradient per tensor argument, None for absent ones."""
         first = args[self.tensor_arguments[0]]
-        return self._backward_replays(self._run_backward, first, _override, len(grads), *grads, *args)
+        counts = (len(grads), len(saved))
+        return self._backward_replays(self._run_backward, first, _override, *counts, *grads, *saved, *args)
 
-    def _run_backward(self, count: int, *args) -> list[Tensor | None]:
-        """`_gradients`, from `count` gradients and the arguments after them."""
-        grads, args = list(args[:count]), args[count:]
+    def _run_backward(self, outputs: int, kept: int, *args) -> list[Tensor | None]:
+        """`_gradients`, from the gradients of `outputs` tensors, `kept` tensors that were saved, and the arguments."""
+        grads, saved, args = list(args[:outputs]), list(args[outputs : outputs + kept]), args[outputs + kept :]
         tensors = [args[i] for i in self.tensor_arguments]
         device = tensors[0].device
-        backend = self.backend_for(device, tensors[0].dtype)
+        backend = self.saves if saved else self.backend_for(device, tensors[0].dtype)
         module = self._load(backend)
         with _replay.full_precision(device), _current(device):
-            if hasattr(module, "backward"):
+            if saved:
+                results = module.backward(grads, *args, saved=saved)
+            elif hasattr(module, "backward"):
                 results = module.backward(grads, *args)
             else:
                 # Kernels of inference alone leave that to PyTorch's own operators.
@@ -268,12 +324,12 @@ class Operator:
                 results = self._differentiate(plain.forward, grads, args)
         return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
 
-    def _backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+    def _backward(self, grads: list[Tensor], saved: list[Tensor], *args) -> list[Tensor]:
         # An operator's schema has no optional results: an absent argument gets an empty gradient.
         empty = args[self.tensor_arguments[0]].new_empty
-        return [empty(0) if grad is None else grad for grad in self._gradients(grads, args)]
+        return [empty(0) if grad is None else grad for grad in self._gradients(grads, saved, args)]
 
-    def _fake_backward(self, grads: list[Tensor], *args) -> list[Tensor]:
+    def _fake_backward(self, grads: list[Tensor], saved: list[Tensor], *args) -> list[Tensor]:
         tensors = [args[i] for i in self.tensor_arguments]
         return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
 
@@ -298,16 +354,47 @@ class _Direct(torch.autograd.Function):
     # Not with a `setup_context`: `apply` would spend more time on its signature than on all the rest.
     @staticmethod
     def forward(ctx, operator: Operator, *args):
-        outputs = operator._forward(*args)
-        operator._setup_context(ctx, args, outputs)
         ctx.operator = operator
+        # Without a wanted gradient, nothing reads what a forward saves.
+        if any(ctx.needs_input_grad) and operator._is_saving(args):
+            outputs, saved = _outputs_and_saved(operator._train(*args))
+        else:
+            outputs, saved = operator._forward(*args), ()
+        operator._setup_context(ctx, args, outputs, saved)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         operator = ctx.operator
-        return None, *operator._for_arguments(operator._gradients(list(grads), operator._saved(ctx)))
+        args, saved = operator._saved(ctx)
+        return None, *operator._for_arguments(operator._gradients(list(grads), saved, args))
+
+
+class _Dispatched(torch.autograd.Function):
+    """Autograd of an operator that saves, by way of the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, operator: Operator, keyset: torch._C.DispatchKeySet, *args):
+        ctx.operator = operator
+        with torch._C._AutoDispatchBelowAutograd():
+            if operator._is_saving(args):
+                outputs, saved = _outputs_and_saved(operator._train_overload.redispatch(keyset, *args))
+            else:
+                outputs, saved = operator._overload.redispatch(keyset, *args), ()
+        operator._setup_context(ctx, args, outputs, saved)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return None, None, *ctx.operator._autograd_backward(ctx, *grads)
+
+
+def _outputs_and_saved(results: tuple) -> tuple[Tensor | tuple[Tensor, ...], list[Tensor]]:
+    """What `vla::<name>_train` returns, as what `vla::<name>` does and the rest."""
+    *outputs, saved = results
+    return outputs[0] if len(outputs) == 1 else tuple(outputs), saved
 
 
 @cache

@@ -1,6 +1,7 @@
 """Triton kernels of the directional scan: every direction walks the map in place, see the README for the design."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from operator import mul
 from typing import NamedTuple
@@ -198,17 +199,17 @@ def _load_column(ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _load_state(
-    A_ptr, B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, B_s, C_s,
+    A_ptr, B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, channels, B_s, C_s,
     N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Of state n: A (D,), B and C times log(2) of some pixels (T, S, 1), and what enters their tile (D,)."""
     A = tl.load(A_ptr + d * N + n, mask=d_mask, other=0.0).to(tl.float32)
     b = _load_column(B_ptr + n * B_s, at, mask, T, S)
     c = _load_column(C_ptr + n * C_s, at, mask, T, S) * LN2
-    lane = tl.arange(0, BLOCK_D)
-    entry = tl.load(border_ptr + n * BLOCK_D + lane)
+    entry = tl.load(border_ptr + n * channels + d, mask=d_mask, other=0.0)
     if SPLIT:
-        entry += tl.load(border_ptr + (N + n) * BLOCK_D + lane) * tl.load(origin_ptr + n * BLOCK_D + lane)
+        decay = tl.load(border_ptr + (N + n) * channels + d, mask=d_mask, other=0.0)
+        entry += decay * tl.load(origin_ptr + n * BLOCK_D + tl.arange(0, BLOCK_D))
     return A, b, c, entry
 
 
@@ -265,8 +266,8 @@ def scan2d_states_kernel(
     """What a run of tiles of one direction does to the states of BLOCK_D channels, and to their gradients with `gy`.
 
     `total_ptr` receives, for every run, (3N, BLOCK_D): the states that leave it, its decays, and the gradients of the
-    states handed to the run before, as if from zero. `border_ptr` receives, for every tile, (2N, BLOCK_D): the states
-    that enter it, and the decays of the run before it.
+    states handed to the run before, as if from zero. `border_ptr` receives, for every tile, the states that enter it,
+    (N, D), or with several runs also the decays of the run before it, (2N, D).
     """
     block = tl.program_id(0) % blocks
     k = tl.program_id(0) // blocks % K
@@ -290,17 +291,20 @@ def scan2d_states_kernel(
 
     weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
     walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
+    tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
     at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     n_mask = n_index < N
+    border_mask = n_mask & d_mask[None, :]
     passed = tl.full((N_PAD, BLOCK_D), 1.0, tl.float32)
     carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
     handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
     for tile in tl.range(0, tiles, num_stages=1):
         if border_ptr is not None:
-            border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D) + at
-            tl.store(border, carry, mask=n_mask)
+            border = border_ptr + (tile_at + tile) * ((2 if SPLIT else 1) * N * channels)
+            border += n_index * channels + d[None, :]
+            tl.store(border, carry, mask=border_mask)
             if SPLIT:
-                tl.store(border + N * BLOCK_D, passed, mask=n_mask)
+                tl.store(border + N * channels, passed, mask=border_mask)
         pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
         p_at = pixel * ps_p
         full_mask = mask[:, None] & d_mask[None, :]
@@ -363,16 +367,20 @@ def scan2d_carry_kernel(
 
 @kernel
 def scan2d_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, partial_ptr, y_ptr,
-    chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr, y_ptr,
+    borders, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
     xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr, AHEAD: tl.constexpr,
+    AXES: tl.constexpr, AHEAD: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
-    directions in turn."""
+    directions in turn.
+
+    `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
+    those after every BORDER steps.
+    """
     block = tl.program_id(0) % blocks
     begin = 0
     end = 2 * K
@@ -415,6 +423,10 @@ def scan2d_fwd_kernel(
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
                 carry += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + at, mask=n_index < N, other=0.0)
+            if border_ptr is not None:
+                border_at = border_ptr + (sequence * K + k).to(tl.int64) * borders * (N * channels)
+                # Before a reversed direction, the backward may have fewer places without a pixel.
+                shift = direction[0] * (slots - borders * BORDER)
             if AHEAD:
                 pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, WIDE)
                 x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
@@ -448,6 +460,14 @@ def scan2d_fwd_kernel(
                     h = step * (b_n * x)
                     through, ended = _ends(decay, h, T)
                     entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False)
+                    if border_ptr is not None:
+                        slot = (run * tiles + tile) * (T * S) + o - shift
+                        border = slot // BORDER
+                        kept = (row < S) & (slot % BORDER == 0) & (slot >= 0) & (border < borders)
+                        rows = border_at + (border.to(tl.int64) * N + n)[:, None] * channels
+                        # In the shape of the tile, whose layout a store by segments would not keep to.
+                        entries = tl.reshape(tl.broadcast_to(entry[None, :, :], (T, S, BLOCK_D)), (T * S, BLOCK_D))
+                        tl.store(rows + d[None, :], entries, mask=kept[:, None] & d_mask[None, :])
                     carry = tl.where(n_index == n, left[None, :], carry)
                     _, h = tl.associative_scan((decay, tl.where(t == 0, h + decay * entry[None, :, :], h)), 0, compose)
                     y += c_n * h
@@ -466,19 +486,23 @@ def scan2d_bwd_kernel(
     gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr,
     gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
     chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, ls_block, rs_run,
+    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, os_k, ls_block, rs_run,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
-    directions, of the projections by block of channels, of the parameters by run."""
+    directions, of the projections by block of channels, of the parameters by run.
+
+    With APART a program walks one direction, and `gx_ptr` receives a map for each.
+    """
+    ALONE: tl.constexpr = GROUPED or APART
     block = tl.program_id(0) % blocks
     begin = 0
     end = 2 * K
     index = tl.program_id(0) // blocks
-    if GROUPED:
+    if ALONE:
         begin = index % K
         end = begin + 1
         index = index // K
@@ -508,19 +532,25 @@ def scan2d_bwd_kernel(
     slots = runs * tiles * (T * S)
 
     for turn in range(begin, end):
-        k, walks, first, last = _turn(turn, K, chosen, columns, order, GROUPED)
+        k, walks, first, last = _turn(turn, K, chosen, columns, order, ALONE)
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-            skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
+            # The first program, or the first turn, of a map also passes the skip.
+            skips = k == 0 if APART else first
+            skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
-            walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
+            out_ptr = gx_ptr
+            if APART:
+                out_ptr += k * os_k.to(tl.int64)
+            tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
             origin = border_ptr
             handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
+                walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
                 origin = entry_ptr + walk * (2 * N * BLOCK_D)
                 handed += tl.load(origin + N * BLOCK_D + at, mask=n_index < N, other=0.0)
             # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
@@ -537,10 +567,10 @@ def scan2d_bwd_kernel(
                 x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
                 low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
                 # Asked for before the product, too: no load passes the barriers in it.
-                border = border_ptr + (walk * tiles + tile) * (2 * N * BLOCK_D)
+                border = border_ptr + (tile_at + tile) * ((2 if SPLIT else 1) * N * channels)
                 A, b_n, c_n, entering = _load_state(
-                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, d_mask, B_s, C_s,
-                    N, T, S, BLOCK_D, SPLIT,
+                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, d_mask,
+                    channels, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
                 )  # fmt: skip
                 logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
                 g_low_at = (pixel * K + k) * (R + 2 * N)
@@ -581,10 +611,10 @@ def scan2d_bwd_kernel(
                     if N > 1:
                         A, b_n, c_n, entering = _load_state(
                             A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, tl.minimum(n + 1, N - 1), p_at,
-                            mask, d, d_mask, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
+                            mask, d, d_mask, channels, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
                         )  # fmt: skip
 
-                if not GROUPED:
+                if not ALONE:
                     earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
                     g_step *= tl.exp2(logit - step)
@@ -601,14 +631,14 @@ def scan2d_bwd_kernel(
                     g_dt_at = (pixel * K + k)[:, None] * channels + d[None, :]
                     tl.store(g_dt_ptr + g_dt_at, (g_step * LOG2E).to(g_dt_ptr.dtype.element_ty), mask=full_mask)
 
-                if first:
+                if skips:
                     g_skip += tl.sum(gy * x, axis=0)
                 gx += skip[None, None, :] * gy
                 gx = tl.reshape(gx, (T * S, BLOCK_D))
-                if not GROUPED:
+                if not ALONE:
                     gx += earlier
                 if last:
-                    tl.store(gx_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
+                    tl.store(out_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + gx_at, gx, mask=full_mask)
 
@@ -621,7 +651,7 @@ def scan2d_bwd_kernel(
             if D_ptr is not None:
                 if GROUPED:
                     tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
-                elif first:
+                elif skips:
                     tl.store(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), mask=d_mask)
             if bias_ptr is not None:
                 tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
@@ -654,6 +684,17 @@ def scan2d_merge_kernel(
     tl.store(g_C_ptr + row * N + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
+@kernel
+def scan2d_add_kernel(maps_ptr, sum_ptr, count, size, BLOCK: tl.constexpr):
+    """Adds maps, (count, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(count):
+        total += tl.load(maps_ptr + i * size.to(tl.int64) + at, mask=mask, other=0.0)
+    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
+
+
 class Config(NamedTuple):
     """How a kernel cuts its work.
 
@@ -664,6 +705,7 @@ class Config(NamedTuple):
         num_warps: Warps of a program.
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
+        apart: Whether directions to be summed are programs of their own, in the backward.
         ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
     """
 
@@ -674,6 +716,7 @@ class Config(NamedTuple):
     tiles: int = 0
     maxnreg: int | None = None
     ahead: bool = False
+    apart: bool = False
 
     @property
     def S(self) -> int:
@@ -698,7 +741,7 @@ BACKWARD = {
 }
 
 
-def _fwd_config(problem: "_Problem") -> Config:
+def _fwd_config(problem: "_Sizes") -> Config:
     if problem.programs < 132 and problem.length >= 512:
         return FORWARD["runs"]
     if problem.states > 1 and problem.programs < 1024:
@@ -711,7 +754,7 @@ def _fwd_config(problem: "_Problem") -> Config:
     return FORWARD["many" if problem.states == 1 else "many states"]
 
 
-def _bwd_config(problem: "_Problem") -> Config:
+def _bwd_config(problem: "_Sizes") -> Config:
     # The totals of runs cost more with several states.
     if problem.programs < (640 if problem.states == 1 else 132) and problem.length >= 512:
         return BACKWARD["runs"]
@@ -750,22 +793,20 @@ def _map_strides(map: Tensor) -> tuple[int, int, int]:
     return b, d, p
 
 
-@lru_cache
 def _cut(channels: int, length: int, config: Config) -> tuple[int, int, int]:
     tiles = cdiv(length, config.T * config.S)
     runs = cdiv(tiles, config.tiles) if config.tiles else 1
     return cdiv(channels, config.BLOCK_D), runs, cdiv(tiles, runs)
 
 
-class _Problem:
-    """What the launches of a forward or a backward have in common."""
+# Not of a compiler's symbolic sizes, which have no hash.
+_known_cut = lru_cache(_cut)
 
-    def __init__(self, x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line):
-        self.x = _flat(x)
-        self.dt, self.B, self.C = _packed(dt, B, C)
-        self.A, self.D, self.weight, self.bias = (
-            None if t is None else t.contiguous() for t in (A, D, dt_weight, dt_bias)
-        )
+
+class _Sizes:
+    """What the choice of configurations depends on: sizes alone, which a compiler knows, too."""
+
+    def __init__(self, x: Tensor, A: Tensor, dt_weight: Tensor | None, grouped: bool, per_line: bool):
         self.grouped, self.per_line = grouped, per_line
         self.batch, _, self.height, self.width = x.shape
         self.count, self.channels, self.states = A.shape
@@ -776,6 +817,28 @@ class _Problem:
             self.sequences = self.length = max(self.height, self.width)
         # Programs of 32 channels that walk whole sequences.
         self.programs = self.batch * self.sequences * cdiv(self.channels, 32) * (self.count if grouped else 1)
+
+    def cut(self, config: Config) -> tuple[int, int, int]:
+        """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
+        return _cut(self.channels, self.length, config)
+
+    def borders(self, config: Config) -> tuple[int, ...]:
+        """Shape of the states with which tiles are entered and, where there are runs, the decays of the run before."""
+        _, runs, tiles = self.cut(config)
+        rows = (2 if runs > 1 else 1) * self.states
+        return self.batch * self.sequences, self.count, runs, tiles, rows, self.channels
+
+
+class _Problem(_Sizes):
+    """What the launches of a forward or a backward have in common."""
+
+    def __init__(self, x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line):
+        super().__init__(x, A, dt_weight, grouped, per_line)
+        self.x = _flat(x)
+        self.dt, self.B, self.C = _packed(dt, B, C)
+        self.A, self.D, self.weight, self.bias = (
+            None if t is None else t.contiguous() for t in (A, D, dt_weight, dt_bias)
+        )
         self.flips = sum(1 << k for k, direction in enumerate(directions) if direction.endswith("rev"))
         self.columns = sum(1 << k for k, direction in enumerate(directions) if direction.startswith("col"))
 
@@ -800,8 +863,7 @@ class _Problem:
         )
 
     def cut(self, config: Config) -> tuple[int, int, int]:
-        """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
-        return _cut(self.channels, self.length, config)
+        return _known_cut(self.channels, self.length, config)
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.dt, self.A, self.B, self.C, self.D, self.weight, self.bias
@@ -832,35 +894,40 @@ class _Problem:
             WIDE=wide, num_warps=config.num_warps, **self.constants, **limit,
         )  # fmt: skip
 
-    def enter(self, config: Config, gy: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def enter(
+        self, config: Config, gy: Tensor | None = None, borders: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What the walks start from.
+
+        Args:
+            gy: Gradient of the result, in the backward.
+            borders: States with which the backward's tiles are entered, where the forward has kept them.
 
         Returns:
             The states, and with `gy` the gradients of states, with which runs are entered, (sequences, K, blocks, runs,
-            2N, BLOCK_D), None for a single run; with `gy` the states with which tiles are entered and the decays of the
-            run before them, (sequences, K, blocks, runs, tiles, 2N, BLOCK_D).
+            2N, BLOCK_D), None for a single run; with `gy` the states with which tiles are entered, see `borders`.
         """
-        blocks, runs, tiles = self.cut(config)
-        walks = (self.batch * self.sequences, self.count, blocks)
+        blocks, runs, _ = self.cut(config)
+        walks = (self.batch * self.sequences, self.count, blocks, runs)
 
-        def new(*rows: int) -> Tensor:
-            return torch.empty((*walks, *rows, config.BLOCK_D), dtype=torch.float32, device=self.x.device)
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
-        totals = entries = borders = None
+        if runs == 1 and (gy is None or borders is not None):
+            return None, borders
+        totals = entries = None
         if runs > 1:
-            totals, entries = new(runs, 3 * self.states), new(runs, 2 * self.states)
+            totals, entries = (new(*walks, rows * self.states, config.BLOCK_D) for rows in (3, 2))
         if gy is not None:
-            borders = new(runs, tiles, 2 * self.states)
-        if totals is None and borders is None:
-            return None, None
+            borders = new(*self.borders(config))
         maps = (self.x,) if gy is None else (self.x, gy)
-        scan2d_states_kernel[(math.prod(walks) * runs,)](
+        scan2d_states_kernel[(math.prod(walks),)](
             self.x, gy if runs > 1 else None, self.dt, self.A, self.B, self.C, self.weight, self.bias, totals, borders,
             *self.sizes(config), *_map_strides(self.x), *_map_strides(maps[-1]), *self.strides(),
             AXES="both", **self.options(config._replace(maxnreg=None), *maps),
         )  # fmt: skip
         if runs > 1:
-            scan2d_carry_kernel[(math.prod(walks), self.states)](
+            scan2d_carry_kernel[(math.prod(walks[:3]), self.states)](
                 totals, entries, runs, N=self.states, BLOCK_D=config.BLOCK_D,
                 RUNS=min(16, next_power_of_2(runs)), ADJOINT=gy is not None, num_warps=1,
             )  # fmt: skip
@@ -868,7 +935,7 @@ class _Problem:
 
     def launch(
         self, kernel: Kernel, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor,
-        **constants: bool,
+        **constants: bool | int,
     ) -> None:  # fmt: skip
         """Launches a kernel over (sequences, runs, blocks of channels), and groups.
 
@@ -876,10 +943,11 @@ class _Problem:
         cross each other: they are two launches.
         """
         blocks, runs, _ = self.cut(config)
-        programs = self.batch * self.sequences * runs * blocks * (self.count if self.grouped else 1)
+        alone = self.grouped or constants.get("APART", False)
+        programs = self.batch * self.sequences * runs * blocks * (self.count if alone else 1)
         every = (1 << self.count) - 1
         rows, columns = every & ~self.columns, self.columns
-        if rows and columns and not self.grouped and (runs > 1 or self.per_line):
+        if rows and columns and not alone and (runs > 1 or self.per_line):
             launches = ((rows, "rows", FIRST.value), (columns, "columns", SECOND.value))
         else:
             launches = ((every, "both" if rows and columns else "rows" if rows else "columns", 0),)
@@ -890,7 +958,23 @@ class _Problem:
             )  # fmt: skip
 
 
-def forward(*args) -> Tensor:
+def to_save(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line) -> list[Tensor]:
+    """The states with which the backward's tiles are entered, which the forward meets anyway.
+
+    Not for runs, whose backward needs more than that, nor where they would take more memory than x.
+    """
+    sizes = _Sizes(x, A, dt_weight, grouped, per_line)
+    forward, backward = _fwd_config(sizes), _bwd_config(sizes)
+    # The backward's tiles have to begin where segments of the forward do.
+    border = backward.T * backward.S
+    fits = forward.T * forward.S % border == 0 and border % forward.T == 0
+    walks = 1 if grouped else sizes.count  # of a pixel and channel
+    small = 4 * walks * sizes.states <= x.dtype.itemsize * border
+    _, runs, _ = sizes.cut(backward)
+    return [x.new_empty(sizes.borders(backward), dtype=torch.float32)] if fits and small and runs == 1 else []
+
+
+def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     y = torch.empty_like(args[0])
     if y.numel() == 0:
         return y
@@ -898,13 +982,17 @@ def forward(*args) -> Tensor:
     x, out = problem.x, _flat(y)
     config = _fwd_config(problem)
     entries, _ = problem.enter(config)
-    tensors = (x, *problem.parameters(), entries, problem.sums(out), out)
+    borders, count, border = None, 0, 0
+    if saved:
+        (borders,), backward_config = saved, _bwd_config(problem)
+        count, border = borders.shape[3], backward_config.T * backward_config.S
+    tensors = (x, *problem.parameters(), entries, borders, problem.sums(out), out, count)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
-    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out, AHEAD=config.ahead)
+    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out, AHEAD=config.ahead, BORDER=border)
     return y if out is y else y.copy_(out)
 
 
-def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
+def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
     x, dt, A, B, C, _, D, dt_weight, dt_bias, _, grouped, _ = args
     if x.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, dt_weight, dt_bias)]
@@ -924,12 +1012,16 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
     sizes += [0 if t is None else t.numel() for t in (dt_weight, dt_bias)]
     sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
 
-    entries, borders = problem.enter(config, gy)
-    tensors = (gy, x, *problem.parameters(), entries, borders, problem.sums(gx), gx, g_dt, parts)
+    entries, borders = problem.enter(config, gy, *saved)
+    apart = config.apart and count > 1 and not grouped
+    maps = gx.new_empty((count, gx.numel()), dtype=torch.float32) if apart else gx
+    tensors = (gy, x, *problem.parameters(), entries, borders, maps if apart else problem.sums(gx), maps, g_dt, parts)
     tensors += sums.split(sizes, dim=1)
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
-    strides += (parts.stride(0), sums.stride(0))
-    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx)
+    strides += (maps.stride(0), parts.stride(0), sums.stride(0))
+    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, APART=apart)
+    if apart:
+        scan2d_add_kernel[(cdiv(gx.numel(), 1024),)](maps, gx, count, gx.numel(), BLOCK=1024)
 
     rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
     block = max(1, 2048 // columns)

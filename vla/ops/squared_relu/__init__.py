@@ -14,8 +14,8 @@ _OP = "squared_relu"
 class _SavesOutput(Operator):
     """Saves the output for the backward, which the linear layer that follows saves anyway."""
 
-    def _setup_context(self, ctx, inputs, output) -> None:
-        super()._setup_context(ctx, (output,), output)
+    def _setup_context(self, ctx, inputs, output, saved=()) -> None:
+        super()._setup_context(ctx, (output,), output, saved)
 
 
 def _infer(x: Tensor) -> Tensor:
