@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import pkgutil
+import sys
 import weakref
 
 import pytest
@@ -240,12 +241,13 @@ def test_memory_of_a_recording_is_given_back():
 
     def function(x):
         out = add(x, x)
+        assert torch.promote_types(x.dtype, torch.float64) == torch.float64  # an operator for the dispatcher
         alive.append(weakref.ref(out))
         return add(out, x)
 
     for _ in range(2):
         call(replays, function, torch.randn(40))
-    assert [a() for a in alive] == [None, None]
+    assert [a() for a in alive] == [None, None] and kinds(replays) == ["replay"]
 
 
 def test_forgets_layouts_when_there_are_too_many(monkeypatch):
@@ -281,7 +283,7 @@ def test_hooks_see_every_launch(monkeypatch):
         (scan2d, lambda: test_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
     ],
 )
-def test_operators(function, make, options):
+def test_operators(monkeypatch, function, make, options):
     def run():
         leaves = {n: t if t is None else t.float().requires_grad_() for n, t in make().items()}
         for tensor in leaves.values():
@@ -298,9 +300,13 @@ def test_operators(function, make, options):
             results.append([*outputs, *grads])
         return results
 
+    operator = sys.modules[function.__module__].operator
+    monkeypatch.setattr(operator, "_forward_replays", Replays())
+    monkeypatch.setattr(operator, "_backward_replays", Replays())
     for _ in range(4):
         for repeated, ordinary in zip(*run(), strict=True):
             assert torch.equal(repeated, ordinary) and repeated.stride() == ordinary.stride()
+    assert kinds(operator._forward_replays) == kinds(operator._backward_replays) == ["replay"]
 
 
 def test_every_kernel_can_be_recorded():

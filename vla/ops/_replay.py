@@ -138,11 +138,13 @@ class Recording(TorchDispatchMode):
             self._add(out)
             return out
         results = [out] if isinstance(out, Tensor) else out
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
+            return out  # of constants alone, as `torch.promote_types`
         fixed = isinstance(results, (list, tuple)) and all(isinstance(x, Tensor) for x in results)
         if not fixed or _UNREPEATABLE.intersection(func.tags):
             self.complete = False
             return out
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
         if not func._schema.is_mutable and all(x.untyped_storage()._cdata in owners for x in results):
             for x in results:

@@ -1,4 +1,4 @@
-"""Device functions that several operators' kernels share."""
+"""How kernels are launched, and device functions that several operators' kernels share."""
 
 from collections.abc import Callable
 from functools import partial, update_wrapper

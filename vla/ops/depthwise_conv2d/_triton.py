@@ -454,7 +454,7 @@ def convolved(
 ) -> Tensor:
     """The convolution, with `flip` its adjoint, as a channels-last map."""
     batch, channels, height, width = x.shape
-    y = x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
     x, kh, kw = _last(x), *weight.shape[2:]
