@@ -690,8 +690,9 @@ def scan2d_add_kernel(maps_ptr, sum_ptr, count, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(count):
-        total += tl.load(maps_ptr + i * size.to(tl.int64) + at, mask=mask, other=0.0)
+    for _ in range(count):
+        total += tl.load(maps_ptr + at, mask=mask, other=0.0)
+        maps_ptr += size
     tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
 
 
@@ -705,8 +706,8 @@ class Config(NamedTuple):
         num_warps: Warps of a program.
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
-        apart: Whether directions to be summed are programs of their own, in the backward.
         ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
+        apart: Whether the backward's directions are programs of their own, with a map of sums each.
     """
 
     T: int
@@ -736,8 +737,10 @@ FORWARD = {
 }
 BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=8),
+    "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
-    "wide": Config(4, 64, 4, 2),
+    "wide": Config(4, 64, 4, 2, apart=True),
+    "high rank": Config(4, 64, 2, 4, maxnreg=168, apart=True),
 }
 
 
@@ -755,10 +758,16 @@ def _fwd_config(problem: "_Sizes") -> Config:
 
 
 def _bwd_config(problem: "_Sizes") -> Config:
+    narrow = problem.channels <= 16 and problem.states == 1
     # The totals of runs cost more with several states.
-    if problem.programs < (640 if problem.states == 1 else 132) and problem.length >= 512:
+    fewest = 132 if problem.states > 1 else 512 if narrow else 640
+    if problem.programs < fewest and problem.length >= 512:
         return BACKWARD["runs"]
-    return BACKWARD["wide" if problem.channels >= 128 else "many"]
+    if narrow:
+        return BACKWARD["narrow"]
+    if problem.channels < 128:
+        return BACKWARD["many"]
+    return BACKWARD["high rank" if problem.rank > 32 else "wide"]
 
 
 def _flat(map: Tensor) -> Tensor:
@@ -935,15 +944,14 @@ class _Problem(_Sizes):
 
     def launch(
         self, kernel: Kernel, config: Config, tensors: tuple, strides: tuple[int, ...], *maps: Tensor,
-        **constants: bool | int,
+        alone: bool, **constants: bool | int,
     ) -> None:  # fmt: skip
-        """Launches a kernel over (sequences, runs, blocks of channels), and groups.
+        """Launches a kernel over (sequences, runs, blocks of channels), and directions if each is `alone`.
 
-        A program walks all directions that cut the map alike, one after the other. Runs of rows and runs of columns
-        cross each other: they are two launches.
+        Else a program walks all directions that cut the map alike, one after the other. Runs of rows and runs of
+        columns cross each other: they are two launches.
         """
         blocks, runs, _ = self.cut(config)
-        alone = self.grouped or constants.get("APART", False)
         programs = self.batch * self.sequences * runs * blocks * (self.count if alone else 1)
         every = (1 << self.count) - 1
         rows, columns = every & ~self.columns, self.columns
@@ -988,7 +996,9 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
         count, border = borders.shape[3], backward_config.T * backward_config.S
     tensors = (x, *problem.parameters(), entries, borders, problem.sums(out), out, count)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
-    problem.launch(scan2d_fwd_kernel, config, tensors, strides, x, out, AHEAD=config.ahead, BORDER=border)
+    problem.launch(
+        scan2d_fwd_kernel, config, tensors, strides, x, out, alone=problem.grouped, AHEAD=config.ahead, BORDER=border
+    )
     return y if out is y else y.copy_(out)
 
 
@@ -1015,11 +1025,11 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     entries, borders = problem.enter(config, gy, *saved)
     apart = config.apart and count > 1 and not grouped
     maps = gx.new_empty((count, gx.numel()), dtype=torch.float32) if apart else gx
-    tensors = (gy, x, *problem.parameters(), entries, borders, maps if apart else problem.sums(gx), maps, g_dt, parts)
-    tensors += sums.split(sizes, dim=1)
+    partial = maps if apart else problem.sums(gx)
+    tensors = (gy, x, *problem.parameters(), entries, borders, partial, maps, g_dt, parts, *sums.split(sizes, dim=1))
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
     strides += (maps.stride(0), parts.stride(0), sums.stride(0))
-    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, APART=apart)
+    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, alone=grouped or apart, APART=apart)
     if apart:
         scan2d_add_kernel[(cdiv(gx.numel(), 1024),)](maps, gx, count, gx.numel(), BLOCK=1024)
 
