@@ -211,7 +211,7 @@ def _join(tiles, ALIGN: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _kept(tiles, ALIGN: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr):
-    """The same tiles, unknown to the compiler: it converts them again, instead of keeping them in float32 until then."""
+    """The same tiles, unknown to the compiler, which else converts them once and keeps them in float32 until then."""
     kept = ()
     for i in tl.static_range(CHUNK // (8 if ALIGN > 8 else ALIGN)):
         tile = tiles[i]
