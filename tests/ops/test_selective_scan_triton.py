@@ -84,12 +84,14 @@ def test_rows_beyond_a_program(channels, layout):
         (16, 18, 1, "shared", "shared"),
         (53, 3, 9, "grouped", "grouped"),
         (53, 3, 2, "grouped", "grouped"),
+        (52, 4, 2, "grouped", "grouped"),
+        (20, 4, 1, "constant", "grouped"),
         (35, 2, 1, "constant", "grouped"),
         (35, 2, 1, "grouped", "constant"),
     ],
 )
 def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
-    """Chunks of 16 steps, parallel segments of so many chunks, sums over the rows for 16 states at once."""
+    """Chunks of 16 steps, parallel segments of so many chunks, states one by one and two at a time."""
     choose_rows(monkeypatch, True, segment)
     compare("triton", full, single(1, 4, length, states, b, c, groups=2), ROWS_RELATIVE, delta_softplus=True)
 

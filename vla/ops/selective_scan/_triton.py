@@ -951,7 +951,7 @@ def backward(
         LANES=lanes,
         PER_LANE=per_lane,
         STAGES=stages,
-        PREFETCH=scan.prefetches and scan.states == 1,
+        PREFETCH=scan.takes_ptx and scan.states == 1,
         **options,
     )
     gA, gB, gC, gD, gbias = parts.totals()

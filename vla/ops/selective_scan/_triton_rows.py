@@ -21,6 +21,8 @@ _COLUMNS = tl.constexpr(8 if tuple(int(part) for part in triton.__version__.spli
 # less the longer they are; the backward has more else to do, and longer segments leave fewer programs.
 FORWARD_SEGMENT = 128
 BACKWARD_SEGMENT = 32
+# Programs that share the states of a segment, to find out what it adds.
+_SHARES = 2
 
 
 @triton.jit
@@ -56,17 +58,28 @@ def _to_lanes(tile):
 
 
 @triton.jit
-def _every_lane(steps, ROWS: tl.constexpr):
-    """Values (T,) in a tuple, each for all rows (R,)."""
-    return _unstack(tl.broadcast_to(steps.to(tl.float32)[:, None], [steps.shape[0], ROWS]))
+def _float32(x, PTX: tl.constexpr):
+    """`x` in float32. Where registers hold two neighbours in bfloat16, the compiler would take three instructions."""
+    if PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
-def _sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
-    """Sums over the 32 lanes of each of COUNT rows (32,), as (COUNT,).
+def _every_lane(steps, ROWS: tl.constexpr, PTX: tl.constexpr):
+    """Values (T,) in a tuple, each for all rows (R,)."""
+    return _unstack(tl.broadcast_to(_float32(steps, PTX)[:, None], [steps.shape[0], ROWS]))
+
+
+@triton.jit
+def _partial_sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
+    """Sums over the 32 lanes of each of COUNT rows (32,), as (COUNT, 8) of which the last axis is left to add.
 
     Tensor cores add four lanes each, in a product with zeros and ones whose right operand they take from the very lanes
-    and registers that hold the rows; shuffles then add the eight results. Terms are rounded to bfloat16 or to TF32.
+    and registers that hold the rows. Terms are rounded to bfloat16 or to TF32.
     """
     LANES: tl.constexpr = 32 // _COLUMNS
     row = tl.arange(0, COUNT)[:, None]
@@ -75,12 +88,11 @@ def _sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
         # A register has two of them, neighbours in k.
         tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, _COLUMNS, LANES]), (0, 3, 1, 2))
         select = tl.where(row == k // (2 * LANES) * 2 + k % 2, 1.0, 0.0).to(tl.bfloat16)
-        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]).to(tl.bfloat16))
+        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]).to(tl.bfloat16))
     else:
         tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, _COLUMNS, LANES]), (0, 2, 1))
         select = tl.where(row == k // LANES, 1.0, 0.0)
-        parts = tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]), input_precision="tf32")
-    return tl.sum(parts, 1)
+        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]), input_precision="tf32")
 
 
 @triton.jit
@@ -120,34 +132,6 @@ def _projection(ptr, batch, channel, first_channel, per_group, b, g, CONSTANT: t
 
 
 @triton.jit
-def _load_state(
-    row,
-    n,
-    time,
-    n_stride,
-    l_stride,
-    inside,
-    valid,
-    CONSTANT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """B or C of state n, from where `_projection` says they begin: at each step (T,), or of each channel (R,)."""
-    if CONSTANT:
-        return tl.load(row + n * n_stride, valid, 0.0)
-    else:
-        return tl.load(row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride, inside, 0.0)
-
-
-@triton.jit
-def _at_steps(loaded, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """What `_load_state` loaded, for each step of a chunk (R,) in float32."""
-    if CONSTANT:
-        return repeat(loaded.to(tl.float32), CHUNK)
-    else:
-        return _every_lane(loaded, ROWS)
-
-
-@triton.jit
 def _inside(time, length, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
     """Which steps of a chunk there are: all of them, as the compiler then knows, if chunks divide the length."""
     if ALIGN % CHUNK == 0:
@@ -157,52 +141,90 @@ def _inside(time, length, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    rows,
+def _load_state(
+    row,
+    n,
     start,
+    n_stride,
     l_stride,
     length,
     valid,
-    other,
+    CONSTANT: tl.constexpr,
     ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
-    ALONE: tl.constexpr,
 ):
-    """A chunk's steps of rows (T, R), in float32.
+    """B or C of state n, from where `_projection` says they begin: at each step of a chunk (T,), or of each channel
+    (R,).
 
-    If ALONE, each lane loads what it will hold, with more requests to memory than if a row's lanes load neighbouring
-    steps and hand them over, but with fewer instructions and registers.
+    Steps behind the end, at which nothing is added, repeat those before it: masks would cost a predicate each.
     """
-    if ALONE:
-        WIDTH: tl.constexpr = 8 if ALIGN > 8 else ALIGN
-        steps = ()
-        for first in tl.static_range(0, CHUNK, WIDTH):
-            time = start + first + tl.arange(0, WIDTH)
-            mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
-            steps = steps + _unstack(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other).to(tl.float32))
-        return _stack(steps, CHUNK)
+    if CONSTANT:
+        return tl.load(row + n * n_stride, valid, 0.0)
     else:
-        time = start + tl.arange(0, CHUNK)
-        mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
-        return _to_lanes(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other))
+        step = tl.arange(0, CHUNK)
+        time = start + step
+        if ALIGN % CHUNK != 0:
+            time = tl.minimum(start + step // ALIGN * ALIGN, length - ALIGN) + step % ALIGN
+        return tl.load(row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride)
 
 
 @triton.jit
-def _load_logits(
-    rows,
-    start,
-    l_stride,
-    length,
-    valid,
-    bias_ptr,
-    channel,
-    SOFTPLUS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ALONE: tl.constexpr,
-):
-    """`delta` with its bias, times log2(e), as `exponent` wants it: (T, R)."""
-    s = _load(rows, start, l_stride, length, valid, float("-inf") if SOFTPLUS else 0.0, ALIGN, CHUNK, ALONE) * LOG2E
+def _at_steps(loaded, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr):
+    """What `_load_state` loaded, for each step of a chunk (R,) in float32."""
+    if CONSTANT:
+        return repeat(loaded.to(tl.float32), CHUNK)
+    else:
+        return _every_lane(loaded, ROWS, PTX)
+
+
+@triton.jit
+def _load(rows, start, l_stride, length, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk's steps of rows (T, R), in float32. Lanes load neighbouring steps and hand them over to their row's."""
+    time = start + tl.arange(0, CHUNK)
+    mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
+    return _to_lanes(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other))
+
+
+@triton.jit
+def _load_alone(rows, start, l_stride, length, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk's steps of rows, in a tuple of what a lane loads at once, (t, R) each.
+
+    Each lane loads what it will hold: more requests to memory than those of `_load`, fewer instructions and registers.
+    """
+    WIDTH: tl.constexpr = 8 if ALIGN > 8 else ALIGN
+    tiles = ()
+    for first in tl.static_range(0, CHUNK, WIDTH):
+        time = start + first + tl.arange(0, WIDTH)
+        mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
+        tiles = tiles + (tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other),)
+    return tiles
+
+
+@triton.jit
+def _join(tiles, ALIGN: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr):
+    """What `_load_alone` loaded as one tile (T, R), in float32."""
+    steps = ()
+    for i in tl.static_range(CHUNK // (8 if ALIGN > 8 else ALIGN)):
+        steps = steps + _unstack(_float32(tiles[i], PTX))
+    return _stack(steps, CHUNK)
+
+
+@triton.jit
+def _kept(tiles, ALIGN: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr):
+    """The same tiles, unknown to the compiler, which else converts them once and keeps them in float32 until then."""
+    kept = ()
+    for i in tl.static_range(CHUNK // (8 if ALIGN > 8 else ALIGN)):
+        tile = tiles[i]
+        if PTX and tile.dtype.primitive_bitwidth == 16:
+            tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, is_pure=False, pack=2)
+        kept = kept + (tile,)
+    return kept
+
+
+@triton.jit
+def _logits(delta, bias_ptr, channel, valid):
+    """`delta` (T, R) with its bias, times log2(e), as `exponent` wants it."""
+    s = delta * LOG2E
     if bias_ptr is not None:
         s += tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E
     return s
@@ -235,6 +257,7 @@ def selective_scan_segments_kernel(
     channels,
     length,
     states,
+    share,
     P_channels,
     v_b,
     v_d,
@@ -257,13 +280,14 @@ def selective_scan_segments_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """What a segment of ROWS rows alone adds, `added` (B, segments, N, D): to the states behind it, from `P` = B and
-    `v` = u; if ADJOINT to the adjoints before it, from `P` = C and `v` the gradient of the output.
+    """What a segment of ROWS rows alone adds, `added` (B, segments, N, D), of this program's `share` of the states: to
+    the states behind it, from `P` = B and `v` = u; if ADJOINT to the adjoints before it, from `P` = C and `v` the
+    gradient of the output.
 
     Chunks come with growing distance from where that is added. What has decayed to 0 in float32 until there is skipped.
-    `total` (B, segments, D) is the segment's time, or as much of it as lets all decay.
+    `total` (B, segments, shares, D) is the segment's time, or as much of it as lets all decay.
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, CHUNK)
@@ -273,8 +297,11 @@ def selective_scan_segments_kernel(
     if z_ptr is not None:
         z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
     P_row = _projection(P_ptr, batch, channel, first_channel, P_channels, P_b, P_g, CONSTANT, ALIGN)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     zero = tl.zeros([ROWS], tl.float32)
     elapsed = zero
+    first_n = tl.program_id(1) * share
+    last_n = tl.minimum(first_n + share, states)
 
     first_chunk = segment * segment_chunks
     count = tl.minimum(segment_chunks, chunks - first_chunk)
@@ -288,20 +315,19 @@ def selective_scan_segments_kernel(
         start = chunk * CHUNK
         time = start + tl.arange(0, CHUNK)
         inside = _inside(time, length, ALIGN, CHUNK)
-        v = _load(v_row, start, v_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
-        s = _load_logits(
-            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, False
-        )  # (T, R)
+        v = _load(v_row, start, v_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+        delta = _load(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)  # (T, R)
+        s = _logits(delta, bias_ptr, channel, valid)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         if ADJOINT:
             if z_ptr is not None:
-                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
                 v *= z * tl.sigmoid(z)
         else:
             v *= dt2_tile * LN2
         dt2 = _unstack(dt2_tile)
         v = _unstack(v)
-        if PREFETCH:
+        if PTX:
             if ADJOINT:
                 next_start = tl.minimum(chunk + 1, first_chunk + count - 1) * CHUNK
             else:
@@ -311,7 +337,7 @@ def selective_scan_segments_kernel(
             if not CONSTANT:
                 _prefetch_states(P_row, P_row, next_start, states, P_n, P_l, P_n, P_l)
         alive = 0
-        for n in range(states):
+        for n in range(first_n, last_n):
             A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             decay_since = tl.exp2(A * elapsed)
             # Without softplus a time step may be negative, and what was 0 grow again.
@@ -321,8 +347,8 @@ def selective_scan_segments_kernel(
                 counts = 1
             if counts > 0:
                 at = added_ptr + ((batch * segments + segment) * states + n) * channels + channel
-                P = _load_state(P_row, n, time, P_n, P_l, inside, valid, CONSTANT, ALIGN)
-                P = _at_steps(P, CONSTANT, CHUNK, ROWS)
+                P = _load_state(P_row, n, start, P_n, P_l, length, valid, CONSTANT, ALIGN, CHUNK)
+                P = _at_steps(P, CONSTANT, CHUNK, ROWS, PTX)
                 h = zero
                 for i in tl.static_range(CHUNK):
                     if ADJOINT:
@@ -335,7 +361,8 @@ def selective_scan_segments_kernel(
         for t in tl.static_range(CHUNK):
             elapsed += dt2[t]
         number += 1
-    tl.store(total_ptr + (batch * segments + segment) * channels + channel, elapsed, valid)  # (R,)
+    at = (batch * segments + segment) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(total_ptr + at * channels + channel, elapsed, valid)  # (R,)
 
 
 @kernel
@@ -347,6 +374,8 @@ def selective_scan_borders_kernel(
     segments,
     channels,
     states,
+    share,
+    shares,
     A_d,
     A_n,
     ROWS: tl.constexpr,
@@ -375,7 +404,8 @@ def selective_scan_borders_kernel(
                 segment = segments - 1 - segment
             at = batch * segments + segment
             places = places + (state_ptr + (at * states + n) * channels + channel,)
-            totals = totals + (tl.load(total_ptr + at * channels + channel, inside[i], 0.0),)  # (R,)
+            total = tl.load(total_ptr + (at * shares + n // share) * channels + channel, inside[i], 0.0)  # (R,)
+            totals = totals + (total,)
             added = added + (tl.load(places[i], inside[i], 0.0),)  # (R,)
         for i in tl.static_range(STEPS):
             tl.store(places[i], h, inside[i])
@@ -432,7 +462,8 @@ def selective_scan_fwd_rows_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Walks ROWS rows over a segment, for the outputs `out`, or for the states `border` (B, chunks, N, D) that enter
     each chunk; the other is None.
@@ -454,6 +485,7 @@ def selective_scan_fwd_rows_kernel(
             z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
         if D_ptr is not None:
             skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     zero = tl.zeros([ROWS], tl.float32)
 
     first_chunk = segment * segment_chunks
@@ -461,15 +493,16 @@ def selective_scan_fwd_rows_kernel(
         start = chunk * CHUNK
         time = start + tl.arange(0, CHUNK)
         inside = _inside(time, length, ALIGN, CHUNK)
-        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
-        s = _load_logits(
-            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, False
-        )  # (T, R)
+        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+        delta = _load(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)  # (T, R)
+        s = _logits(delta, bias_ptr, channel, valid)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         dt2 = _unstack(dt2_tile)
         x = _unstack(dt2_tile * LN2 * u)
         y = repeat(zero, CHUNK)
-        if PREFETCH:
+        if out_ptr is not None and D_ptr is not None:
+            y = _unstack(skip * u)
+        if PTX:
             next_start = tl.minimum(chunk + 1, chunks - 1) * CHUNK
             prefetch(u_row + next_start.to(tl.int64) * u_l)
             prefetch(delta_row + next_start.to(tl.int64) * delta_l)
@@ -480,31 +513,40 @@ def selective_scan_fwd_rows_kernel(
         known = valid
         if not ENTERED:
             known = valid & (chunk > first_chunk)
-        for n in range(states):
-            at = state_ptr + ((batch * segments + segment) * states + n) * channels + channel
-            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
-            h = tl.load(at, known, 0.0)  # (R,)
-            B = _load_state(B_row, n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
-            B = _at_steps(B, B_CONSTANT, CHUNK, ROWS)
-            if out_ptr is not None:
-                C = _load_state(C_row, n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
-                C = _at_steps(C, C_CONSTANT, CHUNK, ROWS)
-            else:
-                tl.store(border_ptr + ((batch * chunks + chunk) * states + n) * channels + channel, h, valid)  # (R,)
-            y_with_n = ()
-            for t in tl.static_range(CHUNK):
-                h = tl.fma(tl.exp2(A * dt2[t]), h, B[t] * x[t])
+        # Of several states at once, loads are waited for together, and steps don't wait for one another.
+        for first_n in range(0, states, TOGETHER):
+            places, A, h, B, C = (), (), (), (), ()
+            for i in tl.static_range(TOGETHER):
+                n = first_n + i
+                places = places + (((batch * segments + segment) * states + n) * channels + channel,)
+                A = A + (tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32),)  # (R,)
+                h = h + (tl.load(state_ptr + places[i], known, 0.0),)  # (R,)
+                B_n_steps = _load_state(B_row, n, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
+                B = B + _at_steps(B_n_steps, B_CONSTANT, CHUNK, ROWS, PTX)
                 if out_ptr is not None:
-                    y_with_n = y_with_n + (y[t] + C[t] * h,)
-            if out_ptr is not None:
-                y = y_with_n
-            tl.store(at, h, valid)  # (R,)
+                    C_n_steps = _load_state(C_row, n, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
+                    C = C + _at_steps(C_n_steps, C_CONSTANT, CHUNK, ROWS, PTX)
+            if out_ptr is None:
+                for i in tl.static_range(TOGETHER):
+                    border = border_ptr + ((batch * chunks + chunk) * states + first_n + i) * channels + channel
+                    tl.store(border, h[i], valid)  # (R,)
+            y_with_these = ()
+            for t in tl.static_range(CHUNK):
+                h_after = ()
+                y_t = y[t]
+                for i in tl.static_range(TOGETHER):
+                    h_after = h_after + (tl.fma(tl.exp2(A[i] * dt2[t]), h[i], B[i * CHUNK + t] * x[t]),)
+                    if out_ptr is not None:
+                        y_t += C[i * CHUNK + t] * h_after[i]
+                h = h_after
+                y_with_these = y_with_these + (y_t,)
+            y = y_with_these
+            for i in tl.static_range(TOGETHER):
+                tl.store(state_ptr + places[i], h[i], valid)  # (R,)
         if out_ptr is not None:
             out = _stack(y, CHUNK)
-            if D_ptr is not None:
-                out += skip * u
             if z_ptr is not None:
-                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, False)  # (T, R)
+                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
                 out *= z * tl.sigmoid(z)
             tl.store(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
 
@@ -573,6 +615,7 @@ def selective_scan_bwd_rows_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     BF16: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Gradients of ROWS rows over a segment, chunk by chunk from the last to the first.
 
@@ -603,25 +646,29 @@ def selective_scan_bwd_rows_kernel(
     carry_row = carry_ptr + (batch * segments + segment) * states * channels + channel
     # Its parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
     gA_row = by_channel_ptr + (batch * segments + segment) * ((3 - VARYING) * states + 2) * channels + channel
+    padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     zero = tl.zeros([ROWS], tl.float32)
     gD = zero
     gbias = zero
 
     first_chunk = segment * segment_chunks
     last_chunk = tl.minimum(first_chunk + segment_chunks, chunks) - 1
+    start = last_chunk * CHUNK
+    u_next = _load_alone(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)
+    delta_next = _load_alone(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)
+    g_next = _load_alone(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK)
     for number in range(first_chunk, last_chunk + 1):
         chunk = last_chunk - (number - first_chunk)
         start = chunk * CHUNK
         time = start + tl.arange(0, CHUNK)
         inside = _inside(time, length, ALIGN, CHUNK)
-        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
-        s = _load_logits(
-            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, True
-        )  # (T, R)
-        gy_tile = _load(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+        u_steps, delta_steps = u_next, delta_next
+        u = _join(u_steps, ALIGN, CHUNK, PTX)  # (T, R)
+        s = _logits(_join(delta_steps, ALIGN, CHUNK, PTX), bias_ptr, channel, valid)  # (T, R)
+        gy_tile = _join(g_next, ALIGN, CHUNK, PTX)  # (T, R)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         if z_ptr is not None:
-            z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+            z = _join(_load_alone(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
             gy_tile *= z * tl.sigmoid(z)
         dt2 = _unstack(dt2_tile)
         x = _unstack(dt2_tile * LN2 * u)
@@ -635,12 +682,13 @@ def selective_scan_bwd_rows_kernel(
         h_next = tl.load(border, valid, 0.0)  # (R,)
         carry_next = tl.load(carry_row, valid, 0.0)  # (R,)
         gA_next = tl.load(gA_row, valid & later, 0.0)  # (R,)
-        B_next = _load_state(B_row, 0, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
-        C_next = _load_state(C_row, 0, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+        B_next = _load_state(B_row, 0, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
+        C_next = _load_state(C_row, 0, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
+        gB_sums = tl.zeros([CHUNK, _COLUMNS], tl.float32)
         for n in range(states):
             A, h, carry, gA = A_next, h_next, carry_next, gA_next
-            B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS)
-            C = _at_steps(C_next, C_CONSTANT, CHUNK, ROWS)
+            B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS, PTX)
+            C = _at_steps(C_next, C_CONSTANT, CHUNK, ROWS, PTX)
             decay, decayed, gC_terms, y_with_n = (), (), (), ()
             for t in tl.static_range(CHUNK):
                 decay = decay + (tl.exp2(A * dt2[t]),)
@@ -654,7 +702,11 @@ def selective_scan_bwd_rows_kernel(
             if C_CONSTANT:
                 _add_terms(gA_row + ((2 - VARYING) * states + n) * channels, gC_terms, valid, later, CHUNK)
             else:
-                tl.store(gC_part + n * length + time, _sums(gC_terms, CHUNK, BF16), inside)  # (T,)
+                gC_sums = _partial_sums(gC_terms, CHUNK, BF16)
+            # Sums are finished and stored half a state later, so that nothing waits for tensor cores and shuffles.
+            if not B_CONSTANT:
+                before = tl.maximum(n - 1, 0)
+                tl.store(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
 
             # What the next state needs comes while this one is walked back. Loads before the walk would have all others
             # of this state wait with them, and loads can't move up past the store above.
@@ -663,8 +715,8 @@ def selective_scan_bwd_rows_kernel(
             h_next = tl.load(border + next_n * channels, valid, 0.0)  # (R,)
             carry_next = tl.load(carry_row + next_n * channels, valid, 0.0)  # (R,)
             gA_next = tl.load(gA_row + next_n * channels, valid & later, 0.0)  # (R,)
-            B_next = _load_state(B_row, next_n, time, B_n, B_l, inside, valid, B_CONSTANT, ALIGN)
-            C_next = _load_state(C_row, next_n, time, C_n, C_l, inside, valid, C_CONSTANT, ALIGN)
+            B_next = _load_state(B_row, next_n, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
+            C_next = _load_state(C_row, next_n, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
 
             gB_terms, gx_with_n, gdt_with_n = (), (), ()
             g_time = zero
@@ -684,13 +736,20 @@ def selective_scan_bwd_rows_kernel(
             if B_CONSTANT:
                 _add_terms(gA_row + (states + n) * channels, gB_terms, valid, later, CHUNK)
             else:
-                tl.store(gB_part + n * length + time, _sums(gB_terms, CHUNK, BF16), inside)  # (T,)
+                gB_sums = _partial_sums(gB_terms, CHUNK, BF16)
+            if not C_CONSTANT:
+                tl.store(gC_part + n * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
+        if not B_CONSTANT:
+            tl.store(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
 
-        # Again rather than in registers through the loop over the states.
-        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
-        s = _load_logits(
-            delta_row, start, delta_l, length, valid, bias_ptr, channel, SOFTPLUS, ALIGN, CHUNK, True
-        )  # (T, R)
+        next_start = tl.maximum(chunk - 1, first_chunk) * CHUNK
+        u_next = _load_alone(u_row, next_start, u_l, length, valid, 0.0, ALIGN, CHUNK)
+        delta_next = _load_alone(delta_row, next_start, delta_l, length, valid, padding, ALIGN, CHUNK)
+        g_next = _load_alone(g_row, next_start, g_l, length, valid, 0.0, ALIGN, CHUNK)
+        # 16 bits through the loop over the states, not 32.
+        u = _join(_kept(u_steps, ALIGN, CHUNK, PTX), ALIGN, CHUNK, PTX)  # (T, R)
+        s = _join(_kept(delta_steps, ALIGN, CHUNK, PTX), ALIGN, CHUNK, PTX)  # (T, R)
+        s = _logits(s, bias_ptr, channel, valid)
         gx_tile = _stack(gx, CHUNK)
         gu = gx_tile * (dt2_tile * LN2)
         if D_ptr is not None:
@@ -707,8 +766,8 @@ def selective_scan_bwd_rows_kernel(
         here = time.to(tl.int64)[:, None]
         mask = valid[None, :] & inside[:, None]
         if z_ptr is not None:
-            z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
-            g = _load(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK, True)  # (T, R)
+            z = _join(_load_alone(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
+            g = _join(_load_alone(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
             gate = tl.sigmoid(z)
             y_tile = _stack(y, CHUNK)
             if D_ptr is not None:
@@ -758,7 +817,6 @@ class _Segments:
         self.sizes = (self.count, self.length, scan.span, scan.channels, scan.length, scan.states)
         self.grid = (self.programs * self.count,)
         self.by_state = (scan.batch, self.count, scan.states, scan.channels)
-        self.by_channel = (scan.batch, self.count, scan.channels)
 
     def options(self, *tensors: Tensor | None) -> dict:
         """Constants and options of a launch that also takes these tensors."""
@@ -767,10 +825,19 @@ class _Segments:
             "ALIGN": self.scan.alignment(*tensors),
             "ROWS": _ROWS,
             "CHUNK": _CHUNK,
+            "PTX": self.scan.takes_ptx,
             # One warp needs no barriers; loads a chunk ahead would need registers that there are not.
             "num_warps": 1,
             "num_stages": 1,
         }
+
+    def together(self, *tensors: Tensor | None) -> dict:
+        """States that are walked at once: two, in the registers of three warps, if there is no odd one and B and C come
+        in registers that hold several steps."""
+        scan = self.scan
+        if scan.states % 2 or scan.alignment(*tensors) < 4:
+            return {"TOGETHER": 1}
+        return {"TOGETHER": 2} | ({"maxnreg": 168} if scan.takes_ptx else {})
 
     def entering(self, g: Tensor | None = None, g_state: Tensor | None = None) -> Tensor:
         """States (B, segments, N, D) that enter each segment; given the gradient `g` of the output and that of the last
@@ -783,8 +850,10 @@ class _Segments:
             if adjoint
             else (scan.u, scan.B, scan.B_strides, scan.B_channels, None)
         )
-        state, total = scan.new(*self.by_state), scan.new(*self.by_channel)
-        selective_scan_segments_kernel[self.grid](
+        share = cdiv(scan.states, _SHARES)
+        shares = cdiv(scan.states, share)
+        state, total = scan.new(*self.by_state), scan.new(scan.batch, self.count, shares, scan.channels)
+        selective_scan_segments_kernel[(*self.grid, shares)](
             v,
             scan.delta,
             self.A,
@@ -794,6 +863,7 @@ class _Segments:
             state,
             total,
             *self.sizes,
+            share,
             P_channels,
             *v.stride(),
             *scan.delta.stride(),
@@ -802,7 +872,6 @@ class _Segments:
             *strides_of(z),
             CONSTANT=P_channels == 0,
             ADJOINT=adjoint,
-            PREFETCH=scan.prefetches,
             **self.options(v),
         )
         selective_scan_borders_kernel[(cdiv(scan.channels, 32), scan.states, scan.batch)](
@@ -813,6 +882,8 @@ class _Segments:
             self.count,
             scan.channels,
             scan.states,
+            share,
+            shares,
             *self.A.stride()[::-1],
             ROWS=32,
             STEPS=8,
@@ -850,7 +921,7 @@ class _Segments:
             B_CONSTANT=scan.B_channels == 0,
             C_CONSTANT=scan.C_channels == 0,
             ENTERED=entered,
-            PREFETCH=scan.prefetches,
+            **self.together(out),
             **self.options(out),
         )
         return state

@@ -116,8 +116,8 @@ class Scan:
         return x.stride(), self.channels // x.shape[1]
 
     @property
-    def prefetches(self) -> bool:
-        """Whether the device has `prefetch`; meta tensors stand for NVIDIA's."""
+    def takes_ptx(self) -> bool:
+        """Whether the device runs PTX; meta tensors stand for NVIDIA's."""
         return self.u.device.type in ("cuda", "meta") and torch.version.hip is None
 
     def programs(self, rows: int) -> int:
