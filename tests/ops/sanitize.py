@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
-    "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), dict(groups=4)),
+    "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), {}),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),
