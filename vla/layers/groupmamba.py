@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..ops.group_modulation import WHOLE
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
@@ -123,7 +124,8 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         A map (B, K * O, H, W) for each of the weights.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        if len(weights) <= 2 and has_kernels(x):
+        # A compiler makes few launches of what it takes to have one aligned product, which is faster on large maps.
+        if len(weights) <= 2 and has_kernels(x) and not torch.compiler.is_compiling():
             y = ops.grouped_linear(x.permute(0, 2, 3, 1), weights[0], weights[1] if len(weights) == 2 else None)
             return list(y.permute(0, 3, 1, 2).chunk(len(weights), dim=1))
     if x.is_cuda:
@@ -323,6 +325,9 @@ class GroupMambaMixer(nn.Module):
     def ends_at_once(self, y: Tensor, n: Tensor) -> bool:
         """Whether `vla.ops.group_modulation` is what follows the scan."""
         if not infers(y) or y.shape != n.shape:
+            return False
+        # A compiler makes few launches of the parts, which are faster on large maps than two passes.
+        if torch.compiler.is_compiling() and y.shape[1] > WHOLE:
             return False
         parts = (
             (self.ssm.out_norm, GroupedLayerNorm),

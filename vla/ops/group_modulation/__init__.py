@@ -9,6 +9,8 @@ from .._registry import Operator
 __all__ = ["group_modulation"]
 
 _OP = "group_modulation"
+# Channels up to which the rows of both products fit in registers, in 16 bits; in a group, those of one product.
+WHOLE = 128
 
 
 def _infer(

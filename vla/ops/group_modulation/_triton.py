@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, as_rows, cdiv, next_power_of_2, product, product_precision
-from . import _torch
+from . import WHOLE, _torch
 
-# Channels up to which the rows of both products fit in registers; channels of a group for which one product's do.
-WHOLE = 128
 # Numbers of pixels from which programs with more rows each still fill a GPU.
 MANY = 2**12
+# Programs that share the rows of a group, each of which loads its matrix once.
+PROGRAMS = 132
 
 
 @triton.jit
@@ -116,26 +116,27 @@ def group_modulation_groups_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One group of BLOCK_R rows up to the product with n and gate."""
+    """One group of some of the `count` rows up to the product with n and gate."""
     group = tl.program_id(0) % GROUPS
-    row = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     lane = tl.arange(0, WIDTH)[None, :]
     factor = tl.arange(0, WIDTH)[:, None]
     channel = group * SIZE + lane
     exists = lane < SIZE
-    inside = (row < count) & exists
-
-    rows = tl.load(y + row * y_row + channel, inside, 0.0)  # (BLOCK_R, WIDTH)
-    dtype = rows.dtype
-    rows = normalize(rows.to(tl.float32), out_eps, exists, SIZE)
-    rows *= tl.load(out_norm_weight + channel, exists, 0.0).to(tl.float32)
-    rows += tl.load(out_norm_bias + channel, exists, 0.0).to(tl.float32)
-    rows *= silu(tl.load(z + row * z_row + channel, inside, 0.0).to(tl.float32))
-    block = tl.load(out_proj + channel * SIZE + factor, exists & (factor < SIZE), 0.0)  # (WIDTH, WIDTH)
-    rows = product(rows.to(dtype), block.to(dtype), PRECISION)
-    rows *= tl.load(n + row * n_row + channel, inside, 0.0).to(tl.float32)
-    rows *= tl.load(gate + row // pixels * (GROUPS * SIZE) + channel, inside, 0.0).to(tl.float32)
-    tl.store(modulated + row * (GROUPS * SIZE) + channel, rows.to(dtype), inside)
+    dtype: tl.constexpr = y.dtype.element_ty
+    block = tl.load(out_proj + channel * SIZE + factor, exists & (factor < SIZE), 0.0).to(dtype)  # (WIDTH, WIDTH)
+    scale = tl.load(out_norm_weight + channel, exists, 0.0).to(tl.float32)
+    shift = tl.load(out_norm_bias + channel, exists, 0.0).to(tl.float32)
+    step = tl.num_programs(0) // GROUPS
+    for first in range(tl.program_id(0) // GROUPS, tl.cdiv(count, BLOCK_R), step):
+        row = tl.cast(first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        inside = (row < count) & exists
+        rows = tl.load(y + row * y_row + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
+        rows = normalize(rows, out_eps, exists, SIZE) * scale + shift
+        rows *= silu(tl.load(z + row * z_row + channel, inside, 0.0).to(tl.float32))
+        rows = product(rows.to(dtype), block, PRECISION)
+        rows *= tl.load(n + row * n_row + channel, inside, 0.0).to(tl.float32)
+        rows *= tl.load(gate + row // pixels * (GROUPS * SIZE) + channel, inside, 0.0).to(tl.float32)
+        tl.store(modulated + row * (GROUPS * SIZE) + channel, rows.to(dtype), inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -242,7 +243,7 @@ def forward(
         )
         return out
     modulated = torch.empty_like(maps[0], memory_format=torch.contiguous_format)
-    group_modulation_groups_kernel[(cdiv(count, block_r) * groups,)](
+    group_modulation_groups_kernel[(min(cdiv(count, 32), PROGRAMS) * groups,)](
         *first,
         modulated,
         count,
@@ -252,9 +253,10 @@ def forward(
         GROUPS=groups,
         SIZE=size,
         WIDTH=max(16, next_power_of_2(size)),
-        BLOCK_R=block_r,
+        BLOCK_R=32,
         PRECISION=precision,
         num_warps=8,
+        num_stages=1,
     )
     block_o = 128 if count >= MANY else 32
     group_modulation_proj_kernel[(cdiv(count, 2 * block_r) * cdiv(channels, block_o),)](

@@ -6,12 +6,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import as_rows, cdiv, next_power_of_2, product, product_precision
+from . import _torch
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
 MANY = 2**12
-# Parts of the rows, each of which programs add up for the gradients of the weights; two for a multiprocessor of an
-# H100 with four groups of channels and one weight.
-PARTS = 66
+# Programs that share the rows of a group, each of which loads its matrices once: with four groups two for each of an
+# H100's multiprocessors.
+PROGRAMS = 66
+
+
+@triton.jit
+def load_matrix(matrix, output, channel, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Transpose of a block of a group's matrix (OUT_WIDTH, WIDTH), (BLOCK_I, BLOCK_O)."""
+    exists = (channel < WIDTH)[:, None] & (output < OUT_WIDTH)[None, :]
+    return tl.load(matrix + output[None, :] * WIDTH + channel[:, None], exists, 0.0).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -31,29 +39,26 @@ def grouped_linear_fwd_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_R of the `count` rows and BLOCK_O outputs of a group, by each of the weights (GROUPS, OUT_WIDTH, WIDTH)."""
+    """One group of some of the `count` rows, by each of the weights (GROUPS, OUT_WIDTH, WIDTH)."""
     group = tl.program_id(0) % GROUPS
-    row = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    x += row * x_row + group * WIDTH
-    matrix = group * OUT_WIDTH * WIDTH + output[None, :] * WIDTH
-    sums = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    output = tl.arange(0, BLOCK_O)
+    channel = tl.arange(0, BLOCK_I)
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += group * WIDTH
+    out += group * OUT_WIDTH
+    matrix = group * OUT_WIDTH * WIDTH
+    block = load_matrix(weight + matrix, output, channel, WIDTH, OUT_WIDTH, dtype)
     if weight2 is not None:
-        sums2 = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    for first in tl.static_range(0, WIDTH, BLOCK_I):
-        channel = first + tl.arange(0, BLOCK_I)
-        rows = tl.load(x + channel[None, :], (row < count) & (channel < WIDTH)[None, :], 0.0)  # (BLOCK_R, BLOCK_I)
-        exists = (channel < WIDTH)[:, None] & (output < OUT_WIDTH)[None, :]
-        block = tl.load(weight + matrix + channel[:, None], exists, 0.0)  # (BLOCK_I, BLOCK_O)
-        sums += product(rows, block.to(rows.dtype), PRECISION)
+        block2 = load_matrix(weight2 + matrix, output, channel, WIDTH, OUT_WIDTH, dtype)
+    step = tl.num_programs(0) // GROUPS
+    for first in range(tl.program_id(0) // GROUPS, tl.cdiv(count, BLOCK_R), step):
+        row = tl.cast(first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        rows = tl.load(x + row * x_row + channel[None, :], (row < count) & (channel < WIDTH)[None, :], 0.0)
+        pointers = out + row * out_row + output[None, :]
+        inside = (row < count) & (output < OUT_WIDTH)[None, :]
+        tl.store(pointers, product(rows, block, PRECISION).to(dtype), inside)
         if weight2 is not None:
-            block = tl.load(weight2 + matrix + channel[:, None], exists, 0.0)
-            sums2 += product(rows, block.to(rows.dtype), PRECISION)
-    out += row * out_row + group * OUT_WIDTH + output[None, :]
-    inside = (row < count) & (output < OUT_WIDTH)[None, :]
-    tl.store(out, sums.to(out.dtype.element_ty), inside)
-    if weight2 is not None:
-        tl.store(out + GROUPS * OUT_WIDTH, sums2.to(out.dtype.element_ty), inside)
+            tl.store(pointers + GROUPS * OUT_WIDTH, product(rows, block2, PRECISION).to(dtype), inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -72,26 +77,27 @@ def grouped_linear_bwd_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of x for BLOCK_R of the `count` rows and BLOCK_I channels of a group."""
+    """Gradient of one group of x for some of the `count` rows."""
     group = tl.program_id(0) % GROUPS
-    row = (tl.program_id(0) // GROUPS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    channel = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    g += row * g_row + group * OUT_WIDTH
-    matrix = group * OUT_WIDTH * WIDTH + channel
-    sums = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-    for first in tl.static_range(0, OUT_WIDTH, BLOCK_O):
-        output = first + tl.arange(0, BLOCK_O)
+    output = tl.arange(0, BLOCK_O)
+    channel = tl.arange(0, BLOCK_I)
+    dtype: tl.constexpr = g.dtype.element_ty
+    g += group * OUT_WIDTH
+    gx += group * WIDTH
+    matrix = group * OUT_WIDTH * WIDTH
+    block = tl.trans(load_matrix(weight + matrix, output, channel, WIDTH, OUT_WIDTH, dtype))
+    if weight2 is not None:
+        block2 = tl.trans(load_matrix(weight2 + matrix, output, channel, WIDTH, OUT_WIDTH, dtype))
+    step = tl.num_programs(0) // GROUPS
+    for first in range(tl.program_id(0) // GROUPS, tl.cdiv(count, BLOCK_R), step):
+        row = tl.cast(first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < count) & (output < OUT_WIDTH)[None, :]
-        exists = (output < OUT_WIDTH)[:, None] & (channel < WIDTH)
-        rows = tl.load(g + output[None, :], inside, 0.0)  # (BLOCK_R, BLOCK_O)
-        block = tl.load(weight + matrix + output[:, None] * WIDTH, exists, 0.0)  # (BLOCK_O, BLOCK_I)
-        sums += product(rows, block.to(rows.dtype), PRECISION)
+        pointers = g + row * g_row + output[None, :]
+        sums = product(tl.load(pointers, inside, 0.0), block, PRECISION)  # (BLOCK_R, BLOCK_I)
         if weight2 is not None:
-            rows = tl.load(g + GROUPS * OUT_WIDTH + output[None, :], inside, 0.0)
-            block = tl.load(weight2 + matrix + output[:, None] * WIDTH, exists, 0.0)
-            sums += product(rows, block.to(rows.dtype), PRECISION)
-    gx += row * (GROUPS * WIDTH) + group * WIDTH + channel
-    tl.store(gx, sums.to(gx.dtype.element_ty), (row < count) & (channel < WIDTH))
+            sums += product(tl.load(pointers + GROUPS * OUT_WIDTH, inside, 0.0), block2, PRECISION)
+        pointers = gx + row * (GROUPS * WIDTH) + channel[None, :]
+        tl.store(pointers, sums.to(gx.dtype.element_ty), (row < count) & (channel < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["count", "rows_of_part"])
@@ -112,13 +118,12 @@ def grouped_linear_weight_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over a part of the rows for the gradient of one weight's block (BLOCK_O, BLOCK_I) of a group."""
+    """Sums over a part of the rows for the gradient of a group's matrix of one weight, (OUT_WIDTH, WIDTH)."""
     group = tl.program_id(0) % GROUPS
     part = tl.program_id(0) // GROUPS
-    matrix = tl.program_id(1) % WEIGHTS * GROUPS + group
-    block_o = tl.program_id(1) // WEIGHTS
-    output = block_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    channel = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
+    matrix = tl.program_id(1) * GROUPS + group
+    output = tl.arange(0, BLOCK_O)
+    channel = tl.arange(0, BLOCK_I)
     g += matrix * OUT_WIDTH + output
     x += group * WIDTH + channel
     begin = part.to(tl.int64) * rows_of_part
@@ -134,32 +139,41 @@ def grouped_linear_weight_kernel(
     tl.store(parts + output[:, None] * WIDTH + channel[None, :], sums, exists)
 
 
-def _constants(count: int, groups: int, out_width: int, width: int, precision: str) -> dict[str, int | str]:
+def _is_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether a group's matrix fits where the kernels have it: of 16 bits and up to 128 channels on both sides."""
+    return x.dtype.itemsize == 2 and max(weight.shape[1:]) <= 128
+
+
+def _constants(count: int, weight: Tensor, *maps: Tensor) -> dict[str, int | str]:
     """What all kernels are compiled for: sizes, rows and channels of a program, and its warps."""
-    limit = 128 if precision == "bf16" else 64
-    block_i, block_o = (max(16, min(limit, next_power_of_2(n))) for n in (width, out_width))
+    groups, out_width, width = weight.shape
+    block_i, block_o = (max(16, next_power_of_2(n)) for n in (width, out_width))
+    wide = max(block_i, block_o) == 128
     return dict(
         GROUPS=groups,
         WIDTH=width,
         OUT_WIDTH=out_width,
-        PRECISION=precision,
         BLOCK_R=64 if count >= MANY else 16,
         BLOCK_I=block_i,
         BLOCK_O=block_o,
-        num_warps=8 if max(block_i, block_o) == 128 else 4,
+        PRECISION=product_precision(*maps),
+        num_warps=8 if wide else 4,
+        num_stages=1 if wide else 2,
     )
 
 
 def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
-    groups, out_width, width = weight.shape
+    if not _is_served(x, weight):
+        return _torch.forward(x, weight, weight2)
+    groups, out_width, _ = weight.shape
     out_row = groups * out_width * (1 if weight2 is None else 2)
     out = x.new_empty(*x.shape[:-1], out_row)
     if out.numel() == 0:
         return out
     rows = as_rows(x)
     count = rows.shape[0]
-    constants = _constants(count, *weight.shape, product_precision(rows))
-    grouped_linear_fwd_kernel[(cdiv(count, constants["BLOCK_R"]) * groups, cdiv(out_width, constants["BLOCK_O"]))](
+    constants = _constants(count, weight, rows)
+    grouped_linear_fwd_kernel[(min(cdiv(count, constants["BLOCK_R"]), PROGRAMS) * groups,)](
         rows,
         weight.contiguous(),
         None if weight2 is None else weight2.contiguous(),
@@ -175,13 +189,14 @@ def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
 def backward(grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | None) -> list[Tensor | None]:
     if grads[0].numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, weight2)]
-    groups, out_width, width = weight.shape
+    if not _is_served(x, weight):
+        return _torch.backward(grads, x, weight, weight2)
     g, rows = as_rows(grads[0]), as_rows(x)
-    count = rows.shape[0]
+    count, groups = rows.shape[0], weight.shape[0]
     gx = x.new_empty(x.shape)
-    constants = _constants(count, *weight.shape, product_precision(g, rows))
-    block_r, block_i, block_o = (constants[f"BLOCK_{axis}"] for axis in "RIO")
-    grouped_linear_bwd_kernel[(cdiv(count, block_r) * groups, cdiv(width, block_i))](
+    constants = _constants(count, weight, g, rows)
+    block_r = constants["BLOCK_R"]
+    grouped_linear_bwd_kernel[(min(cdiv(count, block_r), PROGRAMS) * groups,)](
         g,
         weight.contiguous(),
         None if weight2 is None else weight2.contiguous(),
@@ -191,10 +206,9 @@ def backward(grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | N
         **constants,
     )
     weights = 1 if weight2 is None else 2
-    rows_of_part = max(cdiv(count, PARTS), 4 * block_r)
+    rows_of_part = max(cdiv(count, PROGRAMS), 4 * block_r)
     parts = x.new_empty(cdiv(count, rows_of_part), weights, *weight.shape, dtype=torch.float32)
-    grid = (len(parts) * groups, weights * cdiv(out_width, block_o), cdiv(width, block_i))
-    grouped_linear_weight_kernel[grid](
+    grouped_linear_weight_kernel[(len(parts) * groups, weights)](
         g, rows, parts, count, rows_of_part, g.stride(0), rows.stride(0), WEIGHTS=weights, **constants
     )
     sums = parts.sum(0)
