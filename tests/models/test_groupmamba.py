@@ -364,6 +364,20 @@ def test_first_convolution_is_exported_for_all_sizes(monkeypatch):
     assert_close("convolution", exported(x), nn.functional.conv2d(x, layer.weight, stride=2, padding=3))
 
 
+def test_first_convolution_is_compiled_of_blocks(monkeypatch):
+    monkeypatch.setattr("vla.models.groupmamba.is_worth_launches", lambda x: True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    layer, x = ImageConv2d(3, 5), torch.randn(2, 3, 16, 16)
+    y = torch.compile(layer, backend=backend, fullgraph=True)(x)
+    assert_close("convolution", y, nn.functional.conv2d(x, layer.weight, stride=2, padding=3))
+    assert "padding = (0, 1)" in graphs[0]
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("features", [(8, 16), (16, 8), (12, 12), (12, 20), (21, 5), (3, 29)])
@@ -401,7 +415,7 @@ def test_recomputed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["ssm", "ssm.in_proj", "ssm.gate_proj", "ssm.out_norm", "ssm.out_proj", "norm", "proj"]
+    "name", ["ssm", "ssm.in_proj", "ssm.gate_proj", "ssm.out_norm", "ssm.out_proj", "norm", "proj", "fc1", "fc2"]
 )
 def test_hooks(name):
     """Every module inside the mixer is called where somebody waits for that."""
@@ -419,6 +433,6 @@ def test_one_kernel_is_for_plain_modules(name):
     module = mixer.get_submodule(name)
     with FakeTensorMode(), torch.no_grad():
         y = torch.empty(2, 16, 4, 3, dtype=torch.bfloat16, device="cuda")
-        assert mixer.infers(y, y)
+        assert mixer.ends_at_once(y, y)
         module.__class__ = type("Adapted", (type(module),), {})
-        assert not mixer.infers(y, y)
+        assert not mixer.ends_at_once(y, y)

@@ -246,15 +246,41 @@ def _group_modulation() -> Iterator[Case]:
             tensors = {name: rows(dtype, batch, height, width, channels) for name in ("y", "z", "n")}
             vectors = ("out_norm_weight", "out_norm_bias", "norm_weight", "norm_bias", "proj_bias")
             tensors |= {name: weight(channels) for name in vectors}
-            tensors |= {name: weight(channels, channels) for name in ("out_proj", "proj")}
-            return tensors | dict(gate=rows(dtype, batch, channels), groups=4)
+            tensors |= dict(out_proj=weight(4, channels // 4, channels // 4), proj=weight(channels, channels))
+            return tensors | dict(gate=rows(dtype, batch, channels))
 
         return make
 
     f = ops.group_modulation
     yield Case("groupmamba", f, arguments(128, 56, 56, 64), (BF16,))
     yield Case("groupmamba stage 2", f, arguments(128, 28, 28, 128), (BF16, FP16))
+    yield Case("groupmamba stage 3", f, arguments(128, 14, 14, 348), (BF16,))
     yield Case("groupmamba base", f, arguments(128, 56, 56, 96), (BF16,))
+    yield Case("one picture", f, arguments(1, 14, 14, 348), (BF16,))
+
+
+def _grouped_linear() -> Iterator[Case]:
+    def arguments(batch, side, width, outputs, two):
+        def make(dtype: torch.dtype) -> dict:
+            weights = [weight(4, outputs, width) if given else None for given in (True, two)]
+            return dict(x=rows(dtype, batch, side, side, 4 * width), weight=weights[0], weight2=weights[1])
+
+        return make
+
+    f = ops.grouped_linear
+    for width, side, outputs in ((16, 56, 3), (32, 28, 4), (87, 14, 8), (112, 7, 9)):
+        yield Case(f"groupmamba {width}", f, arguments(128, side, width, width, True), (BF16,))
+        yield Case(f"groupmamba {width} time steps", f, arguments(128, side, width, outputs, False), (BF16,))
+    yield Case("one picture", f, arguments(1, 14, 87, 87, True), (BF16,))
+    yield Case("odd", f, arguments(3, 5, 150, 131, True), (FP32, FP16))
+
+
+def _channel_gate() -> Iterator[Case]:
+    def make(dtype: torch.dtype) -> dict:
+        parameters = dict(weight1=weight(21, 348), bias1=weight(21), weight2=weight(348, 21), bias2=weight(348))
+        return dict(x=rows(dtype, 128, 348), **parameters, scale=weight(1))
+
+    yield Case("groupmamba", ops.channel_gate, make, (BF16,))
 
 
 def _mlp() -> Iterator[Case]:
@@ -360,6 +386,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "layer_norm": tuple(_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),
+    "grouped_linear": tuple(_grouped_linear()),
+    "channel_gate": tuple(_channel_gate()),
     "mlp": tuple(_mlp()),
     "line_scan": tuple(_line_scan()),
 }

@@ -13,7 +13,7 @@ from tests.device import use
 use("cuda")
 
 # They look at the default device.
-from tests.ops import test_gpu  # noqa: E402
+from tests.ops import test_channel_gate, test_gpu  # noqa: E402
 from tests.ops.harness import run  # noqa: E402
 from tests.ops.test_gpu import (  # noqa: E402
     CROSS,
@@ -23,6 +23,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     depthwise,
     directional,
     group_modulation,
+    grouped,
     layer_norm,
     layer_norm_grn,
     lines,
@@ -36,6 +37,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     two_layers,
     wkv6,
 )
+from vla.ops import channel_gate  # noqa: E402
 
 CASES: dict[str, Case] = {
     "selective_scan": scan(2, 37, 197, 1),
@@ -68,7 +70,14 @@ CASES: dict[str, Case] = {
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
-    "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), dict(groups=4)),
+    "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), {}),
+    "group_modulation two passes": (
+        group_modulation,
+        lambda: test_gpu.test_group_modulation.make((3, 9, 7, 148)),
+        {},
+    ),
+    "grouped_linear": grouped((3, 9, 7), 87, 33),
+    "channel_gate": (channel_gate, lambda: test_channel_gate.make(3, 100, 6), {}),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),

@@ -14,6 +14,7 @@ from tests.ops import (
     test_bi_wkv,
     test_depthwise_conv2d,
     test_group_modulation,
+    test_grouped_linear,
     test_layer_norm,
     test_layer_norm_grn,
     test_line_scan,
@@ -30,6 +31,7 @@ from vla.ops import (
     bi_wkv,
     depthwise_conv2d,
     group_modulation,
+    grouped_linear,
     layer_norm,
     layer_norm_grn,
     line_scan,
@@ -81,6 +83,10 @@ def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: b
     return function, lambda: test_layer_norm.make(shape, **kinds), dict(groups=groups)
 
 
+def grouped(pixels: tuple[int, ...], width: int, outputs: int) -> Case:
+    return grouped_linear, lambda: test_grouped_linear.make(pixels, 4, width, outputs), {}
+
+
 def two_layers(shape: tuple[int, ...], hidden: int, **kwargs) -> Case:
     return mlp, lambda: test_mlp.make(shape, hidden, **kwargs), {}
 
@@ -119,8 +125,11 @@ CASES: dict[str, Case] = {
     "depthwise_conv2d 3x3 stage 3": depthwise((8, 348, 14, 14), 3, "gelu", bias=True),
     "depthwise_conv2d 7x7": depthwise((8, 144, 56, 56), 7),
     "depthwise_conv2d one picture": depthwise((1, 33, 67, 130), 7),
-    "group_modulation": (group_modulation, lambda: test_group_modulation.make((4, 56, 57, 64)), dict(groups=4)),
-    "group_modulation wide": (group_modulation, lambda: test_group_modulation.make((3, 29, 28, 128)), dict(groups=4)),
+    "group_modulation": (group_modulation, lambda: test_group_modulation.make((4, 56, 57, 64)), {}),
+    "group_modulation wide": (group_modulation, lambda: test_group_modulation.make((3, 29, 28, 128)), {}),
+    "group_modulation two passes": (group_modulation, lambda: test_group_modulation.make((30, 14, 14, 348)), {}),
+    "grouped_linear": grouped((30, 14, 14), 87, 87),
+    "grouped_linear many": grouped((8, 56, 57), 16, 3),
     "layer_norm": norm(layer_norm, (8, 3136, 96)),
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),

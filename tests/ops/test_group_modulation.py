@@ -17,8 +17,9 @@ def make(shape, groups=4, dtype=torch.float64):
     tensors["gate"] = normal(shape[0], channels)
     for name in ("out_norm_weight", "out_norm_bias", "norm_weight", "norm_bias", "proj_bias"):
         tensors[name] = normal(channels)
-    for name in ("out_proj", "proj"):
-        tensors[name] = normal(channels, channels) / channels**0.5
+    width = channels // groups
+    tensors["out_proj"] = normal(groups, width, width) / width**0.5
+    tensors["proj"] = normal(channels, channels) / channels**0.5
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
@@ -28,12 +29,12 @@ def make(shape, groups=4, dtype=torch.float64):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_naive(backend, shape, groups, dtype):
-    compare(backend, group_modulation, make(shape, groups, dtype), groups=groups)
+    compare(backend, group_modulation, make(shape, groups, dtype))
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 def test_empty_batch(backend):
-    results = run(backend, group_modulation, make((0, 3, 4, 8), dtype=torch.float32), groups=4)
+    results = run(backend, group_modulation, make((0, 3, 4, 8), dtype=torch.float32))
     assert results["output 0"].shape == (0, 3, 4, 8)
 
 
@@ -42,15 +43,15 @@ def test_strides():
     tensors = make((2, 3, 5, 16), dtype=torch.bfloat16)
     wide = torch.cat([tensors["y"], tensors["z"]], dim=-1)
     with use_backend("triton"):
-        expected = group_modulation(**tensors, groups=4)
+        expected = group_modulation(**tensors)
         tensors["y"], tensors["z"] = wide.chunk(2, dim=-1)
         tensors["n"] = tensors["n"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-        assert torch.equal(group_modulation(**tensors, groups=4), expected)
+        assert torch.equal(group_modulation(**tensors), expected)
 
 
 class End(nn.Module):
     def forward(self, y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb):
-        return group_modulation(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, 4)
+        return group_modulation(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb)
 
 
 NAMES = ("y", "z", "n", "gate", "out_norm_weight", "out_norm_bias", "out_proj", "norm_weight", "norm_bias", "proj")
@@ -60,7 +61,7 @@ NAMES = ("y", "z", "n", "gate", "out_norm_weight", "out_norm_bias", "out_proj", 
 def test_machinery():
     tensors = make((2, 3, 2, 8))
     tensors = tuple(tensors[name] for name in (*NAMES, "proj_bias"))
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 4, 1e-5, 1e-5, None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-5, None)
     check_machinery(End(), tensors, torch.ops.vla.group_modulation.default, arguments)
 
 
@@ -72,9 +73,10 @@ def test_machinery():
         ({"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\), expected \(B, C\) = \(2, 8\)"),
         ({"proj": torch.ones(8, 4)}, r"proj has shape \(8, 4\), expected \(C, C\) = \(8, 8\)"),
         ({"proj_bias": torch.ones(4)}, r"proj_bias has shape \(4,\), expected \(C,\) = \(8,\)"),
-        ({"groups": 3}, "groups is 3, expected a divisor of the 8 channels"),
+        ({"out_proj": torch.ones(3, 2, 2)}, "out_proj has 3 groups, expected a divisor of the 8 channels"),
+        ({"out_proj": torch.ones(4, 2, 3)}, r"out_proj has shape \(4, 2, 3\), expected \(K, I, I\) = \(4, 2, 2\)"),
     ],
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^group_modulation: {message}"):
-        group_modulation(**(make((2, 3, 4, 8)) | dict(groups=4) | change))
+        group_modulation(**(make((2, 3, 4, 8)) | change))

@@ -11,8 +11,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import group_modulation, scan2d
-from ..ops.group_modulation import KERNEL_CHANNELS
+from .. import ops
+from ..ops.group_modulation import WHOLE
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
@@ -32,6 +32,17 @@ ALIGNMENT = 8
 def is_worth_launches(x: Tensor) -> bool:
     """Whether small operations around a map of this size make a GPU faster; a compiler makes few launches of them."""
     return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether operators that have kernels for numbers of 16 bits serve a map."""
+    # Tracing by torch.fx hands proxies through.
+    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2
+
+
+def infers(x: Tensor) -> bool:
+    """Whether those do that have none for gradients."""
+    return has_kernels(x) and not torch.is_grad_enabled()
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
@@ -112,6 +123,11 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     Returns:
         A map (B, K * O, H, W) for each of the weights.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+        # A compiler makes few launches of what it takes to have one aligned product, which is faster on large maps.
+        if len(weights) <= 2 and has_kernels(x) and not torch.compiler.is_compiling():
+            y = ops.grouped_linear(x.permute(0, 2, 3, 1), weights[0], weights[1] if len(weights) == 2 else None)
+            return list(y.permute(0, 3, 1, 2).chunk(len(weights), dim=1))
     if x.is_cuda:
         # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
         # grouped convolution. Several weights make one product, which reads x once.
@@ -172,7 +188,7 @@ class GroupedScan2d(SelectiveScan2d):
         k, n = len(self.directions), self.d_state
         projected = grouped_linear(x, [self.x_proj_weight])[0].unflatten(1, (k, self.dt_rank + 2 * n))
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
-        return scan2d(
+        return ops.scan2d(
             x,
             dt,
             -torch.exp(self.A_log),
@@ -278,17 +294,24 @@ class GroupMambaMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(n.mean((2, 3))))))
-        gate = self.skip_scale * gate
+        gate = self.gate(n.mean((2, 3)))
         if torch.jit.is_scripting():
             return self.modulate(self.ssm(n), n, gate)
         else:
             if not is_plain(self.ssm, GroupedSS2D):
                 return self.modulate(self.ssm(n), n, gate)
             y, z = self.ssm.scan_and_gate(n)
-            if self.infers(y, n):
+            if self.ends_at_once(y, n):
                 return self.modulate_at_once(y, z, n, gate)
             return recomputed(self.close_and_modulate, y, z, n, gate)
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """Factor of every channel, (B, C), from the channels' means (B, C)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if infers(mean) and is_plain(self.fc1, Linear) and is_plain(self.fc2, Linear):
+                fc1, fc2 = self.fc1, self.fc2
+                return ops.channel_gate(mean, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.skip_scale)
+        return self.skip_scale * torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))
 
     def modulate(self, y: Tensor, n: Tensor, gate: Tensor) -> Tensor:
         y = y * n * gate[:, :, None, None]
@@ -299,11 +322,12 @@ class GroupMambaMixer(nn.Module):
         return self.modulate(self.ssm.close(y, z), n, gate)
 
     @torch.jit.ignore
-    def infers(self, y: Tensor, n: Tensor) -> bool:
-        """Whether `vla.ops.group_modulation` is what follows the scan, and faster than its parts."""
-        if not isinstance(y, Tensor) or not y.is_cuda or torch.is_grad_enabled() or y.dtype.itemsize != 2:
+    def ends_at_once(self, y: Tensor, n: Tensor) -> bool:
+        """Whether `vla.ops.group_modulation` is what follows the scan."""
+        if not infers(y) or y.shape != n.shape:
             return False
-        if y.shape != n.shape or y.shape[1] > KERNEL_CHANNELS:
+        # A compiler makes few launches of the parts, which are faster on large maps than two passes.
+        if torch.compiler.is_compiling() and y.shape[1] > WHOLE:
             return False
         parts = (
             (self.ssm.out_norm, GroupedLayerNorm),
@@ -317,17 +341,16 @@ class GroupMambaMixer(nn.Module):
     def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
         """`close_and_modulate`, without gradients."""
         out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
-        out = group_modulation(
+        out = ops.group_modulation(
             *(x.permute(0, 2, 3, 1) for x in (y, z, n)),
             gate,
             out_norm.weight.flatten(),
             out_norm.bias.flatten(),
-            block_diagonal([self.ssm.out_proj.weight]).to(y.dtype),
+            self.ssm.out_proj.weight,
             norm.weight,
             norm.bias,
-            proj.weight.to(y.dtype),
+            proj.weight,
             proj.bias,
-            out_norm.groups,
             out_norm.eps,
             norm.eps,
         )

@@ -24,8 +24,10 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
 
-# Of PyTorch 2.7.
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. PyTorch 2.11's own `is_exporting` is true in every compilation."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .channel_gate import channel_gate
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation
+from .grouped_linear import grouped_linear
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
@@ -19,10 +21,12 @@ from .wkv6 import wkv6
 __all__ = [
     "add_layer_norm",
     "bi_wkv",
+    "channel_gate",
     "cross_merge",
     "cross_scan",
     "depthwise_conv2d",
     "group_modulation",
+    "grouped_linear",
     "layer_norm",
     "layer_norm_grn",
     "line_scan",

@@ -9,8 +9,8 @@ from .._registry import Operator
 __all__ = ["group_modulation"]
 
 _OP = "group_modulation"
-# Channels up to which the rows of both products fit in registers, in 16 bits; others go one operation at a time.
-KERNEL_CHANNELS = 128
+# Channels up to which the rows of both products fit in registers, in 16 bits; in a group, those of one product.
+WHOLE = 128
 
 
 def _infer(
@@ -25,20 +25,21 @@ def _infer(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
-    groups: int,
     out_eps: float,
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
     check_ndim(_OP, "y", y, (4,), "(B, H, W, C)")
     batch, channels = y.shape[0], y.shape[3]
-    if groups < 1 or channels % groups != 0:
-        raise ValueError(f"{_OP}: groups is {groups}, expected a divisor of the {channels} channels")
+    check_ndim(_OP, "out_proj", out_proj, (3,), "(K, I, I)")
+    groups = out_proj.shape[0]
+    if groups == 0 or channels % groups != 0:
+        raise ValueError(f"{_OP}: out_proj has {groups} groups, expected a divisor of the {channels} channels")
+    check_shape(_OP, "out_proj", out_proj, (groups, channels // groups, channels // groups), "(K, I, I)")
     for name, tensor in (("z", z), ("n", n)):
         check_shape(_OP, name, tensor, y.shape, "that of y")
     check_shape(_OP, "gate", gate, (batch, channels), "(B, C)")
-    for name, tensor in (("out_proj", out_proj), ("proj", proj)):
-        check_shape(_OP, name, tensor, (channels, channels), "(C, C)")
+    check_shape(_OP, "proj", proj, (channels, channels), "(C, C)")
     vectors = dict(
         out_norm_weight=out_norm_weight,
         out_norm_bias=out_norm_bias,
@@ -53,15 +54,15 @@ def _infer(
     return y.new_empty(y.shape, dtype=dtype)
 
 
-def _flops(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, groups, out_eps, eps, dtype) -> int:
+def _flops(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, out_eps, eps, dtype) -> int:
     # Two products; norms, gates and their SiLU as in `layer_norm`.
-    return y.numel() * (4 * y[3] + 25)
+    return y.numel() * (2 * out_proj[1] + 2 * y[3] + 25)
 
 
 operator = Operator(
     _OP,
     "(Tensor y, Tensor z, Tensor n, Tensor gate, Tensor out_norm_weight, Tensor out_norm_bias, Tensor out_proj, "
-    "Tensor norm_weight, Tensor norm_bias, Tensor proj, Tensor proj_bias, int groups, float out_eps, float eps, "
+    "Tensor norm_weight, Tensor norm_bias, Tensor proj, Tensor proj_bias, float out_eps, float eps, "
     "ScalarType? dtype) -> Tensor",
     package=__name__,
     backends=("naive", "torch", "triton"),
@@ -83,12 +84,11 @@ def group_modulation(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
-    groups: int,
     out_eps: float = 1e-5,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""The end of GroupMamba's mixer, for inference in one pass over memory.
+    r"""The end of GroupMamba's mixer, for inference in one or two passes over memory.
 
         a   = out_proj (groupnorm(y) silu(z))
         out = proj norm(a * n * gate) + proj_bias
@@ -98,19 +98,18 @@ def group_modulation(
     tensor argument is differentiable, by PyTorch's own operators.
 
     Args:
-        y: Scanned map, (B, H, W, C); one pass up to 128 channels in 16 bits, fastest where they are next to each
-            other in memory.
+        y: Scanned map, (B, H, W, C); one pass up to 128 channels in 16 bits, two up to 512, fastest where they are
+            next to each other in memory.
         z: What its SiLU multiplies, (B, H, W, C).
         n: Input of the mixer, (B, H, W, C).
         gate: Factor of every channel, (B, C).
         out_norm_weight: Scale of the first norm, (C,).
         out_norm_bias: Shift of the first norm, (C,).
-        out_proj: Matrix (C, C); of groups that do not mix, with blocks on its diagonal.
+        out_proj: Matrices of the groups, (K, I, I) with C = K * I.
         norm_weight: Scale of the second norm, (C,).
         norm_bias: Shift of the second norm, (C,).
         proj: Matrix (C, C).
         proj_bias: Bias (C,).
-        groups: Groups of the first norm.
         out_eps: Added to the variances of the first norm.
         eps: Added to the variance of the second norm.
         dtype: dtype of the result; None for that of `y`.
@@ -125,10 +124,10 @@ def group_modulation(
     if torch.jit.is_scripting():
         return torch.ops.vla.group_modulation(
             y, z, n, gate, out_norm_weight, out_norm_bias, out_proj, norm_weight, norm_bias, proj, proj_bias,
-            groups, out_eps, eps, dtype,
+            out_eps, eps, dtype,
         )  # fmt: skip
     else:
         return operator(
             y, z, n, gate, out_norm_weight, out_norm_bias, out_proj, norm_weight, norm_bias, proj, proj_bias,
-            groups, out_eps, eps, dtype,
+            out_eps, eps, dtype,
         )  # fmt: skip

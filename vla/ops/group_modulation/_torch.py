@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
+from ..grouped_linear import _torch as _grouped_linear
 
 
 def forward(
@@ -19,15 +20,15 @@ def forward(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
-    groups: int,
     out_eps: float,
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    state, factor, channels = state_dtype(y, z, n), y.dtype, y.shape[-1]
+    state, factor, channels, groups = state_dtype(y, z, n), y.dtype, y.shape[-1], out_proj.shape[0]
     rows = y.to(state).unflatten(-1, (groups, channels // groups))
     rows = F.layer_norm(rows, rows.shape[-1:], eps=out_eps).flatten(-2)
     rows = (rows * out_norm_weight.to(state) + out_norm_bias.to(state)) * F.silu(z.to(state))
-    a = F.linear(rows.to(factor), out_proj.to(factor)).to(state) * n.to(state) * gate.to(state)[:, None, None]
+    rows = _grouped_linear.forward(rows.to(factor), out_proj, None)
+    a = rows.to(state) * n.to(state) * gate.to(state)[:, None, None]
     a = F.layer_norm(a, (channels,), norm_weight.to(state), norm_bias.to(state), eps)
     return (F.linear(a.to(factor), proj.to(factor)).to(state) + proj_bias.to(state)).to(dtype or factor)

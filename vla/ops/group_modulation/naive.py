@@ -24,16 +24,16 @@ def forward(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
-    groups: int,
     out_eps: float,
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    state = state_dtype(y, z, n)
+    state, groups = state_dtype(y, z, n), out_proj.shape[0]
     result_dtype = dtype or y.dtype
     y, z, n, gate, out_proj, proj = (t.to(state) for t in (y, z, n, gate, out_proj, proj))
     y = _normalize(y.unflatten(-1, (groups, -1)), out_eps).flatten(-2)
     y = (y * out_norm_weight.to(state) + out_norm_bias.to(state)) * z / (1 + torch.exp(-z))
-    a = y @ out_proj.T * n * gate[:, None, None]
+    y = torch.einsum("bhwki,koi->bhwko", y.unflatten(-1, (groups, -1)), out_proj).flatten(-2)
+    a = y * n * gate[:, None, None]
     a = _normalize(a, eps) * norm_weight.to(state) + norm_bias.to(state)
     return (a @ proj.T + proj_bias.to(state)).to(result_dtype)

@@ -1,0 +1,68 @@
+"""The gate: a program takes one picture through both linear layers."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+
+BLOCK_C = 128
+
+
+@kernel
+def channel_gate_fwd_kernel(
+    x,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    scale,
+    out,
+    x_row,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Some channels of one picture's gate, from hidden channels (WIDTH,) that every program of it computes."""
+    picture = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, WIDTH)
+    exists = h < HIDDEN
+    hidden = tl.load(bias1 + h, exists, 0.0).to(tl.float32)
+    for first in range(0, CHANNELS, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        row = tl.load(x + picture * x_row + c, c < CHANNELS, 0.0).to(tl.float32)
+        block = tl.load(weight1 + h[:, None] * CHANNELS + c[None, :], exists[:, None] & (c < CHANNELS)[None, :], 0.0)
+        hidden += tl.sum(block.to(tl.float32) * row[None, :], 1)
+    hidden = tl.maximum(hidden, 0.0)
+
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.load(weight2 + c[:, None] * HIDDEN + h[None, :], (c < CHANNELS)[:, None] & exists[None, :], 0.0)
+    s = tl.sum(block.to(tl.float32) * hidden[None, :], 1) + tl.load(bias2 + c, c < CHANNELS, 0.0).to(tl.float32)
+    gate = tl.load(scale).to(tl.float32) / (1.0 + tl.exp2(s * -LOG2E))
+    tl.store(out + picture * CHANNELS + c, gate.to(out.dtype.element_ty), c < CHANNELS)
+
+
+def forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, scale: Tensor) -> Tensor:
+    batch, channels = x.shape
+    out = x.new_empty(batch, channels)
+    if batch == 0:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    hidden = weight1.shape[0]
+    channel_gate_fwd_kernel[(batch, cdiv(channels, BLOCK_C))](
+        x,
+        weight1.contiguous(),
+        bias1.contiguous(),
+        weight2.contiguous(),
+        bias2.contiguous(),
+        scale,
+        out,
+        x.stride(0),
+        CHANNELS=channels,
+        HIDDEN=hidden,
+        WIDTH=next_power_of_2(hidden),
+        BLOCK_C=BLOCK_C,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,64 @@
+"""A linear layer for each group of channels, as the ends of GroupMamba's scan, https://arxiv.org/abs/2407.13772."""
+
+import torch
+from torch import Tensor
+
+from .._checks import check_float, check_ndim, check_shape
+from .._registry import Operator
+
+__all__ = ["grouped_linear"]
+
+_OP = "grouped_linear"
+
+
+def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
+    check_ndim(_OP, "x", x, (4,), "(B, H, W, K * I)")
+    check_ndim(_OP, "weight", weight, (3,), "(K, O, I)")
+    groups, outputs, width = weight.shape
+    if x.shape[3] != groups * width:
+        raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected {groups * width} channels, {groups} groups")
+    if weight2 is not None:
+        check_shape(_OP, "weight2", weight2, weight.shape, "that of weight")
+    check_float(_OP, x=x, weight=weight, weight2=weight2)
+    return x.new_empty(*x.shape[:3], groups * outputs * (1 if weight2 is None else 2))
+
+
+def _flops(x, weight, weight2) -> int:
+    return 2 * x[0] * x[1] * x[2] * weight.numel() * (1 if weight2 is None else 2)
+
+
+operator = Operator(
+    _OP,
+    "(Tensor x, Tensor weight, Tensor? weight2) -> Tensor",
+    package=__name__,
+    backends=("naive", "torch", "triton"),
+    infer=_infer,
+    flops=_flops,
+    exact_strides=False,
+)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, weight2: Tensor | None = None) -> Tensor:
+    r"""Every group of channels through its own matrix, or two of them, for inference in one pass over memory.
+
+        y[..., k, o] = sum_i weight[k, o, i] x[..., k, i]
+
+    Factors are rounded to the dtype of `x`, sums are float32 (float64 for float64 inputs). Every tensor argument is
+    differentiable, by PyTorch's own operators.
+
+    Args:
+        x: Map, (B, H, W, K * I), fastest where its channels are next to each other in memory.
+        weight: Matrices of the groups, (K, O, I).
+        weight2: More of them, (K, O, I), or None.
+
+    Returns:
+        Contiguous (B, H, W, K * O), or (B, H, W, 2 * K * O) with the results of `weight2` behind those of `weight`.
+
+    Raises:
+        ValueError: For a shape or device that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    if torch.jit.is_scripting():
+        return torch.ops.vla.grouped_linear(x, weight, weight2)
+    else:
+        return operator(x, weight, weight2)
