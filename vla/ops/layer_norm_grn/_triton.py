@@ -137,14 +137,20 @@ def layer_norm_grn_sums_kernel(
 
 
 @triton.jit
-def _total(sums_ptr, column, valid, channels, parts, which, SUMS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """One of the sums over all parts of a picture, (C,), in the order of the parts modulo AT_ONCE."""
-    total = tl.zeros((AT_ONCE, column.shape[0]), tl.float32)
+def _totals(sums_ptr, column, valid, channels, parts, SUMS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The sums over all parts of a picture, SUMS times (C,), in the order of the parts modulo AT_ONCE."""
+    totals = _zeros(AT_ONCE, column.shape[0], SUMS)
     for start in range(0, parts, AT_ONCE):
         part = start + tl.arange(0, AT_ONCE)[:, None]
-        at = (part * SUMS + which) * channels + column[None, :]
-        total += tl.load(sums_ptr + at, (part < parts) & valid[None, :], 0.0)  # (AT_ONCE, C)
-    return tl.sum(total, 0)
+        inside = (part < parts) & valid[None, :]
+        more = ()
+        for which in tl.static_range(SUMS):
+            more = more + (tl.load(sums_ptr + (part * SUMS + which) * channels + column[None, :], inside, 0.0),)
+        totals = _add(totals, more, SUMS)
+    sums = ()
+    for which in tl.static_range(SUMS):
+        sums = sums + (tl.sum(totals[which], 0),)
+    return sums
 
 
 @triton.jit
@@ -157,7 +163,8 @@ def layer_norm_grn_scale_kernel(
     picture = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     valid = column < channels
-    response = tl.sqrt_rn(_total(sums_ptr + picture * parts * channels, column, valid, channels, parts, 0, 1, AT_ONCE))
+    squares = _totals(sums_ptr + picture * parts * channels, column, valid, channels, parts, 1, AT_ONCE)[0]
+    response = tl.sqrt_rn(squares)
     share = response / (tl.sum(response, 0) / channels + eps)
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     tl.store(scale_ptr + picture * channels + column, 1.0 + weight * share, valid)
@@ -175,11 +182,7 @@ def layer_norm_grn_scale_bwd_kernel(
     column = tl.arange(0, BLOCK_C)
     valid = column < channels
     sums_ptr += picture * parts * 5 * channels
-    squares = _total(sums_ptr, column, valid, channels, parts, 0, 5, AT_ONCE)
-    first = _total(sums_ptr, column, valid, channels, parts, 1, 5, AT_ONCE)
-    second = _total(sums_ptr, column, valid, channels, parts, 2, 5, AT_ONCE)
-    gradient = _total(sums_ptr, column, valid, channels, parts, 3, 5, AT_ONCE)
-    product = _total(sums_ptr, column, valid, channels, parts, 4, 5, AT_ONCE)
+    squares, first, second, gradient, product = _totals(sums_ptr, column, valid, channels, parts, 5, AT_ONCE)
     norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)

@@ -501,12 +501,13 @@ def line_scan_proxy_bwd_kernel(
 @triton.jit
 def line_scan_sum_kernel(maps, total, count, size, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum (size,) of maps (count, size)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value = tl.zeros([AT_ONCE, BLOCK], tl.float32)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    way = tl.cast(size, tl.int64)
+    value = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, AT_ONCE):
-        n = (first + tl.arange(0, AT_ONCE))[:, None]
-        value += tl.load(maps + n.to(tl.int64) * size + at, (n < count) & (at < size), 0.0).to(tl.float32)
-    value = tl.sum(value, 0)[None, :]
+        for j in tl.static_range(AT_ONCE):
+            n = first + j
+            value += tl.load(maps + n * way + at, (n < count) & (at < size), 0.0).to(tl.float32)
     tl.store(total + at, value.to(total.dtype.element_ty), at < size)
 
 
