@@ -12,19 +12,86 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _normalise(x_ptr, row, inside, column, channels, eps):
-    """Normalised pixels without scale and shift, (P, C) and 0 outside, and the inverse of their deviation, (P, 1)."""
-    x = tl.load(x_ptr + row * channels + column, inside, 0.0).to(tl.float32)  # (P, C)
-    centred = tl.where(inside, x - tl.sum(x, 1)[:, None] / channels, 0.0)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1)[:, None] / channels + eps)
-    return centred * scale, scale
+def _row(pointer, channels, G: tl.constexpr, N: tl.constexpr):
+    """What belongs to the channels, in N groups of G: each (1, G)."""
+    values = ()
+    for j in tl.static_range(N):
+        column = j * G + tl.arange(0, G)[None, :]
+        values = values + (tl.load(pointer + column, column < channels, 0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _pixels(map_ptr, row, exists, channels, G: tl.constexpr, N: tl.constexpr):
+    """Pixels of a map in N groups of G channels: each (P, G)."""
+    values = ()
+    for j in tl.static_range(N):
+        column = j * G + tl.arange(0, G)[None, :]
+        values = values + (tl.load(map_ptr + row * channels + column, exists & (column < channels), 0.0),)
+    return values
+
+
+@triton.jit
+def _normalise(x, channels, eps, G: tl.constexpr, N: tl.constexpr):
+    """Normalised pixels without scale and shift, N times (P, G), and the inverse of their deviation, (P, 1)."""
+    total = x[0].to(tl.float32)
+    for j in tl.static_range(1, N):
+        total += x[j].to(tl.float32)
+    mean = tl.sum(total, 1)[:, None] / channels
+    squares = tl.zeros_like(total)
+    centred = ()
+    for j in tl.static_range(N):
+        value = x[j].to(tl.float32) - mean
+        if j == N - 1:
+            value = tl.where(j * G + tl.arange(0, G)[None, :] < channels, value, 0.0)
+        squares += value * value
+        centred = centred + (value,)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / channels + eps)
+    normed = ()
+    for j in tl.static_range(N):
+        normed = normed + (centred[j] * inverse,)
+    return normed, inverse
+
+
+@triton.jit
+def _zeros(P: tl.constexpr, G: tl.constexpr, N: tl.constexpr):
+    values = ()
+    for _ in tl.static_range(N):
+        values = values + (tl.zeros((P, G), tl.float32),)
+    return values
+
+
+@triton.jit
+def _add_products(sums, a, b, N: tl.constexpr):
+    """`sums + a b`, each N tiles."""
+    values = ()
+    for j in tl.static_range(N):
+        values = values + (sums[j] + a[j].to(tl.float32) * b[j],)
+    return values
+
+
+@triton.jit
+def _add(sums, a, N: tl.constexpr):
+    """`sums + a`, each N tiles."""
+    values = ()
+    for j in tl.static_range(N):
+        values = values + (sums[j] + a[j].to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _store_sums(pointer, sums, channels, G: tl.constexpr, N: tl.constexpr):
+    """Stores the sums over P of N tiles (P, G)."""
+    for j in tl.static_range(N):
+        column = j * G + tl.arange(0, G)
+        tl.store(pointer + column, tl.sum(sums[j], 0), column < channels)
 
 
 @kernel
 def layer_norm_grn_sums_kernel(
     x_ptr, g_ptr, norm_weight_ptr, norm_bias_ptr, sums_ptr,
     channels, pixels, parts, steps, eps,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of a picture's pixels, (B, parts, sums, C).
 
@@ -32,58 +99,72 @@ def layer_norm_grn_sums_kernel(
     """
     picture = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    column = tl.arange(0, BLOCK_C)[None, :]
-    valid = column < channels
-    weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    weight = _row(norm_weight_ptr, channels, G, N)
+    bias = _row(norm_bias_ptr, channels, G, N)
+    squares = _zeros(P, G, N)
+    first, second, gradient, product = squares, squares, squares, squares
+    start = part * steps * P + tl.arange(0, P)[:, None]
+    x_next = _pixels(x_ptr, picture * pixels + start, start < pixels, channels, G, N)
+    g_next = x_next
     if BACKWARD:
-        first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        gradient = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        product = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        g_next = _pixels(g_ptr, picture * pixels + start, start < pixels, channels, G, N)
     for step in range(steps):
-        pixel = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-        inside = (pixel < pixels) & valid
-        row = picture * pixels + pixel
-        normed, _ = _normalise(x_ptr, row, inside, column, channels, eps)
-        n = tl.where(inside, weight * normed + bias, 0.0)
-        squares += n * n
+        pixel = start + step * P
+        x, g = x_next, g_next
+        # The next pixels are read while these are summed.
+        ahead = pixel + P
+        more = (ahead < pixels) & (step + 1 < steps)
+        x_next = _pixels(x_ptr, picture * pixels + ahead, more, channels, G, N)
         if BACKWARD:
-            g = tl.load(g_ptr + row * channels + column, inside, 0.0).to(tl.float32)  # (P, C)
-            first += normed
-            second += normed * normed
-            gradient += g
-            product += g * normed
-    out = sums_ptr + tl.program_id(0).to(tl.int64) * (5 if BACKWARD else 1) * channels + column
-    tl.store(out, tl.sum(squares, 0)[None, :], valid)
+            g_next = _pixels(g_ptr, picture * pixels + ahead, more, channels, G, N)
+        normed, _ = _normalise(x, channels, eps, G, N)
+        scaled = ()
+        for j in tl.static_range(N):
+            scaled = scaled + (tl.where(pixel < pixels, weight[j] * normed[j] + bias[j], 0.0),)
+        squares = _add_products(squares, scaled, scaled, N)
+        if BACKWARD:
+            first = _add(first, normed, N)
+            second = _add_products(second, normed, normed, N)
+            gradient = _add(gradient, g, N)
+            product = _add_products(product, g, normed, N)
+    out = sums_ptr + tl.program_id(0).to(tl.int64) * (5 if BACKWARD else 1) * channels
+    _store_sums(out, squares, channels, G, N)
     if BACKWARD:
-        tl.store(out + channels, tl.sum(first, 0)[None, :], valid)
-        tl.store(out + 2 * channels, tl.sum(second, 0)[None, :], valid)
-        tl.store(out + 3 * channels, tl.sum(gradient, 0)[None, :], valid)
-        tl.store(out + 4 * channels, tl.sum(product, 0)[None, :], valid)
+        _store_sums(out + channels, first, channels, G, N)
+        _store_sums(out + 2 * channels, second, channels, G, N)
+        _store_sums(out + 3 * channels, gradient, channels, G, N)
+        _store_sums(out + 4 * channels, product, channels, G, N)
 
 
 @triton.jit
-def _total(sums_ptr, column, valid, channels, parts, which, SUMS: tl.constexpr):
-    """One of the sums over all parts of a picture, (C,), in the order of the parts."""
-    total = tl.zeros(column.shape, tl.float32)
-    for part in range(parts):
-        total += tl.load(sums_ptr + (part * SUMS + which) * channels + column, valid, 0.0)
-    return total
+def _totals(sums_ptr, column, valid, channels, parts, SUMS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The sums over all parts of a picture, SUMS times (C,), in the order of the parts modulo AT_ONCE."""
+    totals = _zeros(AT_ONCE, column.shape[0], SUMS)
+    for start in range(0, parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)[:, None]
+        inside = (part < parts) & valid[None, :]
+        more = ()
+        for which in tl.static_range(SUMS):
+            more = more + (tl.load(sums_ptr + (part * SUMS + which) * channels + column[None, :], inside, 0.0),)
+        totals = _add(totals, more, SUMS)
+    sums = ()
+    for which in tl.static_range(SUMS):
+        sums = sums + (tl.sum(totals[which], 0),)
+    return sums
 
 
 @kernel
 def layer_norm_grn_scale_kernel(
     sums_ptr, weight_ptr, scale_ptr,
     channels, parts, eps,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A picture's factor of every channel, (B, C)."""
     picture = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     valid = column < channels
-    response = tl.sqrt_rn(_total(sums_ptr + picture * parts * channels, column, valid, channels, parts, 0, 1))
+    squares = _totals(sums_ptr + picture * parts * channels, column, valid, channels, parts, 1, AT_ONCE)[0]
+    response = tl.sqrt_rn(squares)
     share = response / (tl.sum(response, 0) / channels + eps)
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     tl.store(scale_ptr + picture * channels + column, 1.0 + weight * share, valid)
@@ -93,7 +174,7 @@ def layer_norm_grn_scale_kernel(
 def layer_norm_grn_scale_bwd_kernel(
     sums_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, parameters_ptr,
     channels, pixels, parts, eps,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A picture's factors of the incoming gradient and of the LayerNorm in the LayerNorm's gradient, (B, 2, C), and
     its part of the gradients of norm_weight, norm_bias, weight and bias, (B, 4, C)."""
@@ -101,11 +182,7 @@ def layer_norm_grn_scale_bwd_kernel(
     column = tl.arange(0, BLOCK_C)
     valid = column < channels
     sums_ptr += picture * parts * 5 * channels
-    squares = _total(sums_ptr, column, valid, channels, parts, 0, 5)
-    first = _total(sums_ptr, column, valid, channels, parts, 1, 5)
-    second = _total(sums_ptr, column, valid, channels, parts, 2, 5)
-    gradient = _total(sums_ptr, column, valid, channels, parts, 3, 5)
-    product = _total(sums_ptr, column, valid, channels, parts, 4, 5)
+    squares, first, second, gradient, product = _totals(sums_ptr, column, valid, channels, parts, 5, AT_ONCE)
     norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
     weight = tl.load(weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
@@ -131,55 +208,74 @@ def layer_norm_grn_scale_bwd_kernel(
 def layer_norm_grn_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, scale_ptr, y_ptr,
     channels, pixels, blocks, eps,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A block of a picture's pixels, normalised and scaled."""
     picture = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    column = tl.arange(0, BLOCK_C)[None, :]
-    valid = column < channels
-    inside = (pixel < pixels) & valid
+    pixel = tl.program_id(0) % blocks * P + tl.arange(0, P)[:, None]
+    exists = pixel < pixels
     row = picture * pixels + pixel
-    normed, _ = _normalise(x_ptr, row, inside, column, channels, eps)
-    norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    bias = tl.load(bias_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    scale = tl.load(scale_ptr + picture * channels + column, valid, 0.0)  # (1, C)
-    y = bias + (norm_weight * normed + norm_bias) * scale
-    tl.store(y_ptr + row * channels + column, y.to(y_ptr.dtype.element_ty), inside)
+    norm_weight = _row(norm_weight_ptr, channels, G, N)
+    norm_bias = _row(norm_bias_ptr, channels, G, N)
+    bias = _row(bias_ptr, channels, G, N)
+    scale = _row(scale_ptr + picture * channels, channels, G, N)
+    normed, _ = _normalise(_pixels(x_ptr, row, exists, channels, G, N), channels, eps, G, N)
+    for j in tl.static_range(N):
+        column = j * G + tl.arange(0, G)[None, :]
+        y = bias[j] + (norm_weight[j] * normed[j] + norm_bias[j]) * scale[j]
+        tl.store(y_ptr + row * channels + column, y.to(y_ptr.dtype.element_ty), exists & (column < channels))
 
 
 @kernel
 def layer_norm_grn_bwd_kernel(
     x_ptr, g_ptr, norm_weight_ptr, norm_bias_ptr, scale_ptr, gx_ptr,
     channels, pixels, blocks, eps,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of a picture's pixels."""
     picture = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    column = tl.arange(0, BLOCK_C)[None, :]
-    valid = column < channels
-    inside = (pixel < pixels) & valid
+    pixel = tl.program_id(0) % blocks * P + tl.arange(0, P)[:, None]
+    exists = pixel < pixels
     row = picture * pixels + pixel
-    normed, inverse = _normalise(x_ptr, row, inside, column, channels, eps)
-    g = tl.load(g_ptr + row * channels + column, inside, 0.0).to(tl.float32)  # (P, C)
-    norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (1, C)
-    of_gradient = tl.load(scale_ptr + picture * 2 * channels + column, valid, 0.0)  # (1, C)
-    of_norm = tl.load(scale_ptr + (picture * 2 + 1) * channels + column, valid, 0.0)  # (1, C)
-    g_normed = norm_weight * (g * of_gradient + (norm_weight * normed + norm_bias) * of_norm)
-    mean = tl.sum(g_normed, 1)[:, None] / channels
-    slope = tl.sum(g_normed * normed, 1)[:, None] / channels
-    gx = inverse * (g_normed - mean - normed * slope)
-    tl.store(gx_ptr + row * channels + column, gx.to(gx_ptr.dtype.element_ty), inside)
+    x = _pixels(x_ptr, row, exists, channels, G, N)
+    g = _pixels(g_ptr, row, exists, channels, G, N)
+    norm_weight = _row(norm_weight_ptr, channels, G, N)
+    norm_bias = _row(norm_bias_ptr, channels, G, N)
+    of_gradient = _row(scale_ptr + picture * 2 * channels, channels, G, N)
+    of_norm = _row(scale_ptr + (picture * 2 + 1) * channels, channels, G, N)
+    normed, inverse = _normalise(x, channels, eps, G, N)
+    total = tl.zeros((P, G), tl.float32)
+    product = tl.zeros((P, G), tl.float32)
+    g_normed = ()
+    for j in tl.static_range(N):
+        n = norm_weight[j] * normed[j] + norm_bias[j]
+        value = norm_weight[j] * (g[j].to(tl.float32) * of_gradient[j] + n * of_norm[j])
+        total += value
+        product += value * normed[j]
+        g_normed = g_normed + (value,)
+    mean = tl.sum(total, 1)[:, None] / channels
+    slope = tl.sum(product, 1)[:, None] / channels
+    for j in tl.static_range(N):
+        column = j * G + tl.arange(0, G)[None, :]
+        gx = inverse * (g_normed[j] - mean - normed[j] * slope)
+        tl.store(gx_ptr + row * channels + column, gx.to(gx_ptr.dtype.element_ty), exists & (column < channels))
 
 
 def _tile(channels: int) -> tuple[dict, int]:
-    """Constants and launch options of the kernels over pixels, and pixels of a tile: 32 entries a thread, or more."""
+    """Constants and launch options of the kernels over pixels, and pixels of a tile.
+
+    Channels are in groups, of 9 to 16, so that no more than an eighth of what is computed lies outside the map. A
+    group is 64 entries of some pixels, two of each thread.
+    """
+    group = next_power_of_2(cdiv(channels, 16))
+    pixels = max(1, 64 // group)
+    return dict(P=pixels, G=group, N=cdiv(channels, group), num_warps=max(1, group // 64)), pixels
+
+
+def _picture(channels: int) -> dict:
+    """Constants and launch options of the kernels that take a picture's sums."""
     block_c = next_power_of_2(channels)
-    size = max(1024, block_c)
-    return dict(BLOCK_P=size // block_c, BLOCK_C=block_c, num_warps=min(32, size // 1024)), size // block_c
+    return dict(BLOCK_C=block_c, AT_ONCE=max(1, 4096 // block_c), num_warps=8)
 
 
 def _parts(batch: int, pixels: int, block_p: int) -> tuple[int, int]:
@@ -215,7 +311,7 @@ def forward(
         layer_norm_grn_sums_kernel[(batch * parts,)](
             x, None, norm_weight, norm_bias, sums, channels, pixels, parts, steps, norm_eps, BACKWARD=False, **constants
         )
-        layer_norm_grn_scale_kernel[(batch,)](sums, weight, scale, channels, parts, eps, BLOCK_C=constants["BLOCK_C"])
+        layer_norm_grn_scale_kernel[(batch,)](sums, weight, scale, channels, parts, eps, **_picture(channels))
         blocks = cdiv(pixels, block_p)
         layer_norm_grn_fwd_kernel[(batch * blocks,)](
             x, norm_weight, norm_bias, bias, scale, y, channels, pixels, blocks, norm_eps, **constants
@@ -251,7 +347,7 @@ def backward(
     )
     layer_norm_grn_scale_bwd_kernel[(batch,)](
         sums, norm_weight, norm_bias, weight, scale, parameters, channels, pixels, parts, eps,
-        BLOCK_C=constants["BLOCK_C"],
+        **_picture(channels),
     )  # fmt: skip
     blocks = cdiv(pixels, block_p)
     layer_norm_grn_bwd_kernel[(batch * blocks,)](

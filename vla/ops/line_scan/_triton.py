@@ -154,6 +154,9 @@ class _Sweep:
             self._forward([*inputs[:5], states], self.LEAST, ADD=False, STATES=True)
             # The gradients of lambda, u and skip have one set of strides.
             grid, launches, constants = self._long([*inputs, states, gx_k, *outputs[:2]], self.LEAST)
+            if constants["num_warps"] == 1 and torch.version.cuda is not None:
+                # Four warps a scheduler; in programs of many warps that costs more than it brings.
+                constants["maxnreg"] = 128
             arguments = [self.x if t is None else t for t in (*inputs, states, gx_k, *outputs)]
             for launch in reversed(launches):
                 _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, ADD=add_k, **constants)

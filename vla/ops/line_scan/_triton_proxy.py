@@ -335,13 +335,14 @@ def line_scan_proxy_bwd_kernel(
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
     Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ADD_GX: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    PARTIAL: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one block of C channels of some groups: `span` chunks of P rows each, `per` groups a tile of rows.
 
-    So that no two programs write to one place, gz has a leading axis of channel blocks, gw one of workers and gx, if
-    PARTIAL, one of sweeps. Otherwise a group holds all that its sweeps read, and they add to one gx. ADD and ADD_GX add
-    to what earlier launches left in gz and gx.
+    A program takes all sweeps, or if APART one. So that no two programs write to one place, gz has a leading axis of
+    channel blocks, if APART of sweeps and blocks, gw one of workers and gx, if PARTIAL, one of sweeps. Otherwise a
+    group holds all that its sweeps read, and they add to one gx. ADD and ADD_GX add to what earlier launches left in gz
+    and gx.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
@@ -352,6 +353,9 @@ def line_scan_proxy_bwd_kernel(
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     worker = tl.program_id(0) // blocks
+    first_sweep, sweeps = 0, K
+    if APART:
+        first_sweep, sweeps, worker = worker % K, 1, worker // K
     p = tl.arange(0, P)
     before, after = _shifts(p, Q, low)
     c = block * C + tl.arange(0, C)
@@ -385,9 +389,9 @@ def line_scan_proxy_bwd_kernel(
         own_z_row = z + target[:, None] * S + (sv % HALF)[None, :]
         gy_row = gy + target[None, :] * channels + c[:, None]
         gz_row = gz + tl.max_contiguous(
-            ((block * batch).to(tl.int64) * pixels + target[:, None]) * S + sg[None, :], [1, 2]
+            (((first_sweep * blocks + block) * batch).to(tl.int64) * pixels + target[:, None]) * S + sg[None, :], [1, 2]
         )
-        for k in range(K):
+        for k in range(first_sweep, first_sweep + sweeps):
             w_k, v_k = w + k * 6 * w_j, v + k * 6 * v_j
             w0, w1, w2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
             w3, w4, w5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
@@ -395,7 +399,7 @@ def line_scan_proxy_bwd_kernel(
             v3, v4, v5 = tl.load(v_k + 3 * v_j), tl.load(v_k + 4 * v_j), tl.load(v_k + 5 * v_j)
             gw0 = tl.zeros([C, V], tl.float32)
             gw1, gw2, gw3, gw4, gw5 = gw0, gw0, gw0, gw0, gw0
-            again = no | ADD | (k > 0)
+            again = no | ADD | (k > first_sweep)
             source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, 0)
             source = (b * pixels + source)[None, :] * channels + c[:, None]
             x_row, gx_row = x + source, gx + source
@@ -478,10 +482,12 @@ def line_scan_proxy_bwd_kernel(
                     tl.store(gx_ptr + t * st * channels, (g_x + gx_before).to(gx.dtype.element_ty), own_mask)
                     if V > HALF:
                         g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
-                    if KEEP:
-                        _add(gz_ptr + t * tt * S, g_z, gz_mask, again)
-                    else:
+                    if not KEEP:
                         tl.store(gz_ptr + t * tt * S, g_z + gz_before, gz_mask)
+                    elif APART and not ADD:
+                        tl.store(gz_ptr + t * tt * S, g_z.to(gz.dtype.element_ty), gz_mask)
+                    else:
+                        _add(gz_ptr + t * tt * S, g_z, gz_mask, again)
             gw_k = gw + k * 6 * v_j
             again = no | (group > worker)
             _add(gw_k, gw0, c_mask, again)
@@ -490,6 +496,19 @@ def line_scan_proxy_bwd_kernel(
             _add(gw_k + 3 * v_j, gw3, c_mask, again)
             _add(gw_k + 4 * v_j, gw4, c_mask, again)
             _add(gw_k + 5 * v_j, gw5, c_mask, again)
+
+
+@kernel
+def line_scan_sum_kernel(maps, total, count, size, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum (size,) of maps (count, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    way = tl.cast(size, tl.int64)
+    value = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            n = first + j
+            value += tl.load(maps + n * way + at, (n < count) & (at < size), 0.0).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), at < size)
 
 
 @kernel
@@ -660,10 +679,11 @@ class _Launch:
         gy = _pixels(gy)
         pixels = self.height * self.width
         groups = list(self.groups())
-        # So that nothing has to be added in memory by two programs: one gradient of the proxy a block of channels, and
-        # one of x a sweep where different programs run sweeps over one pixel. The sums are taken in float32.
-        gz = self.x.new_empty(self.blocks, self.batch, pixels, self.rank, dtype=torch.float32)
-        gx = turned_gx = None
+        # So that nothing has to be added in memory by two programs: one gradient of the proxy a block of channels and
+        # program's sweeps, and one of x a sweep where different programs run sweeps over one pixel. The sums are taken
+        # in float32.
+        gz = gx = turned_gx = None
+        rounded = torch.bfloat16 if self.w.dtype == torch.bfloat16 else torch.float32
         g_gates, *others = (t.new_empty(t.shape) for t in self.weights)
         for k, directions, x, target in groups:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
@@ -673,25 +693,29 @@ class _Launch:
             span = cdiv(segments, per)
             groups = cdiv(self.batch * Q, P) * tiles * per
             in_place = x is self.x
+            # Short chunks need nothing of their sweep's other chunks.
+            apart = len(directions) if keep else 1
+            if gz is None:
+                dtype = rounded if apart > 1 else torch.float32
+                gz = x.new_empty(apart * self.blocks, self.batch, pixels, self.rank, dtype=dtype)
             # Several programs may add to a pixel of gx in one launch.
-            partial = not in_place or (len(directions) > 1 and tiles * per > 1)
+            partial = not in_place or (len(directions) > 1 and (keep or tiles * per > 1))
             if gx is None or not in_place:
                 gx = x.new_empty(len(directions) if partial else 1, *x.shape)
             # As many programs as run at a time, and all with as much to do.
             warps = 12 if keep and not self.exact else 8
-            slots = max(1, warps * 16 // P * processors(x) // self.blocks)
+            slots = max(1, warps * 16 // P * processors(x) // (self.blocks * apart))
             workers = cdiv(groups, max(1, cdiv(groups, slots)))
             part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
             scratch = part
             if not keep:
-                dtype = torch.bfloat16 if self.w.dtype == torch.bfloat16 else torch.float32
-                scratch = x.new_empty(self.blocks * workers, chunk, P, self.C, dtype=dtype)
-            line_scan_proxy_bwd_kernel[(self.blocks * workers,)](
+                scratch = x.new_empty(self.blocks * workers, chunk, P, self.C, dtype=rounded)
+            line_scan_proxy_bwd_kernel[(self.blocks * apart * workers,)](
                 x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels, pixels,
                 rows, lines, chunk, tiles, segments, halo, self.w_width, groups, per, span, workers, *target,
                 *self._sources(directions),
                 K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
-                ADD=k > 0, ADD_GX=k > 0 and in_place, PARTIAL=partial, num_warps=P // 16,
+                ADD=k > 0, ADD_GX=k > 0 and in_place, PARTIAL=partial, APART=apart > 1, num_warps=P // 16,
                 **self._registers(few=keep),
             )  # fmt: skip
             if not in_place:
@@ -703,8 +727,15 @@ class _Launch:
                 V=self.V, C=self.C, N=16,
             )  # fmt: skip
         if turned_gx is None:
-            turned_gx = _map(gx.sum(0) if len(gx) > 1 else gx[0], self.height)
-        return [turned_gx, g_gates, *others, _map(gz.sum(0), self.height)]
+            turned_gx = _map(_sum(gx, gx.dtype) if len(gx) > 1 else gx[0], self.height)
+        return [turned_gx, g_gates, *others, _map(_sum(gz, self.proxy.dtype), self.height)]
+
+
+def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first axis, taken in float32."""
+    total = maps.new_empty(maps.shape[1:], dtype=dtype)
+    line_scan_sum_kernel[(cdiv(total.numel(), 1024),)](maps, total, len(maps), total.numel(), AT_ONCE=4, BLOCK=1024)
+    return total
 
 
 def _pixels(x: Tensor) -> Tensor:
