@@ -90,13 +90,13 @@ class TokenShift(nn.Module):
             Tokens (mixes, B, T, C), under autocast in its dtype.
         """
         dtype = autocast_dtype(x)
-        tokens = to_tokens(x)
-        if self.mode != "q_shift":
-            change = self.along_sequence(tokens) - tokens
-            return tokens + change * weight[:, None, None]
-        if grid is None:
+        if self.mode == "q_shift" and grid is None:
             mixed = q_shift_mix(x, weight, low, up, self.shift, self.gamma, self.head_dim, dtype)
             return mixed.permute(0, 1, 3, 4, 2).flatten(2, 3)
+        tokens = to_tokens(x)
+        if grid is None or self.mode != "q_shift":
+            change = self.along_sequence(tokens) - tokens
+            return tokens + change * weight[:, None, None]
         pixels = grid[0] * grid[1]
         low = None if low is None else low[:, :pixels]
         pixel_map = to_map(tokens[:, :pixels], grid[0], grid[1])
