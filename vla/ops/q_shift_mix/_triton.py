@@ -23,6 +23,7 @@ def share_of(
     channels,
     low_token,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -37,7 +38,7 @@ def share_of(
         inside = (r < RANK)[:, None] & (channel < channels)
         right = tl.load(up + (mix * RANK + r)[:, None] * channels + channel, inside, 0.0)  # (BLOCK_R, BLOCK_C)
         share = share + product(left, right, PRECISION)
-    return share
+    return 1.0 - share if KEEPS else share
 
 
 @triton.jit(do_not_specialize=["mixes", "step"])
@@ -65,6 +66,7 @@ def q_shift_mix_fwd_kernel(
     END4: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -86,7 +88,7 @@ def q_shift_mix_fwd_kernel(
     if RANK > 0:
         low += image * low_batch
     for mix in range(mixes):
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
+        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION)
         out = y + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
@@ -117,6 +119,7 @@ def q_shift_mix_bwd_kernel(
     gx_row,
     gx_column,
     MIXES: tl.constexpr,
+    KEEPS: tl.constexpr,
     END1: tl.constexpr,
     END2: tl.constexpr,
     END3: tl.constexpr,
@@ -149,7 +152,8 @@ def q_shift_mix_bwd_kernel(
     gx += image * gx_batch + channel.to(tl.int64) * gx_channel
     shares, sums = (), ()
     for mix in tl.static_range(MIXES):
-        shares += (tl.load(weight + mix * channels + channel, inside_c, 0.0).to(tl.float32),)  # (1, C / V, V)
+        share = tl.load(weight + mix * channels + channel, inside_c, 0.0).to(tl.float32)
+        shares += (1.0 - share if KEEPS else share,)  # (1, C / V, V)
         sums += (tl.zeros((BLOCK_P, BLOCK_C // VECTOR, VECTOR), tl.float32),)
 
     for first in range(chunk * size, end, BLOCK_P):
@@ -165,7 +169,7 @@ def q_shift_mix_bwd_kernel(
             own = load_from(g_chunk, row, column, inside, height, width, g_row, g_column)
             moved = load_from(g_chunk, row - down, column - across, inside, height, width, g_row, g_column)
             out += own + shares[mix] * (moved - own)
-            products += (sums[mix] + own * change,)
+            products += (sums[mix] - own * change if KEEPS else sums[mix] + own * change,)
             g_chunk += g_mix
         sums = products
         tl.store(gx + row * gx_row + column * gx_column, out.to(gx.dtype.element_ty), inside)
@@ -210,6 +214,7 @@ def q_shift_mix_low_rank_bwd_kernel(
     END4: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -238,10 +243,10 @@ def q_shift_mix_low_rank_bwd_kernel(
     move = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for mix in range(mixes):
         g_chunk = tl.load(g, inside, 0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
+        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION)
         stay += g_chunk * (1.0 - share)
         move += g_chunk * share
-        of_share = g_chunk * change
+        of_share = -g_chunk * change if KEEPS else g_chunk * change
         out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
         # (tiles of pixels, mixes, C)
@@ -268,12 +273,15 @@ def _tile(channels: int, low_rank: bool) -> tuple[int, int, int]:
     return 2048 // block_c, block_c, 4
 
 
-def _constants(x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None) -> dict:
+def _constants(
+    x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None, keeps: bool
+) -> dict:
     """Constants of the kernels that may have low-rank shares."""
     rank = 0 if up is None else up.shape[1]
     block_p, block_c, num_warps = _tile(x.shape[1], low is not None)
     return groups(x.shape[1], gamma, head_dim) | dict(
         RANK=rank,
+        KEEPS=keeps,
         BLOCK_R=max(16, next_power_of_2(rank)),
         PRECISION="tf32" if low is None else product_precision(low),
         BLOCK_P=block_p,
@@ -295,13 +303,14 @@ def forward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> Tensor:
     batch, channels, height, width = x.shape
     mixes = weight.shape[0]
     y = x.new_empty(mixes, batch, height, width, channels, dtype=dtype)
     if y.numel() > 0:
         low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
-        constants = _constants(x, low, up, gamma, head_dim)
+        constants = _constants(x, low, up, gamma, head_dim, keeps)
         tiles = cdiv(height * width, constants["BLOCK_P"]) * cdiv(channels, constants["BLOCK_C"])
         q_shift_mix_fwd_kernel[(batch * tiles,)](
             x,
@@ -332,6 +341,7 @@ def backward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> list[Tensor | None]:
     g = grads[0]
     batch, channels, height, width = x.shape
@@ -364,6 +374,7 @@ def backward(
             *x.stride(),
             *gx.stride(),
             MIXES=mixes,
+            KEEPS=keeps,
             **constants,
             VECTOR=vector,
             BLOCK_P=block_p,
@@ -394,7 +405,7 @@ def backward(
         *g.stride(),
         *x.stride(),
         *low.stride()[:2],
-        **_constants(x, low, up, gamma, head_dim),
+        **_constants(x, low, up, gamma, head_dim, keeps),
     )
     shifted(moved.permute(0, 3, 1, 2), -shift, gamma, head_dim, rest=stays, out=gx)
     up = up.to(low.dtype)
