@@ -209,12 +209,11 @@ class SpatialMix(nn.Module):
             mixes = torch.stack([self.mix_k, self.mix_v, self.mix_r])
             k, v, r = self.shift.mix(x, mixes, grid, keeps=True).unbind(0)
         k, v, r = self.key(k), self.value(v), self.receptance(r)
-        length = k.shape[1]
-        w, u = self.decay / length, self.bonus / length
         if isinstance(self.wkv_norm, nn.Identity):
-            y = bi_wkv(w, u, k, v, r, self.official_split)
+            y = bi_wkv(self.decay, self.bonus, k, v, r, self.official_split, per_sequence=True)
         else:
-            y = torch.sigmoid(r) * self.wkv_norm(bi_wkv(w, u, k, v, official_split=self.official_split))
+            y = bi_wkv(self.decay, self.bonus, k, v, official_split=self.official_split, per_sequence=True)
+            y = torch.sigmoid(r) * self.wkv_norm(y)
         return to_map(self.output(y), x.shape[2], x.shape[3])
 
 
