@@ -88,6 +88,19 @@ def _load(pointer, stride: tl.constexpr, offset, L: tl.constexpr):
 
 
 @triton.jit
+def _load_gates(pointer, stride: tl.constexpr, GATED: tl.constexpr, L: tl.constexpr):
+    """A segment's gates in their own dtype, none without `GATED`.
+
+    Loaded before anything is stored: behind a store, which might alias, each would be waited for by itself.
+    """
+    gates = ()
+    if GATED:
+        for t in tl.static_range(L):
+            gates += (tl.load(pointer + t * stride),)
+    return gates
+
+
+@triton.jit
 def _load_state(pointer, stride):
     """Exponent and sums."""
     return tl.load(pointer), tl.load(pointer + stride), tl.load(pointer + 2 * stride)
@@ -110,6 +123,14 @@ def _load_outside(pointer, place, spans, channels, ONE: tl.constexpr):
         pointer += (b * spans + span) * 6 * channels + channel
         past, future = _load_state(pointer, channels), _load_state(pointer + 3 * channels, channels)
     return past, future
+
+
+@triton.jit
+def _part(place, spans, channels, BLOCK: tl.constexpr):
+    """Where a program's parts of its channels' sums over all spans are, in (C, B * spans)."""
+    b, span, segment, start, extra, channel, mask = place
+    parts = tl.num_programs(0) // tl.cdiv(channels, BLOCK)
+    return channel.to(tl.int64) * parts + (b * spans + span)
 
 
 @triton.jit
@@ -272,6 +293,7 @@ def _near_outputs(
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, 0.0, L)
+    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
     weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
     pn, pd, fn, fd = around
     decay, bonus = tl.exp(-w), tl.exp(u)
@@ -284,7 +306,7 @@ def _near_outputs(
         own, weighted = weights[t] * bonus, weights[t] * values[t]
         y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own))
         if GATED:
-            y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            y *= _sigmoid(gates[t].to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
         pn, pd = pn * decay + weighted, pd * decay + weights[t]
 
@@ -306,6 +328,7 @@ def _near_gradients(
     b, span, segment, start, extra, channel, mask = place
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
     gys = _load(gy_ptr, stride_gyt, 0.0, L)
+    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
     weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
     pn, pd, fn, fd = around
     decay, bonus = tl.exp(-w), tl.exp(u)
@@ -327,7 +350,7 @@ def _near_gradients(
         y = (pn + ns[t] + own * values[t]) * inverse
         gy = gys[t]
         if GATED:
-            s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            s = _sigmoid(gates[t].to(tl.float32))
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)
@@ -388,8 +411,7 @@ def _near_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    gw_ptr += (b * spans + span) * channels + channel
-    gu_ptr += (b * spans + span) * channels + channel
+    part = _part(place, spans, channels, BLOCK)
     weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
@@ -417,8 +439,8 @@ def _near_inputs(
         p *= past[1] * grad_future[1] - past[2] * grad_future[2]
         f *= future[1] * grad_past[1] - future[2] * grad_past[2]
         gw -= tokens * (p + f)
-    tl.store(gw_ptr, gw * scale, mask=mask)
-    tl.store(gu_ptr, tl.sum(gu, 0)[None] * scale, mask=mask)
+    tl.store(gw_ptr + part, gw * scale, mask=mask)
+    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
     xs, ys = (), ()
     for i in tl.static_range(L):
         g, h = gs[L - 1 - i], hs[L - 1 - i]
@@ -646,8 +668,7 @@ def _far_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    gw_ptr += (b * spans + span) * channels + channel
-    gu_ptr += (b * spans + span) * channels + channel
+    part = _part(place, spans, channels, BLOCK)
     w, u = w + 0.0 * segment, u + 0.0 * segment
     keys, values, around, gs, hs, minus = _far_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
@@ -674,8 +695,8 @@ def _far_inputs(
         gu += own * (v * g - h)
         tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
         tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
-    tl.store(gw_ptr, tl.sum(gw, 0)[None] * scale, mask=mask)
-    tl.store(gu_ptr, tl.sum(gu, 0)[None] * scale, mask=mask)
+    tl.store(gw_ptr + part, tl.sum(gw, 0)[None] * scale, mask=mask)
+    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
 
 
 # Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
@@ -805,7 +826,8 @@ def bi_wkv_bwd_kernel(
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
-    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (B, spans, C); outside, grad_outside (B, spans, 2, 3, C); w, u (C,).
+    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
+    w, u (C,).
     """
     if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
@@ -927,9 +949,9 @@ def backward(
             maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
         grad_outside = _outside(w, scale, totals, options)
-    gw, gu = k.new_empty(2, len(k) * sizes[0], sizes[2], dtype=torch.float32)
+    parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
-        w, u, scale, k, v, gy, gated, gk, gv, ggated, gw, gu, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
+        w, u, scale, k, v, gy, gated, gk, gv, ggated, *parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
         *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
     )  # fmt: skip
-    return [gw.sum(0), gu.sum(0), gk, gv, ggate]
+    return [*parts.sum(2), gk, gv, ggate]

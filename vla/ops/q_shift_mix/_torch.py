@@ -12,9 +12,7 @@ def _last(x: Tensor) -> Tensor:
     return x.movedim(-3, -1)
 
 
-def _shares(
-    weight: Tensor, low: Tensor | None, up: Tensor | None, height: int, width: int, keeps: bool
-) -> Tensor:
+def _shares(weight: Tensor, low: Tensor | None, up: Tensor | None, height: int, width: int, keeps: bool) -> Tensor:
     """Share of the shifted map in every mix, broadcasting to (mixes, B, H, W, C)."""
     if keeps:
         return 1 - _shares(weight, low, up, height, width, False)

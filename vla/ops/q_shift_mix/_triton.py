@@ -88,7 +88,9 @@ def q_shift_mix_fwd_kernel(
     if RANK > 0:
         low += image * low_batch
     for mix in range(mixes):
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION)
+        share = share_of(
+            weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION
+        )
         out = y + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
@@ -174,10 +176,11 @@ def q_shift_mix_bwd_kernel(
         sums = products
         tl.store(gx + row * gx_row + column * gx_column, out.to(gx.dtype.element_ty), inside)
 
-    # (images * chunks, mixes, C)
-    g_weight += (program // blocks).to(tl.int64) * MIXES * channels
+    # (mixes, C, images * chunks)
+    parts = tl.num_programs(0) // blocks
+    g_weight += channel.to(tl.int64) * parts + program // blocks
     for mix in tl.static_range(MIXES):
-        tl.store(g_weight + mix * channels + channel, tl.sum(sums[mix], 0)[None], inside_c)
+        tl.store(g_weight + mix * channels * parts, tl.sum(sums[mix], 0)[None], inside_c)
 
 
 @triton.jit(do_not_specialize=["mixes", "step"])
@@ -239,18 +242,21 @@ def q_shift_mix_low_rank_bwd_kernel(
     low += image * low_batch
     g += image * g_batch + channel.to(tl.int64) * g_channel + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
     natural = (image * height * width + pixel) * channels + channel
+    tiles = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
     stay = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     move = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for mix in range(mixes):
         g_chunk = tl.load(g, inside, 0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION)
+        share = share_of(
+            weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION
+        )
         stay += g_chunk * (1.0 - share)
         move += g_chunk * share
         of_share = -g_chunk * change if KEEPS else g_chunk * change
         out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
-        # (tiles of pixels, mixes, C)
-        out = g_weight + (tile * mixes + mix) * channels + channel
+        # (mixes, C, tiles of pixels)
+        out = g_weight + (mix * channels + channel).to(tl.int64) * tiles + tile
         tl.store(out, tl.sum(of_share, 0)[None, :], channel < channels)
         g += g_mix
     tl.store(stays + natural, stay, inside)
@@ -258,7 +264,7 @@ def q_shift_mix_low_rank_bwd_kernel(
 
 
 # Programs of the backward with constant shares to aim at: few, so that their sums of the weights' gradients are.
-_PROGRAMS = 400
+_PROGRAMS = 800
 
 
 def _chunks(programs: int, tiles: int) -> int:
@@ -356,9 +362,9 @@ def backward(
         constants = groups(channels, gamma, head_dim)
         # Neighbouring channels that move the same way.
         vector = math.gcd(4, *constants.values())
-        block_p, num_warps = 32 * 8 * vector // block_c, 8
+        block_p, num_warps = 32 * 4 * vector // block_c, 4
         chunks = _chunks(programs, cdiv(height * width, block_p))
-        g_weight = x.new_empty(batch * chunks, mixes, channels, dtype=torch.float32)
+        g_weight = x.new_empty(mixes, channels, batch * chunks, dtype=torch.float32)
         q_shift_mix_bwd_kernel[(programs * chunks,)](
             g,
             x,
@@ -381,9 +387,9 @@ def backward(
             BLOCK_C=block_c,
             num_warps=num_warps,
         )
-        return [gx, g_weight.sum(0), None, None]
+        return [gx, g_weight.sum(2), None, None]
     tiles = batch * cdiv(height * width, block_p)
-    g_weight = x.new_empty(tiles, mixes, channels, dtype=torch.float32)
+    g_weight = x.new_empty(mixes, channels, tiles, dtype=torch.float32)
     stays, moved = x.new_empty(2, batch, height, width, channels, dtype=torch.float32)
     g_share = low.new_empty(mixes, batch * height * width, channels)
     q_shift_mix_low_rank_bwd_kernel[(tiles * cdiv(channels, block_c),)](
@@ -412,4 +418,4 @@ def backward(
     g_low = low.new_empty(batch * height * width, mixes, up.shape[1])
     torch.matmul(g_share, up.mT, out=g_low.transpose(0, 1))
     g_up = low.unflatten(2, (mixes, -1)).flatten(0, 1).permute(1, 2, 0) @ g_share
-    return [gx, g_weight.sum(0), g_low.view(batch, height * width, -1), g_up]
+    return [gx, g_weight.sum(2), g_low.view(batch, height * width, -1), g_up]
