@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import golden
-from tests.tolerance import assert_close
+from tests.tolerance import RELATIVE, assert_close
 from vla.layers import ChannelMix, SpatialMix, SpatialMix6, TokenShift, VRWKVBlock
 from vla.models.vrwkv import rename_released
 
@@ -83,7 +83,11 @@ def test_compiled_under_autocast(version):
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         expected = block(x)
         actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(actual, expected)
+    if torch.get_default_device().type == "cpu":
+        assert torch.equal(actual, expected)
+    else:
+        # A graph has PyTorch's own layer norm, which rounds the gate's SiLU to bfloat16; an operator rounds once.
+        assert_close("compiled", actual, expected, RELATIVE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 5), (20, 13)], ids=str)

@@ -185,7 +185,7 @@ def _q_shift_mix() -> Iterator[Case]:
         return make
 
     f = ops.q_shift_mix
-    yield Case("vrwkv", f, arguments(maps, 3, 0, 128, 192, 14, 14, dtype=BF16))
+    yield Case("vrwkv", f, arguments(maps, 3, 0, 128, 192, 14, 14, dtype=BF16, keeps=True))
     yield Case("vrwkv6", f, arguments(maps, 5, 32, 128, 192, 14, 14, head_dim=64), (BF16,))
     yield Case("odd", f, arguments(rows, 2, 5, 1, 33, 7, 9, shift=2, gamma=0.2), (FP32, FP16))
 

@@ -62,6 +62,25 @@ def test_gate_is_a_factor(split):
         assert_close(name, value, expected[name])
 
 
+def check_per_sequence(backend, tensors, **options):
+    """Decay and bonus of a whole sequence, and the gradients of these."""
+    expected = run(
+        "naive",
+        lambda w, u, k, v: bi_wkv(w / k.shape[1], u / k.shape[1], k, v, **options),
+        {name: tensor.double() for name, tensor in tensors.items()},
+    )
+    for name, value in run(backend, bi_wkv, tensors, per_sequence=True, **options).items():
+        assert_close(name, value, expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("split", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_per_sequence(dtype, split, backend):
+    tensors = make(2, 20, 8, dtype=dtype)
+    check_per_sequence(backend, tensors | {"w": 20 * tensors["w"]}, official_split=split)
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_float32_parameters_with_half_precision_tokens(backend):
     tensors = make(2, 20, 8)
@@ -148,7 +167,7 @@ class Mixer(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make(2, 9, 4).values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), None, None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), None, None, False)
     check_machinery(Mixer(), tensors, torch.ops.vla.bi_wkv.default, arguments)
 
 

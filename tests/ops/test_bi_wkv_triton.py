@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.ops.harness import compare, randn, run  # noqa: E402
-from tests.ops.test_bi_wkv import check_reference_values, make  # noqa: E402
+from tests.ops.test_bi_wkv import check_per_sequence, check_reference_values, make  # noqa: E402
 from tests.tolerance import assert_close  # noqa: E402
 from vla.ops import bi_wkv  # noqa: E402
 
@@ -42,6 +42,12 @@ def gated(tensors):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 18, 9)], ids=lambda s: "x".join(map(str, s)))
 def test_against_naive(shape, decay, spread):
     compare("triton", bi_wkv, gated(single(make(*shape, decay))))
+
+
+@pytest.mark.parametrize("decay", [3.0, 50.0], ids=["near", "far"])
+def test_per_sequence(decay, spread):
+    tensors = single(make(1, 18, 9, decay))
+    check_per_sequence("triton", tensors | {"w": 18 * tensors["w"]})
 
 
 def test_float16():

@@ -25,6 +25,8 @@ def make(shape, mixes, rank=0, dtype=torch.float64, channels_last=True):
 
 CASES = [
     ((2, 16, 4, 5), 3, 0, True, {}),
+    ((2, 8, 4, 5), 2, 0, False, dict(keeps=True)),
+    ((1, 8, 3, 5), 2, 2, True, dict(keeps=True)),
     ((1, 7, 1, 6), 2, 0, False, dict(shift=2, gamma=0.2)),
     ((2, 24, 6, 1), 5, 3, True, dict(head_dim=12)),
     ((1, 70, 7, 7), 2, 20, False, dict(shift=9, head_dim=10)),
@@ -94,7 +96,7 @@ class Mix(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make((2, 16, 3, 5), 2, 3).values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 1, 0.25, 8, None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1, 0.25, 8, None, False)
     check_machinery(Mix(), tensors, torch.ops.vla.q_shift_mix.default, arguments)
 
 

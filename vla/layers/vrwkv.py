@@ -76,6 +76,7 @@ class TokenShift(nn.Module):
         grid: Grid = None,
         low: Optional[Tensor] = None,  # noqa: UP045
         up: Optional[Tensor] = None,  # noqa: UP045
+        keeps: bool = False,
     ) -> Tensor:
         """`x + (shift(x) - x) * (weight + low @ up)` for several weights, see `vla.ops.q_shift_mix`.
 
@@ -85,22 +86,24 @@ class TokenShift(nn.Module):
             grid: See `VRWKVBlock`.
             low: Low-rank part of the share, (B, T, mixes * rank), `'q_shift'` only.
             up: Its expansion, (mixes, rank, C).
+            keeps: The weights are the shares of `x`.
 
         Returns:
             Tokens (mixes, B, T, C), under autocast in its dtype.
         """
         dtype = autocast_dtype(x)
-        tokens = to_tokens(x)
-        if self.mode != "q_shift":
-            change = self.along_sequence(tokens) - tokens
-            return tokens + change * weight[:, None, None]
-        if grid is None:
-            mixed = q_shift_mix(x, weight, low, up, self.shift, self.gamma, self.head_dim, dtype)
+        if self.mode == "q_shift" and grid is None:
+            mixed = q_shift_mix(x, weight, low, up, self.shift, self.gamma, self.head_dim, dtype, keeps)
             return mixed.permute(0, 1, 3, 4, 2).flatten(2, 3)
+        tokens = to_tokens(x)
+        if grid is None or self.mode != "q_shift":
+            shifted = self.along_sequence(tokens)
+            start, end = (shifted, tokens) if keeps else (tokens, shifted)
+            return start + (end - start) * weight[:, None, None]
         pixels = grid[0] * grid[1]
         low = None if low is None else low[:, :pixels]
         pixel_map = to_map(tokens[:, :pixels], grid[0], grid[1])
-        mixed = q_shift_mix(pixel_map, weight, low, up, self.shift, self.gamma, self.head_dim, dtype)
+        mixed = q_shift_mix(pixel_map, weight, low, up, self.shift, self.gamma, self.head_dim, dtype, keeps)
         rest = tokens[:, pixels:].to(mixed.dtype).expand(weight.shape[0], -1, -1, -1)
         return torch.cat([mixed.permute(0, 1, 3, 4, 2).flatten(2, 3), rest], dim=2)
 
@@ -204,14 +207,13 @@ class SpatialMix(nn.Module):
             k = v = r = to_tokens(x)
         else:
             mixes = torch.stack([self.mix_k, self.mix_v, self.mix_r])
-            k, v, r = self.shift.mix(x, 1 - mixes, grid).unbind(0)
+            k, v, r = self.shift.mix(x, mixes, grid, keeps=True).unbind(0)
         k, v, r = self.key(k), self.value(v), self.receptance(r)
-        length = k.shape[1]
-        w, u = self.decay / length, self.bonus / length
         if isinstance(self.wkv_norm, nn.Identity):
-            y = bi_wkv(w, u, k, v, r, self.official_split)
+            y = bi_wkv(self.decay, self.bonus, k, v, r, self.official_split, per_sequence=True)
         else:
-            y = torch.sigmoid(r) * self.wkv_norm(bi_wkv(w, u, k, v, official_split=self.official_split))
+            y = bi_wkv(self.decay, self.bonus, k, v, official_split=self.official_split, per_sequence=True)
+            y = torch.sigmoid(r) * self.wkv_norm(y)
         return to_map(self.output(y), x.shape[2], x.shape[3])
 
 
@@ -340,7 +342,7 @@ class ChannelMix(nn.Module):
         if self.shift is None:
             k = r = to_tokens(x)
         else:
-            k, r = self.shift.mix(x, 1 - torch.stack([self.mix_k, self.mix_r]), grid).unbind(0)
+            k, r = self.shift.mix(x, torch.stack([self.mix_k, self.mix_r]), grid, keeps=True).unbind(0)
         hidden = self.hidden_norm(squared_relu(self.key(k)))
         return to_map(torch.sigmoid(self.receptance(r)) * self.value(hidden), x.shape[2], x.shape[3])
 

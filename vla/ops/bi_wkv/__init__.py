@@ -11,7 +11,15 @@ __all__ = ["bi_wkv"]
 _OP = "bi_wkv"
 
 
-def _infer(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
+def _infer(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    official_split: int | None,
+    per_sequence: bool,
+) -> Tensor:
     check_ndim(_OP, "k", k, (3,), "(B, T, C)")
     batch, length, channels = k.shape
     if length == 0 or channels == 0:
@@ -27,14 +35,14 @@ def _infer(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, offi
     return v.new_empty(batch, length, channels)
 
 
-def _flops(w, u, k, v, gate, official_split) -> int:
+def _flops(w, u, k, v, gate, official_split, per_sequence) -> int:
     # Per token, channel and direction: running maximum, two exponentials, two multiply-adds; then the combination.
     return k[0] * k[1] * k[2] * (2 * 8 + 13 + (0 if gate is None else 4))
 
 
 operator = Operator(
     _OP,
-    "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? gate, int? official_split) -> Tensor",
+    "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? gate, int? official_split, bool per_sequence) -> Tensor",
     package=__name__,
     backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
@@ -49,6 +57,7 @@ def bi_wkv(
     v: Tensor,
     gate: Tensor | None = None,
     official_split: int | None = None,
+    per_sequence: bool = False,
 ) -> Tensor:
     r"""Bidirectional WKV attention (Vision-RWKV, eq. 3), linear in the number of tokens.
 
@@ -58,9 +67,8 @@ def bi_wkv(
         a_ti = k_i - (|t - i| - 1) w   for i != t,   a_tt = k_t + u
 
     Computed as two scans, from the left and from the right, over sums that carry their largest exponent, so that the
-    result is finite for any finite input, `w < 0` included (the farther, the heavier). Vision-RWKV passes
-    `w = spatial_decay / T` and `u = spatial_first / T`. State and reductions are float32 (float64 for float64 inputs)
-    whatever the inputs' dtypes. Every tensor argument is differentiable.
+    result is finite for any finite input, `w < 0` included (the farther, the heavier). State and reductions are float32
+    (float64 for float64 inputs) whatever the inputs' dtypes. Every tensor argument is differentiable.
 
     Args:
         w: Decay per token of distance, (C,), any sign.
@@ -73,6 +81,7 @@ def bi_wkv(
             `exp(-w)`, adds a residue inside a split and 1e-6 to the denominator, and its gradients of `k` and `v` are
             those of the equation above rather than its own. For comparisons only: quadratic in T, and not protected
             against a denominator near zero.
+        per_sequence: w and u are those of a whole sequence: both are divided by T, as Vision-RWKV does.
 
     Returns:
         y, (B, T, C) in the dtype of `v`.
@@ -82,6 +91,6 @@ def bi_wkv(
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.bi_wkv(w, u, k, v, gate, official_split)
+        return torch.ops.vla.bi_wkv(w, u, k, v, gate, official_split, per_sequence)
     else:
-        return operator(w, u, k, v, gate, official_split)
+        return operator(w, u, k, v, gate, official_split, per_sequence)

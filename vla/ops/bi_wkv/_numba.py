@@ -8,6 +8,7 @@ from torch import Tensor
 from .._checks import state_dtype
 from .._numba import exp, jit, run_tasks
 from . import released
+from ._per_sequence import backward_per_sequence, forward_per_sequence
 
 # Channels a task walks with, so that its states of all tokens stay in the second-level cache.
 _BLOCK = 32
@@ -145,6 +146,7 @@ def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     return x.detach().to(dtype).contiguous().numpy()
 
 
+@forward_per_sequence
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
         return released.forward(w, u, k, v, gate, official_split)
@@ -157,6 +159,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, off
     return y.to(v.dtype)
 
 
+@backward_per_sequence
 def backward(
     grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
 ) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._checks import state_dtype
 from .._recurrence import linear_recurrence_
 from . import released
+from ._per_sequence import backward_per_sequence, forward_per_sequence
 
 
 class Sums(NamedTuple):
@@ -65,6 +66,7 @@ def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return (total[:, 0] + own * v) / denominator, denominator, top, sums
 
 
+@forward_per_sequence
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
         return released.forward(w, u, k, v, gate, official_split)
@@ -76,6 +78,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, off
     return y.to(v.dtype).contiguous()
 
 
+@backward_per_sequence
 def backward(
     grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
 ) -> list[Tensor | None]:

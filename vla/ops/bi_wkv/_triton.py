@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._checks import state_dtype
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2
-from . import _torch, released
+from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 NOTHING = tl.constexpr(-1e37)
@@ -61,13 +61,14 @@ def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
 
 @triton.jit
 def _begin(
-    w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
-    stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
     place = _place(spans, length, channels, L, W, BLOCK)
     b, span, segment, start, extra, channel, mask = place
-    w, u = tl.load(w_ptr + channel).to(tl.float32), tl.load(u_ptr + channel).to(tl.float32)
+    w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     centre = w * 0
     if CENTRE:
         # Gradients see only differences of values, formed as differences of sums: a common offset would cost digits.
@@ -84,6 +85,19 @@ def _load(pointer, stride: tl.constexpr, offset, L: tl.constexpr):
     for t in tl.static_range(L):
         tokens += (tl.load(pointer + t * stride).to(tl.float32) - offset,)
     return tokens
+
+
+@triton.jit
+def _load_gates(pointer, stride: tl.constexpr, GATED: tl.constexpr, L: tl.constexpr):
+    """A segment's gates in their own dtype, none without `GATED`.
+
+    Loaded before anything is stored: behind a store, which might alias, each would be waited for by itself.
+    """
+    gates = ()
+    if GATED:
+        for t in tl.static_range(L):
+            gates += (tl.load(pointer + t * stride),)
+    return gates
 
 
 @triton.jit
@@ -112,10 +126,18 @@ def _load_outside(pointer, place, spans, channels, ONE: tl.constexpr):
 
 
 @triton.jit
-def _is_near(w_ptr, u_ptr, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+def _part(place, spans, channels, BLOCK: tl.constexpr):
+    """Where a program's parts of its channels' sums over all spans are, in (C, B * spans)."""
+    b, span, segment, start, extra, channel, mask = place
+    parts = tl.num_programs(0) // tl.cdiv(channels, BLOCK)
+    return channel.to(tl.int64) * parts + (b * spans + span)
+
+
+@triton.jit
+def _is_near(w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0) % tl.cdiv(channels, BLOCK) * BLOCK
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
-    w, u = tl.load(w_ptr + channel).to(tl.float32), tl.load(u_ptr + channel).to(tl.float32)
+    w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
 
 
@@ -237,13 +259,13 @@ def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: t
 
 @triton.jit
 def _near_sums(
-    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
-    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, CENTRE, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, CENTRE, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -257,20 +279,21 @@ def _near_sums(
 
 @triton.jit
 def _near_outputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, False, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, False, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, 0.0, L)
+    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
     weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
     pn, pd, fn, fd = around
     decay, bonus = tl.exp(-w), tl.exp(u)
@@ -283,7 +306,7 @@ def _near_outputs(
         own, weighted = weights[t] * bonus, weights[t] * values[t]
         y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own))
         if GATED:
-            y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            y *= _sigmoid(gates[t].to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
         pn, pd = pn * decay + weighted, pd * decay + weights[t]
 
@@ -305,6 +328,7 @@ def _near_gradients(
     b, span, segment, start, extra, channel, mask = place
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
     gys = _load(gy_ptr, stride_gyt, 0.0, L)
+    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
     weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
     pn, pd, fn, fd = around
     decay, bonus = tl.exp(-w), tl.exp(u)
@@ -326,7 +350,7 @@ def _near_gradients(
         y = (pn + ns[t] + own * values[t]) * inverse
         gy = gys[t]
         if GATED:
-            s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            s = _sigmoid(gates[t].to(tl.float32))
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)
@@ -345,14 +369,14 @@ def _near_gradients(
 
 @triton.jit
 def _near_grads(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, True, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -368,7 +392,7 @@ def _near_grads(
 
 @triton.jit
 def _near_inputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -376,8 +400,8 @@ def _near_inputs(
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, True, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -387,8 +411,7 @@ def _near_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    gw_ptr += (b * spans + span) * channels + channel
-    gu_ptr += (b * spans + span) * channels + channel
+    part = _part(place, spans, channels, BLOCK)
     weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
@@ -416,8 +439,8 @@ def _near_inputs(
         p *= past[1] * grad_future[1] - past[2] * grad_future[2]
         f *= future[1] * grad_past[1] - future[2] * grad_past[2]
         gw -= tokens * (p + f)
-    tl.store(gw_ptr, gw, mask=mask)
-    tl.store(gu_ptr, tl.sum(gu, 0)[None], mask=mask)
+    tl.store(gw_ptr + part, gw * scale, mask=mask)
+    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
     xs, ys = (), ()
     for i in tl.static_range(L):
         g, h = gs[L - 1 - i], hs[L - 1 - i]
@@ -522,13 +545,13 @@ def _far_keys(k_ptr, extra, stride_kt: tl.constexpr, L: tl.constexpr, P: tl.cons
 
 @triton.jit
 def _far_sums(
-    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
-    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, CENTRE, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, CENTRE, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -539,14 +562,14 @@ def _far_sums(
 
 @triton.jit
 def _far_outputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, False, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, False, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -602,14 +625,14 @@ def _far_gradients(
 
 @triton.jit
 def _far_grads(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, True, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -626,7 +649,7 @@ def _far_grads(
 
 @triton.jit
 def _far_inputs(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -634,8 +657,8 @@ def _far_inputs(
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-        stride_vc, True, L, W, BLOCK,
+        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -645,8 +668,7 @@ def _far_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    gw_ptr += (b * spans + span) * channels + channel
-    gu_ptr += (b * spans + span) * channels + channel
+    part = _part(place, spans, channels, BLOCK)
     w, u = w + 0.0 * segment, u + 0.0 * segment
     keys, values, around, gs, hs, minus = _far_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
@@ -673,8 +695,8 @@ def _far_inputs(
         gu += own * (v * g - h)
         tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
         tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
-    tl.store(gw_ptr, tl.sum(gw, 0)[None], mask=mask)
-    tl.store(gu_ptr, tl.sum(gu, 0)[None], mask=mask)
+    tl.store(gw_ptr + part, tl.sum(gw, 0)[None] * scale, mask=mask)
+    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
 
 
 # Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
@@ -683,29 +705,29 @@ def _far_inputs(
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_sums_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
-    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States of every span, seen from its right edge and from its left edge.
 
     k, v (B, T, C); totals (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
-            w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
             stride_vb, stride_vt, stride_vc, CENTRE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_sums(
-            w_ptr, u_ptr, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
             stride_vb, stride_vt, stride_vc, CENTRE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
 @kernel
 def bi_wkv_outside_kernel(
-    w_ptr, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    w_ptr, scale, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States of all spans before each and of all after it, seen from its edges, from what each span has.
@@ -721,7 +743,7 @@ def bi_wkv_outside_kernel(
     totals_ptr += side * 3 * channels + channel
     outside_ptr += side * 3 * channels + channel
     group, i = tl.arange(0, W)[:, None], tl.arange(0, P)[:, None, None]
-    w = tl.load(w_ptr + channel).to(tl.float32) * SPAN + 0.0 * group
+    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN + 0.0 * group
     m, x, y = w * 0 + NOTHING, w * 0, w * 0
     for begin in range(0, spans, W * P):
         # In the order in which they are met.
@@ -745,7 +767,7 @@ def bi_wkv_outside_kernel(
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_fwd_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
@@ -754,23 +776,23 @@ def bi_wkv_fwd_kernel(
 
     k, v, gate, y (B, T, C); outside (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb, stride_yt, GATED,
-            ONE, L, W, BLOCK,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
+            stride_yt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_outputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb, stride_yt, GATED,
-            ONE, L, P, W, BLOCK,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
+            stride_yt, GATED, ONE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_grads_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
@@ -779,23 +801,23 @@ def bi_wkv_grads_kernel(
 
     k, v, gy, gate (B, T, C); outside, totals (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
-            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
-            stride_gt, stride_gc, GATED, L, W, BLOCK,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
+            stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_grads(
-            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb,
-            stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
+            stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
         )  # fmt: skip
 
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_bwd_kernel(
-    w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -804,18 +826,19 @@ def bi_wkv_bwd_kernel(
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
-    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (B, spans, C); outside, grad_outside (B, spans, 2, 3, C); w, u (C,).
+    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
+    w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, length, channels, W * L, BLOCK):
+    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
             grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
             stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
             stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_inputs(
-            w_ptr, u_ptr, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
             grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
             stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
             stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
@@ -842,77 +865,93 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     return (spans, length, channels), batch * spans * cdiv(channels, block), options
 
 
-def _outside(w: Tensor, totals: Tensor, options: dict) -> Tensor:
+def _scale(k: Tensor, per_sequence: bool) -> float:
+    """What decay and bonus are multiplied with in the kernels."""
+    return 1.0 / k.shape[1] if per_sequence else 1.0
+
+
+def _outside(w: Tensor, scale: float, totals: Tensor, options: dict) -> Tensor:
     """States outside of each span from those of each, (B, spans, 2, 3, C)."""
     batch, spans, _, _, channels = totals.shape
     outside = torch.empty_like(totals)
     groups = min(16, next_power_of_2(cdiv(spans, 8)))
     block = options["BLOCK"]
     bi_wkv_outside_kernel[(2 * batch * cdiv(channels, block),)](
-        w, totals, outside, spans, channels, SPAN=options["W"] * options["L"],
+        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"],
         P=min(8, next_power_of_2(spans)), W=groups, BLOCK=block, num_warps=max(1, groups * block // 32),
     )  # fmt: skip
     return outside
 
 
-def _around(w: Tensor, u: Tensor, k: Tensor, v: Tensor, centre: bool) -> Tensor:
+def _around(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, centre: bool) -> Tensor:
     """States outside of each span."""
     sizes, programs, options = _plan(k)
     totals = k.new_empty(len(k), sizes[0], 2, 3, sizes[2], dtype=torch.float32)
     bi_wkv_sums_kernel[(programs,)](
-        w, u, k, v, totals, *sizes, *k.stride(), *v.stride(), CENTRE=centre,
+        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), CENTRE=centre,
         maxnreg=_REGISTERS, **options,
     )  # fmt: skip
-    return _outside(w, totals, options)
+    return _outside(w, scale, totals, options)
 
 
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
-    if official_split is not None:
-        return released.forward(w, u, k, v, gate, official_split)
-    if state_dtype(w, u, k, v, gate) == torch.float64:
-        return _torch.forward(w, u, k, v, gate, official_split)
+def forward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    official_split: int | None,
+    per_sequence: bool,
+) -> Tensor:
+    if official_split is not None or state_dtype(w, u, k, v, gate) == torch.float64:
+        return _torch.forward(w, u, k, v, gate, official_split, per_sequence)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if y.numel() == 0:
         return y
-    w, u = w.contiguous(), u.contiguous()
+    w, u, scale = w.contiguous(), u.contiguous(), _scale(k, per_sequence)
     sizes, programs, options = _plan(k)
     one = sizes[0] == 1
     gated = y if gate is None else gate
     bi_wkv_fwd_kernel[(programs,)](
-        w, u, k, v, gated, y, w if one else _around(w, u, k, v, False), *sizes, *k.stride(), *v.stride(),
+        w, u, scale, k, v, gated, y, w if one else _around(w, u, scale, k, v, False), *sizes, *k.stride(), *v.stride(),
         *gated.stride(), *y.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_REGISTERS, **options,
     )  # fmt: skip
     return y
 
 
 def backward(
-    grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
+    grads: list[Tensor],
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    official_split: int | None,
+    per_sequence: bool,
 ) -> list[Tensor | None]:
-    if official_split is not None:
-        return released.backward(grads, w, u, k, v, gate, official_split)
-    if state_dtype(w, u, k, v, gate) == torch.float64:
-        return _torch.backward(grads, w, u, k, v, gate, official_split)
+    if official_split is not None or state_dtype(w, u, k, v, gate) == torch.float64:
+        return _torch.backward(grads, w, u, k, v, gate, official_split, per_sequence)
     gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     ggate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if gk.numel() == 0:
         return [None, None, gk, gv, ggate]
-    gy, w, u = grads[0], w.contiguous(), u.contiguous()
+    gy, w, u, scale = grads[0], w.contiguous(), u.contiguous(), _scale(k, per_sequence)
     sizes, programs, options = _plan(k)
     one = sizes[0] == 1
     outside = grad_outside = w
     gated, ggated = (gk, gk) if gate is None else (gate, ggate)
     inputs = (*k.stride(), *v.stride(), *gy.stride(), *gated.stride())
     if not one:
-        outside = _around(w, u, k, v, True)
+        outside = _around(w, u, scale, k, v, True)
         totals = torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
-            w, u, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None, maxnreg=_GRAD_REGISTERS,
-            **options,
+            w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
+            maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
-        grad_outside = _outside(w, totals, options)
-    gw, gu = k.new_empty(2, len(k) * sizes[0], sizes[2], dtype=torch.float32)
+        grad_outside = _outside(w, scale, totals, options)
+    parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
-        w, u, k, v, gy, gated, gk, gv, ggated, gw, gu, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
+        w, u, scale, k, v, gy, gated, gk, gv, ggated, *parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
         *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
     )  # fmt: skip
-    return [gw.sum(0), gu.sum(0), gk, gv, ggate]
+    return [*parts.sum(2), gk, gv, ggate]

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from .._checks import state_dtype
 from . import released
+from ._per_sequence import backward_per_sequence, forward_per_sequence
 
 
+@forward_per_sequence
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> Tensor:
     if official_split is not None:
         return released.forward(w, u, k, v, gate, official_split)
@@ -21,6 +23,7 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, off
     return y.to(v.dtype)
 
 
+@backward_per_sequence
 def backward(
     grads: list[Tensor], w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None
 ) -> list[Tensor | None]:

@@ -21,6 +21,7 @@ def _infer(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> Tensor:
     check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
     check_shift(_OP, x, shift, gamma, head_dim)
@@ -39,15 +40,15 @@ def _infer(
     return x.new_empty(mixes, batch, height, width, channels, dtype=dtype).permute(0, 1, 4, 2, 3)
 
 
-def _flops(x, weight, low, up, shift, gamma, head_dim, dtype) -> int:
+def _flops(x, weight, low, up, shift, gamma, head_dim, dtype, keeps) -> int:
     rank = 0 if up is None else up[1]
     return x[0] * x[1] * x[2] * x[3] * weight[0] * (2 * rank + 3)
 
 
 operator = Operator(
     _OP,
-    "(Tensor x, Tensor weight, Tensor? low, Tensor? up, int shift, float gamma, int? head_dim, ScalarType? dtype)"
-    " -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? low, Tensor? up, int shift, float gamma, int? head_dim, ScalarType? dtype, "
+    "bool keeps) -> Tensor",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -64,6 +65,7 @@ def q_shift_mix(
     gamma: float = 0.25,
     head_dim: int | None = None,
     dtype: torch.dtype | None = None,
+    keeps: bool = False,
 ) -> Tensor:
     r"""Several mixes of a map with its shifted self, in one pass over memory (Vision-RWKV, eq. 1).
 
@@ -81,6 +83,7 @@ def q_shift_mix(
         gamma: See `q_shift`.
         head_dim: See `q_shift`.
         dtype: dtype of the result; None for that of `x`.
+        keeps: The shares are those that a mix keeps of the map itself, `q_shift(x) + (x - q_shift(x)) * share`.
 
     Returns:
         The mixes, (mixes, B, C, H, W), each in channels-last memory.
@@ -90,6 +93,6 @@ def q_shift_mix(
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.q_shift_mix(x, weight, low, up, shift, gamma, head_dim, dtype)
+        return torch.ops.vla.q_shift_mix(x, weight, low, up, shift, gamma, head_dim, dtype, keeps)
     else:
-        return operator(x, weight, low, up, shift, gamma, head_dim, dtype)
+        return operator(x, weight, low, up, shift, gamma, head_dim, dtype, keeps)

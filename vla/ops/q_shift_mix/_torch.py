@@ -12,8 +12,10 @@ def _last(x: Tensor) -> Tensor:
     return x.movedim(-3, -1)
 
 
-def _shares(weight: Tensor, low: Tensor | None, up: Tensor | None, height: int, width: int) -> Tensor:
+def _shares(weight: Tensor, low: Tensor | None, up: Tensor | None, height: int, width: int, keeps: bool) -> Tensor:
     """Share of the shifted map in every mix, broadcasting to (mixes, B, H, W, C)."""
+    if keeps:
+        return 1 - _shares(weight, low, up, height, width, False)
     if low is None or up is None:
         return weight[:, None, None, None]
     low = low.unflatten(2, up.shape[:2]).permute(2, 0, 1, 3)
@@ -29,13 +31,14 @@ def forward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> Tensor:
     state = state_dtype(x, weight, low, up)
     out_dtype = dtype or x.dtype
     x, weight, low, up = (None if t is None else t.to(state) for t in (x, weight, low, up))
     change = _last(shifted(x, shift, gamma, head_dim).sub_(x))
     out = x.new_empty(weight.shape[0], *change.shape, dtype=out_dtype)
-    shares = _shares(weight, low, up, *x.shape[2:])
+    shares = _shares(weight, low, up, *x.shape[2:], keeps)
     for mix, share in zip(out, shares, strict=True):
         mix.copy_(torch.addcmul(_last(x), change, share))
     return out.movedim(-1, -3)
@@ -51,17 +54,18 @@ def backward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> list[Tensor | None]:
     state = state_dtype(x, weight, low, up)
     x, weight, low, up = (None if t is None else t.to(state) for t in (x, weight, low, up))
     change = _last(shifted(x, shift, gamma, head_dim).sub_(x))
-    shares = _shares(weight, low, up, *x.shape[2:])
+    shares = _shares(weight, low, up, *x.shape[2:], keeps)
     g = _last(grads[0].to(state))
     moved = torch.zeros_like(x)
     for mix, share in zip(g, shares, strict=True):
         _last(moved).addcmul_(mix, share)
     gx = g.sum(0).movedim(-1, 1) - moved + shifted(moved, -shift, gamma, head_dim)
-    g_shares = g * change
+    g_shares = g * (change.neg_() if keeps else change)
     g_low = g_up = None
     if low is not None and up is not None:
         flat = g_shares.flatten(2, 3)

@@ -23,6 +23,7 @@ def share_of(
     channels,
     low_token,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -37,7 +38,7 @@ def share_of(
         inside = (r < RANK)[:, None] & (channel < channels)
         right = tl.load(up + (mix * RANK + r)[:, None] * channels + channel, inside, 0.0)  # (BLOCK_R, BLOCK_C)
         share = share + product(left, right, PRECISION)
-    return share
+    return 1.0 - share if KEEPS else share
 
 
 @kernel(do_not_specialize=["mixes", "step"])
@@ -65,6 +66,7 @@ def q_shift_mix_fwd_kernel(
     END4: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -86,7 +88,9 @@ def q_shift_mix_fwd_kernel(
     if RANK > 0:
         low += image * low_batch
     for mix in range(mixes):
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
+        share = share_of(
+            weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION
+        )
         out = y + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, (value + change * share).to(y.dtype.element_ty), inside)
 
@@ -117,6 +121,7 @@ def q_shift_mix_bwd_kernel(
     gx_row,
     gx_column,
     MIXES: tl.constexpr,
+    KEEPS: tl.constexpr,
     END1: tl.constexpr,
     END2: tl.constexpr,
     END3: tl.constexpr,
@@ -149,7 +154,8 @@ def q_shift_mix_bwd_kernel(
     gx += image * gx_batch + channel.to(tl.int64) * gx_channel
     shares, sums = (), ()
     for mix in tl.static_range(MIXES):
-        shares += (tl.load(weight + mix * channels + channel, inside_c, 0.0).to(tl.float32),)  # (1, C / V, V)
+        share = tl.load(weight + mix * channels + channel, inside_c, 0.0).to(tl.float32)
+        shares += (1.0 - share if KEEPS else share,)  # (1, C / V, V)
         sums += (tl.zeros((BLOCK_P, BLOCK_C // VECTOR, VECTOR), tl.float32),)
 
     for first in range(chunk * size, end, BLOCK_P):
@@ -165,15 +171,16 @@ def q_shift_mix_bwd_kernel(
             own = load_from(g_chunk, row, column, inside, height, width, g_row, g_column)
             moved = load_from(g_chunk, row - down, column - across, inside, height, width, g_row, g_column)
             out += own + shares[mix] * (moved - own)
-            products += (sums[mix] + own * change,)
+            products += (sums[mix] - own * change if KEEPS else sums[mix] + own * change,)
             g_chunk += g_mix
         sums = products
         tl.store(gx + row * gx_row + column * gx_column, out.to(gx.dtype.element_ty), inside)
 
-    # (images * chunks, mixes, C)
-    g_weight += (program // blocks).to(tl.int64) * MIXES * channels
+    # (mixes, C, images * chunks)
+    parts = tl.num_programs(0) // blocks
+    g_weight += channel.to(tl.int64) * parts + program // blocks
     for mix in tl.static_range(MIXES):
-        tl.store(g_weight + mix * channels + channel, tl.sum(sums[mix], 0)[None], inside_c)
+        tl.store(g_weight + mix * channels * parts, tl.sum(sums[mix], 0)[None], inside_c)
 
 
 @kernel(do_not_specialize=["mixes", "step"])
@@ -210,6 +217,7 @@ def q_shift_mix_low_rank_bwd_kernel(
     END4: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     RANK: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -234,18 +242,21 @@ def q_shift_mix_low_rank_bwd_kernel(
     low += image * low_batch
     g += image * g_batch + channel.to(tl.int64) * g_channel + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
     natural = (image * height * width + pixel) * channels + channel
+    tiles = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
     stay = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     move = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for mix in range(mixes):
         g_chunk = tl.load(g, inside, 0.0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
-        share = share_of(weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, BLOCK_R, PRECISION)
+        share = share_of(
+            weight, low, up, mix, pixel, channel, inside_p, channels, low_token, RANK, KEEPS, BLOCK_R, PRECISION
+        )
         stay += g_chunk * (1.0 - share)
         move += g_chunk * share
-        of_share = g_chunk * change
+        of_share = -g_chunk * change if KEEPS else g_chunk * change
         out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
-        # (tiles of pixels, mixes, C)
-        out = g_weight + (tile * mixes + mix) * channels + channel
+        # (mixes, C, tiles of pixels)
+        out = g_weight + (mix * channels + channel).to(tl.int64) * tiles + tile
         tl.store(out, tl.sum(of_share, 0)[None, :], channel < channels)
         g += g_mix
     tl.store(stays + natural, stay, inside)
@@ -253,7 +264,7 @@ def q_shift_mix_low_rank_bwd_kernel(
 
 
 # Programs of the backward with constant shares to aim at: few, so that their sums of the weights' gradients are.
-_PROGRAMS = 400
+_PROGRAMS = 800
 
 
 def _chunks(programs: int, tiles: int) -> int:
@@ -268,12 +279,15 @@ def _tile(channels: int, low_rank: bool) -> tuple[int, int, int]:
     return 2048 // block_c, block_c, 4
 
 
-def _constants(x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None) -> dict:
+def _constants(
+    x: Tensor, low: Tensor | None, up: Tensor | None, gamma: float, head_dim: int | None, keeps: bool
+) -> dict:
     """Constants of the kernels that may have low-rank shares."""
     rank = 0 if up is None else up.shape[1]
     block_p, block_c, num_warps = _tile(x.shape[1], low is not None)
     return groups(x.shape[1], gamma, head_dim) | dict(
         RANK=rank,
+        KEEPS=keeps,
         BLOCK_R=max(16, next_power_of_2(rank)),
         PRECISION="tf32" if low is None else product_precision(low),
         BLOCK_P=block_p,
@@ -295,13 +309,14 @@ def forward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> Tensor:
     batch, channels, height, width = x.shape
     mixes = weight.shape[0]
     y = x.new_empty(mixes, batch, height, width, channels, dtype=dtype)
     if y.numel() > 0:
         low, up, weight = _rows(low), None if up is None else up.contiguous(), weight.contiguous()
-        constants = _constants(x, low, up, gamma, head_dim)
+        constants = _constants(x, low, up, gamma, head_dim, keeps)
         tiles = cdiv(height * width, constants["BLOCK_P"]) * cdiv(channels, constants["BLOCK_C"])
         q_shift_mix_fwd_kernel[(batch * tiles,)](
             x,
@@ -332,6 +347,7 @@ def backward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> list[Tensor | None]:
     g = grads[0]
     batch, channels, height, width = x.shape
@@ -346,9 +362,9 @@ def backward(
         constants = groups(channels, gamma, head_dim)
         # Neighbouring channels that move the same way.
         vector = math.gcd(4, *constants.values())
-        block_p, num_warps = 32 * 8 * vector // block_c, 8
+        block_p, num_warps = 32 * 4 * vector // block_c, 4
         chunks = _chunks(programs, cdiv(height * width, block_p))
-        g_weight = x.new_empty(batch * chunks, mixes, channels, dtype=torch.float32)
+        g_weight = x.new_empty(mixes, channels, batch * chunks, dtype=torch.float32)
         q_shift_mix_bwd_kernel[(programs * chunks,)](
             g,
             x,
@@ -364,15 +380,16 @@ def backward(
             *x.stride(),
             *gx.stride(),
             MIXES=mixes,
+            KEEPS=keeps,
             **constants,
             VECTOR=vector,
             BLOCK_P=block_p,
             BLOCK_C=block_c,
             num_warps=num_warps,
         )
-        return [gx, g_weight.sum(0), None, None]
+        return [gx, g_weight.sum(2), None, None]
     tiles = batch * cdiv(height * width, block_p)
-    g_weight = x.new_empty(tiles, mixes, channels, dtype=torch.float32)
+    g_weight = x.new_empty(mixes, channels, tiles, dtype=torch.float32)
     stays, moved = x.new_empty(2, batch, height, width, channels, dtype=torch.float32)
     g_share = low.new_empty(mixes, batch * height * width, channels)
     q_shift_mix_low_rank_bwd_kernel[(tiles * cdiv(channels, block_c),)](
@@ -394,11 +411,11 @@ def backward(
         *g.stride(),
         *x.stride(),
         *low.stride()[:2],
-        **_constants(x, low, up, gamma, head_dim),
+        **_constants(x, low, up, gamma, head_dim, keeps),
     )
     shifted(moved.permute(0, 3, 1, 2), -shift, gamma, head_dim, rest=stays, out=gx)
     up = up.to(low.dtype)
     g_low = low.new_empty(batch * height * width, mixes, up.shape[1])
     torch.matmul(g_share, up.mT, out=g_low.transpose(0, 1))
     g_up = low.unflatten(2, (mixes, -1)).flatten(0, 1).permute(1, 2, 0) @ g_share
-    return [gx, g_weight.sum(0), g_low.view(batch, height * width, -1), g_up]
+    return [gx, g_weight.sum(2), g_low.view(batch, height * width, -1), g_up]

@@ -16,6 +16,7 @@ def forward(
     gamma: float,
     head_dim: int | None,
     dtype: torch.dtype | None,
+    keeps: bool,
 ) -> Tensor:
     state = state_dtype(x, weight, low, up)
     out_dtype = dtype or x.dtype
@@ -24,6 +25,7 @@ def forward(
     share = weight.to(state)[:, None, None]
     if low is not None and up is not None:
         share = share + torch.einsum("btmr,mrc->mbtc", low.to(state).unflatten(2, up.shape[:2]), up.to(state))
+    share = 1 - share if keeps else share
     share = share.expand(-1, x.shape[0], x.shape[2] * x.shape[3], -1).unflatten(2, x.shape[2:])
     mixes = x.permute(0, 2, 3, 1) + change.permute(0, 2, 3, 1) * share
     return mixes.to(out_dtype).contiguous().permute(0, 1, 4, 2, 3)

@@ -356,8 +356,9 @@ def wkv6_bwd_kernel(
     # Loaded again: its registers are worth more in between.
     w_chunk = tl.load(w + batch * w_batch + token[:, None] * w_token + channel, inside_k, float("-inf"))
     tl.store(gw + out, (-decay_rate(w_chunk) * g_log).to(gw.dtype.element_ty), inside_k)
-    # (B, chunks, heads, N)
-    tl.store(gu + (batch * chunks + chunk) * heads * N + first + row, gu_chunk, row < N)
+    # (heads, N, B * chunks)
+    parts = sequences // heads * chunks
+    tl.store(gu + (first + row).to(tl.int64) * parts + batch * chunks + chunk, gu_chunk, row < N)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -481,7 +482,7 @@ class _Launcher:
     def gradients(self, r, k, v, w, u, gy, states, g_states) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of r, k, w and u."""
         gr, gk, gw = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, w))
-        gu = torch.empty(self.batch * self.chunks, self.heads, self.size, dtype=torch.float32, device=r.device)
+        gu = torch.empty(self.heads, self.size, self.batch * self.chunks, dtype=torch.float32, device=r.device)
         block_k, block_v = self.blocks[2]
         wkv6_bwd_kernel[(cdiv(self.size, block_k) * self.chunks * self.sequences,)](
             r,
@@ -513,7 +514,7 @@ class _Launcher:
             PRECISION=self.precision,
             num_warps=self.warps[2],
         )
-        return gr, gk, gw, gu.sum(0)
+        return gr, gk, gw, gu.sum(2)
 
 
 def forward(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
