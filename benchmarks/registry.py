@@ -7,7 +7,7 @@ import torch
 
 from vla.timing import Timing
 
-# How a model runs; the graphs are CUDA graphs, with which the host's time is gone.
+# How a model runs. A graph is the whole call, eager or compiled, as one CUDA graph: the host's time is gone.
 MODES = ("eager", "graph", "compiled", "compiled+graph")
 
 

@@ -1,7 +1,10 @@
 """The benchmarks: a wrong result is never timed, a failure is told and stops nothing, figures are kept."""
 
 import json
+import re
 import time
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from typer.testing import CliRunner
 
 from benchmarks import runner
 from benchmarks.__main__ import app
+from benchmarks.cases.models import captured, in_mode
 from benchmarks.checks import check_operator
-from benchmarks.registry import CASES, Case, Measurement, Options
+from benchmarks.registry import CASES, MODES, Case, Measurement, Options
 from vla.ops import selective_scan, use_backend
 from vla.timing import Timing, measure, measure_latency
 
@@ -141,6 +145,46 @@ def test_memory_of_graphs_is_not_told(mode, told):
     measurement = Measurement("anything", setup=lambda: lambda: None, details={"mode": mode})
     result = runner._result(measurement, Timing(1.0, 1.0, 1, peak_memory=2**30), bandwidth=1.0)
     assert ("peak_gib" in result) == told
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for CUDA graphs; those that were made."""
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(mock.Mock()) or made[-1])
+    return made
+
+
+def test_a_graph_keeps_what_it_reads(graphs):
+    def step():
+        labels = torch.ones(3)
+        return labels.sum, weakref.ref(labels)
+
+    call, labels = step()
+    replay = captured(call)
+    del call
+    assert replay() == 3
+    assert labels() is not None
+    graphs[0].replay.assert_called_once()
+    del replay
+    assert labels() is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_models(mode, graphs, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or (lambda x: model(x)))
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    call = in_mode(mode, lambda network: lambda: network(x), model, FAST)
+    assert torch.equal(call(), model(x))
+    assert compiled == [model] * ("compiled" in mode)
+    assert len(graphs) == ("graph" in mode)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: 1.1 * model(x))
+    if "compiled" in mode:
+        with pytest.raises(AssertionError, match=f"^{re.escape(mode)} against eager: relative error 0.1"):
+            in_mode(mode, lambda network: lambda: network(x), model, FAST)
 
 
 OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}
