@@ -89,6 +89,14 @@ def test_far_from_zero(act):
     compare("triton", mlp, tensors, act=act)
 
 
+def test_infinite_alone_with_its_bias():
+    """A hidden channel that would overflow where there is no input, as in the rows that fill the last block."""
+    tensors = make((3, 16), 32, dtype=torch.float16)
+    tensors["x"][:, 0], tensors["weight1"][:, 0] = 32, -9
+    tensors["bias1"][:] = 300
+    compare("triton", mlp, tensors, act="squared_relu")
+
+
 def test_gelu_is_exact():
     """As near to the exact function as float32 sums would let it be, also where the hidden channels are tiny."""
     grid = torch.linspace(-8, 8, 1000).bfloat16()[:, None]

@@ -298,9 +298,13 @@ def mlp_bwd_weights_kernel(
     sums2 = _zeros(BLOCK_H, OUT_LEAD, OUT_REST)
     bias_sums = tl.zeros((BLOCK_H,), tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
-        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
-        g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside_row = row < rows
+        # Rows outside are zero in g, and the last one again in x: of zeros there, the bias alone would go through the
+        # activation, and where that is infinite, times zero is NaN.
+        row = tl.minimum(row, rows - 1).to(tl.int64)
+        x_rows = _load(x + row * CHANNELS, inside_row, True, 1, CHANNELS, LEAD, REST)
+        g_rows = _load(g + row * OUT, inside_row, False, 1, OUT, OUT_LEAD, OUT_REST)
         s = _products(w1, x_rows, BLOCK_H, BLOCK_M, DTYPE)
         if bias1 is not None:
             s += bias
