@@ -76,6 +76,7 @@ class Operator:
             their `torch.Size`).
         exact_strides: Whether a compiler has to hand maps over with the strides that they have in eager mode. Else it
             keeps the order of their dimensions, and may pad rows.
+        kernel_dtypes: dtypes of the first tensor that there are Triton kernels for; PyTorch serves the others.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Operator:
         infer: Callable,
         flops: Callable[..., int],
         exact_strides: bool = True,
+        kernel_dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     ):
         self.name = name
         self.package = package
         self.backends = tuple(backends)
         self.infer = infer
+        self.kernel_dtypes = tuple(kernel_dtypes)
         self._modules: dict[str, ModuleType] = {}
         self._warned = False
 
@@ -151,7 +154,8 @@ class Operator:
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
 
-        Triton's kernels keep float32 states; the rare float64 (`gradcheck`) goes to the vectorised PyTorch code.
+        Triton's kernels keep float32 states; the rare float64 (`gradcheck`) goes to the vectorised PyTorch code, as do
+        other dtypes that an operator has no kernels for.
         """
         if _override is not None:
             problem = self._obstacle(_override, device, dtype)
@@ -159,7 +163,7 @@ class Operator:
                 raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
             return _override
         preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type)
-        if preferred == "triton" and dtype == torch.float64:
+        if preferred == "triton" and dtype not in self.kernel_dtypes:
             preferred = None
         if preferred is not None:
             problem = self._obstacle(preferred, device, dtype)
@@ -183,8 +187,8 @@ class Operator:
             return "needs Triton {}.{} or newer, {}.{} is installed".format(*MIN_TRITON, *_triton_version())
         if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
-        if backend == "triton" and dtype == torch.float64:
-            return "computes in float32, the tensors are float64"
+        if backend == "triton" and dtype not in self.kernel_dtypes:
+            return f"has kernels for {_names(self.kernel_dtypes)}, the tensors are {_names([dtype])}"
         return None
 
     def _load(self, backend: str) -> ModuleType:
@@ -294,6 +298,10 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, *grads):
         operator = ctx.operator
         return None, *operator._for_arguments(operator._gradients(list(grads), operator._saved(ctx)))
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @cache
