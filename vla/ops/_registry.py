@@ -16,6 +16,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from ._transforms import register_vmap, transform
+
 BACKENDS = ("naive", "torch", "numba", "triton")
 # The first version, that of torch 2.8, which compiles all kernels (`tl.flip` along the first axis, `tl.gather`).
 MIN_TRITON = (3, 4)
@@ -121,6 +123,8 @@ class Operator:
         torch.library.register_autograd(qualname, self._autograd_backward, setup_context=self._setup_context)
         torch.library.impl(f"{qualname}_backward", "default", self._backward)
         torch.library.register_fake(f"{qualname}_backward", self._fake_backward)
+        register_vmap(self._overload)
+        register_vmap(getattr(torch.ops.vla, f"{name}_backward").default)
 
         def forward_flops(*args, out_shape=None, **kwargs) -> int:
             return flops(*args, **kwargs)
@@ -139,7 +143,8 @@ class Operator:
         the kernels.
         """
         if self._is_observed(args):
-            return self._overload(*args)
+            transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+            return transform(self, *args) if transformed else self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
     def _is_observed(self, args: tuple) -> bool:
