@@ -112,8 +112,11 @@ def plot(
     """Draw time and memory per picture against its pixels."""
     from .plot import draw
 
+    content = _read(result)
+    if content["case"] != "resolution" or all("error" in figures for figures in content["results"]):
+        raise typer.BadParameter(f"no figures of the case resolution in {result}")
     picture = picture or result.with_suffix(".png")
-    draw(_read(result), picture)
+    draw(content, picture)
     console.print(f"{picture}")
 
 

@@ -217,5 +217,6 @@ def test_models_run_small(tmp_path):
         output = command("run", "resolution", *options, "--sizes", "32,64", "--calls", 1)
     rows = json.loads((tmp_path / "resolution.json").read_text())["results"]
     assert f"{rows[1]['median_ms'] / rows[0]['median_ms'] / 4:.2f}" in output.split("per pixel")[1]
+    assert "no figures" in command("plot", tmp_path / "models.json", code=2)
     command("plot", tmp_path / "resolution.json", "--out", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
