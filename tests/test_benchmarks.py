@@ -93,6 +93,14 @@ def test_results_compare_and_merge(case, tmp_path):
     assert "cannot read" in command("compare", tmp_path / "none.json", tmp_path / "c.json", code=2)
 
 
+def test_modes_of_cases():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Options(cpu).modes_of("eager", "graph") == ["eager"]
+    assert Options(cuda).modes_of("eager", "graph") == ["eager", "graph"]
+    assert Options(cuda, modes=("compiled+graph",)).modes_of("eager") == ["compiled+graph"]
+    assert Options(cpu, modes=("compiled+graph", "compiled")).modes_of("eager") == ["compiled"]
+
+
 def test_wrong_words_are_refused():
     assert "unknown case" in command("run", "nonsense", code=2)
     assert "unknown mode" in command("run", "--modes", "slow", code=2)
@@ -189,7 +197,7 @@ def test_modes_of_models(mode, graphs, monkeypatch):
 
 OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}
 OWN = {"scan2d", "wkv6", "q_shift", "q_shift_mix"}
-OWN |= {"depthwise_conv2d", "layer_norm", "layer_norm_grn", "squared_relu"}
+OWN |= {"depthwise_conv2d", "layer_norm", "layer_norm_grn", "mlp", "squared_relu"}
 
 
 @pytest.mark.parametrize("name", sorted(OFFICIAL | OWN))

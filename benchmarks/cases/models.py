@@ -20,7 +20,7 @@ from vla.timing import WARM_UP_CALLS, Timing, evaluation, training
 from vla.train.weights import has_fixed_size
 
 from ..checks import check_close
-from ..registry import Measurement, Options, case
+from ..registry import MODES, Measurement, Options, case
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ def details(name: str, size: int, batch: int, options: Options) -> dict:
         "dtype": precision(options.device),
         "layout": "channels last",
         "drop_path": options.drop_path,
-        "check": f"float64, up to {CHECKED_SIZE} pixels; compiled against eager",
+        "check": f"float64, up to {CHECKED_SIZE} pixels; other modes against eager",
     }
 
 
@@ -179,8 +179,7 @@ def chosen(options: Options, default: tuple[str, ...], peers: tuple[str, ...] = 
 @case()
 def models(options: Options) -> Iterator[Measurement]:
     """Pictures a second at 224 pixels in batches, evaluation and training: eager, compiled, that as a CUDA graph."""
-    graphs = ("compiled+graph",) if options.device.type == "cuda" else ()
-    for mode in (mode for mode in options.modes if mode in ("eager", "compiled", *graphs)):
+    for mode in options.modes_of("eager", "compiled", "compiled+graph"):
         for size in options.sizes or (224,):
             for name in chosen(options, tuple(OURS)):
                 for train in (False, True):
@@ -203,8 +202,7 @@ def latency(options: Options) -> Iterator[Measurement]:
 
         return in_mode(mode, step, model, device)
 
-    modes = options.modes if device.type == "cuda" else [mode for mode in options.modes if "graph" not in mode]
-    for mode in modes:
+    for mode in options.modes_of(*MODES):
         for name in chosen(options, TINY):
             yield Measurement(
                 f"{name} {mode}",
