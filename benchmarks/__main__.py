@@ -31,7 +31,7 @@ def run(
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu", help="Device."),
     models: str = typer.Option("", help="Models instead of a case's own, with commas."),
     peers: bool = typer.Option(False, "--peers", help="Also timm's models of the same size."),
-    modes: str = typer.Option(",".join(MODES), help="How models run, with commas."),
+    modes: str = typer.Option("", help=f"Modes instead of a case's own, with commas: {', '.join(MODES)}."),
     batch: int = typer.Option(None, min=1, help="Batch size instead of a case's own."),
     sizes: str = typer.Option("", help="Image sizes in pixels instead of a case's own, with commas."),
     drop_path: float = typer.Option(0.0, help="Stochastic depth in training, the same for all models."),
@@ -112,8 +112,11 @@ def plot(
     """Draw time and memory per picture against its pixels."""
     from .plot import draw
 
+    content = _read(result)
+    if content["case"] != "resolution" or all("error" in figures for figures in content["results"]):
+        raise typer.BadParameter(f"no figures of the case resolution in {result}")
     picture = picture or result.with_suffix(".png")
-    draw(_read(result), picture)
+    draw(content, picture)
     console.print(f"{picture}")
 
 

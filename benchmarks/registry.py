@@ -7,7 +7,7 @@ import torch
 
 from vla.timing import Timing
 
-# How a model runs; the graphs are CUDA graphs, with which the host's time is gone.
+# How a model runs. A graph is the whole call, eager or compiled, as one CUDA graph: the host's time is gone.
 MODES = ("eager", "graph", "compiled", "compiled+graph")
 
 
@@ -48,7 +48,7 @@ class Options:
         device: Where to run.
         models: Models instead of a case's own.
         peers: Also run timm's models of the same size.
-        modes: Of `MODES`.
+        modes: Of `MODES`, instead of a case's own.
         batch: Batch size instead of a case's own.
         sizes: Image sizes instead of a case's own.
         drop_path: Rate of stochastic depth in training, the same for all models.
@@ -57,10 +57,14 @@ class Options:
     device: torch.device
     models: tuple[str, ...] = ()
     peers: bool = False
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = ()
     batch: int | None = None
     sizes: tuple[int, ...] = ()
     drop_path: float = 0.0
+
+    def modes_of(self, *own: str) -> list[str]:
+        """The modes to run of those that a case has by default, or those chosen; graphs only on CUDA."""
+        return [mode for mode in self.modes or own if self.device.type == "cuda" or "graph" not in mode]
 
     @property
     def on_official_gpu(self) -> bool:

@@ -1,7 +1,10 @@
 """The benchmarks: a wrong result is never timed, a failure is told and stops nothing, figures are kept."""
 
 import json
+import re
 import time
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from typer.testing import CliRunner
 
 from benchmarks import runner
 from benchmarks.__main__ import app
+from benchmarks.cases.models import captured, in_mode
 from benchmarks.checks import check_operator
-from benchmarks.registry import CASES, Case, Measurement, Options
+from benchmarks.registry import CASES, MODES, Case, Measurement, Options
 from vla.ops import selective_scan, use_backend
 from vla.timing import Timing, measure, measure_latency
 
@@ -89,6 +93,14 @@ def test_results_compare_and_merge(case, tmp_path):
     assert "cannot read" in command("compare", tmp_path / "none.json", tmp_path / "c.json", code=2)
 
 
+def test_modes_of_cases():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Options(cpu).modes_of("eager", "graph") == ["eager"]
+    assert Options(cuda).modes_of("eager", "graph") == ["eager", "graph"]
+    assert Options(cuda, modes=("compiled+graph",)).modes_of("eager") == ["compiled+graph"]
+    assert Options(cpu, modes=("compiled+graph", "compiled")).modes_of("eager") == ["compiled"]
+
+
 def test_wrong_words_are_refused():
     assert "unknown case" in command("run", "nonsense", code=2)
     assert "unknown mode" in command("run", "--modes", "slow", code=2)
@@ -143,9 +155,49 @@ def test_memory_of_graphs_is_not_told(mode, told):
     assert ("peak_gib" in result) == told
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for CUDA graphs; those that were made."""
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(mock.Mock()) or made[-1])
+    return made
+
+
+def test_a_graph_keeps_what_it_reads(graphs):
+    def step():
+        labels = torch.ones(3)
+        return labels.sum, weakref.ref(labels)
+
+    call, labels = step()
+    replay = captured(call)
+    del call
+    assert replay() == 3
+    assert labels() is not None
+    graphs[0].replay.assert_called_once()
+    del replay
+    assert labels() is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_models(mode, graphs, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or (lambda x: model(x)))
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    call = in_mode(mode, lambda network: lambda: network(x), model, FAST)
+    assert torch.equal(call(), model(x))
+    assert compiled == [model] * ("compiled" in mode)
+    assert len(graphs) == ("graph" in mode)
+    monkeypatch.setattr(torch, "compile", lambda model: lambda x: 1.1 * model(x))
+    if "compiled" in mode:
+        with pytest.raises(AssertionError, match=f"^{re.escape(mode)} against eager: relative error 0.1"):
+            in_mode(mode, lambda network: lambda: network(x), model, FAST)
+
+
 OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}
 OWN = {"scan2d", "wkv6", "q_shift", "q_shift_mix"}
-OWN |= {"depthwise_conv2d", "layer_norm", "layer_norm_grn", "squared_relu"}
+OWN |= {"depthwise_conv2d", "layer_norm", "layer_norm_grn", "mlp", "squared_relu"}
 
 
 @pytest.mark.parametrize("name", sorted(OFFICIAL | OWN))
@@ -173,5 +225,6 @@ def test_models_run_small(tmp_path):
         output = command("run", "resolution", *options, "--sizes", "32,64", "--calls", 1)
     rows = json.loads((tmp_path / "resolution.json").read_text())["results"]
     assert f"{rows[1]['median_ms'] / rows[0]['median_ms'] / 4:.2f}" in output.split("per pixel")[1]
+    assert "no figures" in command("plot", tmp_path / "models.json", code=2)
     command("plot", tmp_path / "resolution.json", "--out", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

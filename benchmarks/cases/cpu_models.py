@@ -11,9 +11,7 @@ from vla.ops import use_backend
 
 from ..checks import check_close
 from ..registry import Measurement, Options, case
-
-PEERS = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny", "mambaout_tiny")
-OURS = ("vmamba_tiny_s1l8", "mambavision_tiny", "vrwkv_tiny", "vrwkv6_tiny", "gspn_tiny", "groupmamba_tiny")
+from .models import PEERS, TINY
 
 
 def _measure(name: str, backend: str | None) -> Measurement:
@@ -38,6 +36,6 @@ def _measure(name: str, backend: str | None) -> Measurement:
 @case(in_turns=True)
 def cpu_models(options: Options) -> Iterator[Measurement]:
     """One 224 x 224 picture in float32, eager, in evaluation, on a CPU."""
-    for name in (*PEERS, *OURS):
-        for backend in (None, "torch") if name in OURS else (None,):
+    for name in (*PEERS, *TINY):
+        for backend in (None, "torch") if name in TINY else (None,):
             yield _measure(name, backend)

@@ -80,7 +80,7 @@ def mixers(options: Options) -> Iterator[Measurement]:
 
         return captured(run) if mode == "graph" else run
 
-    modes = [mode for mode in options.modes if mode == "eager" or (mode == "graph" and device.type == "cuda")]
+    modes = [mode for mode in options.modes_of("eager", "graph") if "compiled" not in mode]
     comparable = options.batch is None and options.on_official_gpu
     for name, create, channels, side, batch, official in MIXERS:
         batch = options.batch or batch

@@ -1,5 +1,7 @@
 """The MLP: timm's on every path, and who decides which path is taken."""
 
+from unittest import mock
+
 import pytest
 import timm.layers
 import torch
@@ -100,11 +102,52 @@ def test_hooks(name, calls):
     assert calls
 
 
-def test_path():
-    """Plain modules on a CPU and for a tracer."""
-    large = torch.empty(mlp.LARGE, device="meta")
-    assert not mlp._uses_operator(torch.randn(mlp.LARGE))
-    assert not mlp._uses_operator(large)
+@pytest.mark.parametrize("name", ["fc1", "act", "fc2", "drop1"])
+def test_replaced_forward(name, calls):
+    """As tools do that bring weights to the GPU for a call."""
+    layer, x, seen = Mlp(6, 12), torch.randn(3, 6), []
+    module = getattr(layer, name)
+    forward = module.forward
+    module.forward = lambda x: seen.append(x) or forward(x)
+    expected = layer(x)
+    assert seen and not calls
+    del module.forward
+    assert_close("output", layer(x), expected)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "case, taken",
+    [
+        (dict(dtype=torch.bfloat16), True),
+        (dict(dtype=torch.float16), True),
+        (dict(dtype=torch.float32), False),
+        (dict(dtype=torch.float32, autocast=True), True),
+        (dict(dtype=torch.bfloat16, training=True), True),
+        (dict(dtype=torch.bfloat16, channels=mlp._NARROW + 1), True),
+        (dict(dtype=torch.bfloat16, channels=mlp._NARROW + 1, training=True), False),
+        (dict(dtype=torch.bfloat16, rows=3), False),
+        (dict(dtype=torch.bfloat16, is_cuda=False), False),
+    ],
+    ids=str,
+)
+def test_path(case, taken, monkeypatch):
+    """What passes through the operator, as if the tensors were on a GPU."""
+
+    def choose(dtype, rows=10, channels=12, training=False, autocast=False, is_cuda=True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda, raising=False)
+        monkeypatch.setattr(mlp, "LARGE", 10 * channels)
+        operator = mock.Mock(wraps=mlp.mlp)
+        monkeypatch.setattr(mlp, "mlp", operator)
+        layer, x = Mlp(channels, 16).to(dtype), torch.randn(rows, channels, dtype=dtype)
+        with torch.set_grad_enabled(training), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            assert_close("output", layer(x), as_in_timm(layer).to(dtype)(x))
+        return operator.called
+
+    assert choose(**case) == taken
+
+
+def test_tracers_see_modules():
     x = torch.randn(3, 6)
     graph = torch.fx.symbolic_trace(Mlp(6, 12)).graph
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["fc1", "act", "drop1", "norm", "fc2", "drop2"]

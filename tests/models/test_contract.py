@@ -1,7 +1,8 @@
 """What timm asks of every model, asked of every model registered here.
 
-The assertions of timm's own test matrix (tests/test_models.py), and `torch.compile` and `torch.export` besides. Models
-of more than 60 M parameters run on the meta device, where only shapes exist, and in full with `-m large`.
+The assertions of timm's own test matrix (tests/test_models.py), and `torch.compile`, `torch.func` and `torch.export`
+besides. Models of more than 60 M parameters run on the meta device, where only shapes exist, and in full with
+`-m large`.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules, set_scriptable
 from timm.optim import param_groups_layer_decay
 from torch import fx, nn
+from torch.func import functional_call, grad
 from torchvision.models.feature_extraction import NodePathTracer
 
 import vla.models
@@ -201,9 +203,22 @@ def test_compile(name):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    model.train()
-    check_compiled = torch.compile(create(name, num_classes=42).train(), fullgraph=True, backend="aot_eager")
-    check_gradients(check_compiled, check_compiled(x))
+    trained = torch.compile(create(name, num_classes=42).train(), fullgraph=True, backend="aot_eager")
+    check_gradients(trained, trained(x))
+
+
+@pytest.mark.parametrize("name", ATTO)
+def test_functional_gradients(name):
+    """`torch.func.grad` of a model called with its parameters gives what `backward` gives."""
+    model, x = create(name), image(2, 32)
+
+    def loss(parameters: dict) -> torch.Tensor:
+        return functional_call(model, parameters, (x,)).logsumexp(1).sum()
+
+    loss(dict(model.named_parameters())).backward()
+    grads = grad(loss)({key: parameter.detach() for key, parameter in model.named_parameters()})
+    for key, parameter in model.named_parameters():
+        assert torch.allclose(grads[key], parameter.grad, rtol=1e-4, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", ATTO)

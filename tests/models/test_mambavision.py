@@ -385,7 +385,7 @@ def test_initial_weights():
         elif name.endswith("bias"):
             assert (p == 0).all(), name
         else:
-            assert p.std() == pytest.approx(0.02, rel=0.1), name
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
     mamba = MambaVision(num_classes=10, dt_init="mamba")
     biases = [p for name, p in mamba.named_parameters() if name.endswith("dt_proj.bias")]
     assert biases and all((p < 0).all() for p in biases)

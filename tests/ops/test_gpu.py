@@ -95,7 +95,8 @@ CASES: dict[str, Case] = {
     "selective_scan L1": scan(2, 5, 1, 3),
     "selective_scan L7 N16": scan(3, 7, 7, 16),
     "selective_scan L49 windows": scan(300, 33, 49, 8),
-    "selective_scan L196 windows": scan(300, 32, 196, 8),
+    "selective_scan L196 windows": scan(1024, 32, 196, 8),
+    "selective_scan L529 segments": scan(512, 32, 529, 2),
     "selective_scan L197 N8": scan(2, 37, 197, 8),
     "selective_scan L3136 grouped": scan(2, 44, 3136, 1, 4),
     "selective_scan L16385": scan(1, 3, 16385, 3),
@@ -124,6 +125,7 @@ CASES: dict[str, Case] = {
     "depthwise_conv2d 3x3": depthwise((8, 96, 56, 57), 3, "silu", bias=True),
     "depthwise_conv2d 3x3 stage 3": depthwise((8, 348, 14, 14), 3, "gelu", bias=True),
     "depthwise_conv2d 7x7": depthwise((8, 144, 56, 56), 7),
+    "depthwise_conv2d 5x5 activation": depthwise((8, 96, 28, 29), 5, "silu", bias=True),
     "depthwise_conv2d one picture": depthwise((1, 33, 67, 130), 7),
     "group_modulation": (group_modulation, lambda: test_group_modulation.make((4, 56, 57, 64)), {}),
     "group_modulation wide": (group_modulation, lambda: test_group_modulation.make((3, 29, 28, 128)), {}),
@@ -163,20 +165,26 @@ def test_against_float64(name, dtype):
 
 
 # Arguments with a dimension for the batch, in some operators.
-BATCHED = ("x", "u", "delta", "dt", "B", "C", "k", "v", "proxy")
+BATCHED = ("x", "u", "delta", "dt", "B", "C", "r", "k", "v", "w", "gates", "lam", "skip", "proxy", "low")
 HUGE: dict[str, Case] = {
     "selective_scan": scan(1, 64, 4096, 1, optional=False),
     "selective_scan N8": scan(1, 64, 4096, 8, optional=False),
     "scan2d": directional((1, 64, 64, 64), rank=2),
     "bi_wkv": (bi_wkv, lambda: test_bi_wkv.make(1, 4096, 64), {}),
+    "wkv6": (wkv6, lambda: test_wkv6.make(1, 4096, 4, 16), {}),
     "line_scan": lines((1, 64, 64, 64), chunk=2),
+    "line_scan stored": lines((1, 64, 64, 64), rank=0),
+    "line_scan stored chunks": lines((1, 64, 64, 64), rank=0, chunk=2),
+    "q_shift": (q_shift, lambda: {"x": randn(0)(1, 64, 64, 64)}, {}),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2), {}),
+    "q_shift_mix low": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2, 16), {}),
     "depthwise_conv2d": depthwise((1, 64, 64, 64), 3, "silu"),
     "depthwise_conv2d 7x7": depthwise((1, 64, 64, 64), 7),
     "layer_norm": norm(layer_norm, (1, 4096, 64)),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((1, 64, 64, 64)), {}),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(1, 4096, 64)}, {}),
     "mlp": two_layers((1, 4096, 64), 128),
+    "mlp wide": two_layers((1, 4096, 208), 208),
 }
 
 

@@ -89,6 +89,14 @@ def test_far_from_zero(act):
     compare("triton", mlp, tensors, act=act)
 
 
+def test_infinite_alone_with_its_bias():
+    """A hidden channel that would overflow where there is no input, as in the rows that fill the last block."""
+    tensors = make((3, 16), 32, dtype=torch.float16)
+    tensors["x"][:, 0], tensors["weight1"][:, 0] = 32, -9
+    tensors["bias1"][:] = 300
+    compare("triton", mlp, tensors, act="squared_relu")
+
+
 def test_gelu_is_exact():
     """As near to the exact function as float32 sums would let it be, also where the hidden channels are tiny."""
     grid = torch.linspace(-8, 8, 1000).bfloat16()[:, None]
@@ -135,7 +143,8 @@ def test_machinery():
 
 def test_backends():
     """The kernels are for 16 bits."""
-    with use_backend("triton"), pytest.raises(RuntimeError, match="^mlp: backend 'triton' computes in 16 bits"):
+    message = "^mlp: backend 'triton' has kernels for bfloat16, float16, the tensors are float32"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         mlp(**make((3, 4), 5, dtype=torch.float32))
 
 

@@ -23,7 +23,7 @@ def _activation(module: nn.Module) -> str | None:
 def _uses_operator(x: Tensor) -> bool:
     if type(x) is not Tensor or torch.jit.is_tracing():
         return False
-    # Transforms of `torch.func` do without, as the operators' gradients are not theirs.
+    # To transforms of `torch.func` PyTorch's operators offer more: second derivatives, and `vmap` in one launch.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
     if x.shape[-1] > _NARROW and torch.is_grad_enabled():
@@ -54,4 +54,7 @@ class Mlp(timm.layers.Mlp):
             return False
         if self.training and (self.drop1.p > 0 or self.drop2.p > 0):
             return False
-        return isinstance(self.norm, nn.Identity) and not any(has_hooks(module) for module in self.children())
+        if not isinstance(self.norm, nn.Identity):
+            return False
+        # Tools that move weights put a `forward` of their own on a module.
+        return not any(has_hooks(module) or "forward" in module.__dict__ for module in self.children())

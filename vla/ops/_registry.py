@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _replay
+from ._transforms import register_vmap, transform
 
 BACKENDS = ("naive", "torch", "numba", "triton")
 # The first version, that of torch 2.8, which compiles all kernels (`tl.flip` along the first axis, `tl.gather`).
@@ -89,6 +90,7 @@ class Operator:
         exact_strides: Whether a compiler has to hand maps over with the strides that they have in eager mode. Else it
             keeps the order of their dimensions, and may pad rows.
         saves: The backend that has `to_save`.
+        kernel_dtypes: dtypes of the first tensor that there are Triton kernels for; PyTorch serves the others.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Operator:
         flops: Callable[..., int],
         exact_strides: bool = True,
         saves: str | None = None,
+        kernel_dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     ):
         self.name = name
         self.package = package
@@ -108,6 +111,7 @@ class Operator:
         self.infer = infer
         self.saves = saves
         self._forward_replays, self._train_replays, self._backward_replays = (_replay.Replays() for _ in range(3))
+        self.kernel_dtypes = tuple(kernel_dtypes)
         self._modules: dict[str, ModuleType] = {}
         self._warned = False
 
@@ -141,6 +145,8 @@ class Operator:
             _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         torch.library.impl(f"{qualname}_backward", "default", self._backward)
         torch.library.register_fake(f"{qualname}_backward", self._fake_backward)
+        register_vmap(self._overload)
+        register_vmap(getattr(torch.ops.vla, f"{name}_backward").default)
 
         def forward_flops(*args, out_shape=None, **kwargs) -> int:
             return flops(*args, **kwargs)
@@ -161,7 +167,8 @@ class Operator:
         the kernels.
         """
         if self._is_observed(args):
-            return self._overload(*args)
+            transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+            return transform(self, *args) if transformed else self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
     def _is_observed(self, args: tuple) -> bool:
@@ -175,7 +182,8 @@ class Operator:
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.
 
-        Triton's kernels keep float32 states; the rare float64 (`gradcheck`) goes to the vectorised PyTorch code.
+        Triton's kernels keep float32 states; the rare float64 (`gradcheck`) goes to the vectorised PyTorch code, as do
+        other dtypes that an operator has no kernels for.
         """
         if _override is not None:
             problem = self._obstacle(_override, device, dtype)
@@ -183,7 +191,7 @@ class Operator:
                 raise RuntimeError(f"{self.name}: backend {_override!r} {problem}")
             return _override
         preferred = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type)
-        if preferred == "triton" and dtype == torch.float64:
+        if preferred == "triton" and dtype not in self.kernel_dtypes:
             preferred = None
         if preferred is not None:
             problem = self._obstacle(preferred, device, dtype)
@@ -207,8 +215,8 @@ class Operator:
             return "needs Triton {}.{} or newer, {}.{} is installed".format(*MIN_TRITON, *_triton_version())
         if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
-        if backend == "triton" and dtype == torch.float64:
-            return "computes in float32, the tensors are float64"
+        if backend == "triton" and dtype not in self.kernel_dtypes:
+            return f"has kernels for {_names(self.kernel_dtypes)}, the tensors are {_names([dtype])}"
         return None
 
     def _load(self, backend: str) -> ModuleType:
@@ -395,6 +403,10 @@ def _outputs_and_saved(results: tuple) -> tuple[Tensor | tuple[Tensor, ...], lis
     """What `vla::<name>_train` returns, as what `vla::<name>` does and the rest."""
     *outputs, saved = results
     return outputs[0] if len(outputs) == 1 else tuple(outputs), saved
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @cache

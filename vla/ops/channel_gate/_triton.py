@@ -1,6 +1,5 @@
 """The gate: a program takes one picture through both linear layers."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 

@@ -12,19 +12,6 @@ _OP = "mlp"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "squared_relu")
 
 
-class _SixteenBits(Operator):
-    """Has kernels for numbers of 16 bits only: PyTorch multiplies wider ones as fast."""
-
-    def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-        # Like those in float64, for which no operator has kernels.
-        return super().backend_for(device, dtype if dtype.itemsize == 2 else torch.float64)
-
-    def _obstacle(self, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        if backend == "triton" and dtype.itemsize != 2:
-            return "computes in 16 bits, the tensors are wider"
-        return super()._obstacle(backend, device, dtype)
-
-
 def _infer(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, act: str) -> Tensor:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected (..., C) with C > 0")
@@ -52,13 +39,15 @@ def _flops(x, weight1, bias1, weight2, bias2, act) -> int:
     return 2 * (x.numel() // x[-1]) * (weight1.numel() + weight2.numel())
 
 
-operator = _SixteenBits(
+operator = Operator(
     _OP,
     "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str act) -> Tensor",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
     flops=_flops,
+    # PyTorch multiplies float32 as fast.
+    kernel_dtypes=(torch.bfloat16, torch.float16),
 )
 
 

@@ -148,6 +148,36 @@ def _accumulate(sums, tile, rows, DTYPE: tl.constexpr):
     return out
 
 
+@triton.jit
+def _weights(
+    weight1,
+    weight2,
+    hidden,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    OUT_LEAD: tl.constexpr,
+    OUT_REST: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Those of a block of hidden channels (BLOCK_H,): rows of weight1 and columns of weight2, both as rows."""
+    inside = hidden < HIDDEN
+    ALL: tl.constexpr = HIDDEN % BLOCK_H == 0
+    w1 = _load(weight1 + hidden * CHANNELS, inside, ALL, 1, CHANNELS, LEAD, REST)
+    w2 = _load(weight2 + hidden, inside, ALL, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+    return w1, w2
+
+
+@triton.jit
+def _with_bias(s, bias1, hidden, HIDDEN: tl.constexpr):
+    """Adds the bias to a tile (rows, hidden channels)."""
+    if bias1 is not None:
+        s += tl.load(bias1 + hidden, hidden < HIDDEN, 0.0).to(tl.float32)[None, :]
+    return s
+
+
 @kernel
 def mlp_fwd_kernel(
     x,
@@ -176,12 +206,8 @@ def mlp_fwd_kernel(
     sums = _zeros(BLOCK_M, OUT_LEAD, OUT_REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         hidden = first + tl.arange(0, BLOCK_H)
-        inside = hidden < HIDDEN
-        w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
-        w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
-        s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
-        if bias1 is not None:
-            s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
+        w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
+        s = _with_bias(_products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE), bias1, hidden, HIDDEN)
         sums = _accumulate(sums, _activate(s, ACT).to(x.dtype.element_ty), w2, DTYPE)
     if bias2 is not None:
         shifted = ()
@@ -225,12 +251,8 @@ def mlp_bwd_kernel(
     sums = _zeros(BLOCK_M, LEAD, REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         hidden = first + tl.arange(0, BLOCK_H)
-        inside = hidden < HIDDEN
-        w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
-        w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
-        s = _products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE)
-        if bias1 is not None:
-            s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
+        w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
+        s = _with_bias(_products(x_rows, w1, BLOCK_M, BLOCK_H, DTYPE), bias1, hidden, HIDDEN)
         value, slope = _activate_both(s, ACT)
         gs = _products(g_rows, w2, BLOCK_M, BLOCK_H, DTYPE) * slope
         sums = _accumulate(sums, gs.to(x.dtype.element_ty), w1, DTYPE)
@@ -269,17 +291,20 @@ def mlp_bwd_weights_kernel(
     """
     hidden = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = hidden < HIDDEN
-    w1 = _load(weight1 + hidden * CHANNELS, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, LEAD, REST)
-    w2 = _load(weight2 + hidden, inside, HIDDEN % BLOCK_H == 0, HIDDEN, OUT, OUT_LEAD, OUT_REST)
+    w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
     if bias1 is not None:
         bias = tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[:, None]
     sums1 = _zeros(BLOCK_H, LEAD, REST)
     sums2 = _zeros(BLOCK_H, OUT_LEAD, OUT_REST)
     bias_sums = tl.zeros((BLOCK_H,), tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
-        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
-        g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside_row = row < rows
+        # Rows outside are zero in g, and the last one again in x: of zeros there, the bias alone would go through the
+        # activation, and where that is infinite, times zero is NaN.
+        row = tl.minimum(row, rows - 1).to(tl.int64)
+        x_rows = _load(x + row * CHANNELS, inside_row, True, 1, CHANNELS, LEAD, REST)
+        g_rows = _load(g + row * OUT, inside_row, False, 1, OUT, OUT_LEAD, OUT_REST)
         s = _products(w1, x_rows, BLOCK_H, BLOCK_M, DTYPE)
         if bias1 is not None:
             s += bias
@@ -358,8 +383,7 @@ def mlp_hidden_kernel(
     s = _matrix_product(
         x_row, w1_row, inside, HIDDEN % BLOCK_H == 0, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
     )
-    if bias1 is not None:
-        s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
+    s = _with_bias(s, bias1, hidden, HIDDEN)
     tile = _activate(s, ACT).to(h.dtype.element_ty)
     tl.store((h + row * HIDDEN)[:, None] + hidden[None, :], tile, (row < rows)[:, None] & inside[None, :])
 
@@ -395,8 +419,7 @@ def mlp_bwd_hidden_kernel(
     ALL: tl.constexpr = HIDDEN % BLOCK_H == 0
     w1_row = weight1 + hidden * CHANNELS
     s = _matrix_product(x + last * CHANNELS, w1_row, inside, ALL, 1, CHANNELS, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES)
-    if bias1 is not None:
-        s += tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[None, :]
+    s = _with_bias(s, bias1, hidden, HIDDEN)
     gh = _matrix_product(
         g + last * OUT, weight2 + hidden, inside, ALL, HIDDEN, OUT, DTYPE, BLOCK_M, BLOCK_H, BLOCK_C, STAGES
     )
