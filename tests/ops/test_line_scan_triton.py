@@ -31,6 +31,12 @@ def test_proxy(shape, chunk, aligned):
     check(shape, 4, chunk, aligned=aligned)
 
 
+def test_proxy_of_large_maps(monkeypatch):
+    """Sums over sweeps and blocks of channels in a kernel."""
+    monkeypatch.setattr(importlib.import_module("vla.ops.line_scan._triton_proxy"), "_LARGE", 0)
+    check((1, 17, 6, 6), 4, 2, aligned=False)
+
+
 @pytest.mark.parametrize(("rows", "chunk"), [(17, 0), (18, 2), (20, 3)], ids=str)
 def test_proxy_with_several_tiles_or_large_ones(rows, chunk):
     check((1, 2, rows, 3), 2, chunk, directions=["left"])

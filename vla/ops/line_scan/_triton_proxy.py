@@ -15,6 +15,8 @@ from .frames import from_map_frame, to_map_frame
 _MIN_TOTAL = tl.constexpr(1e-7)
 # Logits are multiplied by -log2(e) and clamped where a sigmoid is 2.4e-13, so that products of three stay finite.
 _STEEPEST = tl.constexpr(41.9)
+# Numbers of a sum from which it makes enough programs; PyTorch's kernel splits what is summed.
+_LARGE = 1 << 19
 # In place of a logit whose neighbour does not exist.
 _CLOSED = tl.constexpr(1e3)
 
@@ -733,6 +735,8 @@ class _Launch:
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the first axis, taken in float32."""
+    if maps[0].numel() < _LARGE:
+        return maps.sum(0, dtype=torch.float32)
     total = maps.new_empty(maps.shape[1:], dtype=dtype)
     line_scan_sum_kernel[(cdiv(total.numel(), 1024),)](maps, total, len(maps), total.numel(), AT_ONCE=4, BLOCK=1024)
     return total
