@@ -34,15 +34,10 @@ def is_worth_launches(x: Tensor) -> bool:
     return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether operators that have kernels for numbers of 16 bits serve a map."""
-    # Tracing by torch.fx hands proxies through.
-    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2
-
-
 def infers(x: Tensor) -> bool:
-    """Whether those do that have none for gradients."""
-    return has_kernels(x) and not torch.is_grad_enabled()
+    """Whether operators serve a map that have kernels for 16 bits on a GPU, and none for gradients."""
+    # Tracing by torch.fx hands proxies through.
+    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
         # A compiler makes few launches of what it takes to have one aligned product, which is faster on large maps.
-        if len(weights) <= 2 and has_kernels(x) and not torch.compiler.is_compiling():
+        if len(weights) <= 2 and infers(x) and not torch.compiler.is_compiling():
             y = ops.grouped_linear(x.permute(0, 2, 3, 1), weights[0], weights[1] if len(weights) == 2 else None)
             return list(y.permute(0, 3, 1, 2).chunk(len(weights), dim=1))
     if x.is_cuda:

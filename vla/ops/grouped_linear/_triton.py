@@ -1,6 +1,5 @@
 """The linear layer of each group: a program multiplies some pixels of one group with its matrices."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -61,84 +60,6 @@ def grouped_linear_fwd_kernel(
             tl.store(pointers + GROUPS * OUT_WIDTH, product(rows, block2, PRECISION).to(dtype), inside)
 
 
-@kernel(do_not_specialize=["count"])
-def grouped_linear_bwd_kernel(
-    g,
-    weight,
-    weight2,
-    gx,
-    count,
-    g_row,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of one group of x for some of the `count` rows."""
-    group = tl.program_id(0) % GROUPS
-    output = tl.arange(0, BLOCK_O)
-    channel = tl.arange(0, BLOCK_I)
-    dtype: tl.constexpr = g.dtype.element_ty
-    g += group * OUT_WIDTH
-    gx += group * WIDTH
-    matrix = group * OUT_WIDTH * WIDTH
-    block = tl.trans(load_matrix(weight + matrix, output, channel, WIDTH, OUT_WIDTH, dtype))
-    if weight2 is not None:
-        block2 = tl.trans(load_matrix(weight2 + matrix, output, channel, WIDTH, OUT_WIDTH, dtype))
-    step = tl.num_programs(0) // GROUPS
-    for first in range(tl.program_id(0) // GROUPS, tl.cdiv(count, BLOCK_R), step):
-        row = tl.cast(first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        inside = (row < count) & (output < OUT_WIDTH)[None, :]
-        pointers = g + row * g_row + output[None, :]
-        sums = product(tl.load(pointers, inside, 0.0), block, PRECISION)  # (BLOCK_R, BLOCK_I)
-        if weight2 is not None:
-            sums += product(tl.load(pointers + GROUPS * OUT_WIDTH, inside, 0.0), block2, PRECISION)
-        pointers = gx + row * (GROUPS * WIDTH) + channel[None, :]
-        tl.store(pointers, sums.to(gx.dtype.element_ty), (row < count) & (channel < WIDTH)[None, :])
-
-
-@kernel(do_not_specialize=["count", "rows_of_part"])
-def grouped_linear_weight_kernel(
-    g,
-    x,
-    parts,
-    count,
-    rows_of_part,
-    g_row,
-    x_row,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sums over a part of the rows for the gradient of a group's matrix of one weight, (OUT_WIDTH, WIDTH)."""
-    group = tl.program_id(0) % GROUPS
-    part = tl.program_id(0) // GROUPS
-    matrix = tl.program_id(1) * GROUPS + group
-    output = tl.arange(0, BLOCK_O)
-    channel = tl.arange(0, BLOCK_I)
-    g += matrix * OUT_WIDTH + output
-    x += group * WIDTH + channel
-    begin = part.to(tl.int64) * rows_of_part
-    end = tl.minimum(begin + rows_of_part, count)
-    sums = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)[:, None]
-        g_rows = tl.load(g[None, :] + row * g_row, (row < end) & (output < OUT_WIDTH)[None, :], 0.0)
-        x_rows = tl.load(x[None, :] + row * x_row, (row < end) & (channel < WIDTH)[None, :], 0.0)
-        sums += product(tl.trans(g_rows), x_rows, PRECISION)
-    parts += (part * WEIGHTS * GROUPS + matrix).to(tl.int64) * OUT_WIDTH * WIDTH
-    exists = (output < OUT_WIDTH)[:, None] & (channel < WIDTH)[None, :]
-    tl.store(parts + output[:, None] * WIDTH + channel[None, :], sums, exists)
-
-
 def _is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether a group's matrix fits where the kernels have it: of 16 bits and up to 128 channels on both sides."""
     return x.dtype.itemsize == 2 and max(weight.shape[1:]) <= 128
@@ -184,32 +105,3 @@ def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
         **constants,
     )
     return out
-
-
-def backward(grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | None) -> list[Tensor | None]:
-    if grads[0].numel() == 0:
-        return [None if t is None else torch.zeros_like(t) for t in (x, weight, weight2)]
-    if not _is_served(x, weight):
-        return _torch.backward(grads, x, weight, weight2)
-    g, rows = as_rows(grads[0]), as_rows(x)
-    count, groups = rows.shape[0], weight.shape[0]
-    gx = x.new_empty(x.shape)
-    constants = _constants(count, weight, g, rows)
-    block_r = constants["BLOCK_R"]
-    grouped_linear_bwd_kernel[(min(cdiv(count, block_r), PROGRAMS) * groups,)](
-        g,
-        weight.contiguous(),
-        None if weight2 is None else weight2.contiguous(),
-        gx,
-        count,
-        g.stride(0),
-        **constants,
-    )
-    weights = 1 if weight2 is None else 2
-    rows_of_part = max(cdiv(count, PROGRAMS), 4 * block_r)
-    parts = x.new_empty(cdiv(count, rows_of_part), weights, *weight.shape, dtype=torch.float32)
-    grouped_linear_weight_kernel[(len(parts) * groups, weights)](
-        g, rows, parts, count, rows_of_part, g.stride(0), rows.stride(0), WEIGHTS=weights, **constants
-    )
-    sums = parts.sum(0)
-    return [gx, *(sums[i].to(weight.dtype) if i < weights else None for i in range(2))]
