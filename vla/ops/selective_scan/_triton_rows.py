@@ -746,10 +746,15 @@ def selective_scan_bwd_rows_kernel(
         u_next = _load_alone(u_row, next_start, u_l, length, valid, 0.0, ALIGN, CHUNK)
         delta_next = _load_alone(delta_row, next_start, delta_l, length, valid, padding, ALIGN, CHUNK)
         g_next = _load_alone(g_row, next_start, g_l, length, valid, 0.0, ALIGN, CHUNK)
-        # 16 bits through the loop over the states, not 32.
-        u = _join(_kept(u_steps, ALIGN, CHUNK, PTX), ALIGN, CHUNK, PTX)  # (T, R)
-        s = _join(_kept(delta_steps, ALIGN, CHUNK, PTX), ALIGN, CHUNK, PTX)  # (T, R)
-        s = _logits(s, bias_ptr, channel, valid)
+        # Through the loop over the states in 16 bits, or, where two don't share a register, not at all.
+        if ALIGN < 4:
+            u_steps = _load_alone(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)
+            delta_steps = _load_alone(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)
+        else:
+            u_steps = _kept(u_steps, ALIGN, CHUNK, PTX)
+            delta_steps = _kept(delta_steps, ALIGN, CHUNK, PTX)
+        u = _join(u_steps, ALIGN, CHUNK, PTX)  # (T, R)
+        s = _logits(_join(delta_steps, ALIGN, CHUNK, PTX), bias_ptr, channel, valid)  # (T, R)
         gx_tile = _stack(gx, CHUNK)
         gu = gx_tile * (dt2_tile * LN2)
         if D_ptr is not None:
@@ -831,13 +836,14 @@ class _Segments:
             "num_stages": 1,
         }
 
-    def together(self, *tensors: Tensor | None) -> dict:
-        """States that are walked at once: two, in the registers of three warps, if there is no odd one and B and C come
-        in registers that hold several steps."""
+    def together(self, out: Tensor | None) -> dict:
+        """States that are walked at once: two, if there is no odd one and registers hold several steps of B and C each.
+        For outputs, three warps have to share a scheduler's registers.
+        """
         scan = self.scan
-        if scan.states % 2 or scan.alignment(*tensors) < 4:
+        if scan.states % 2 or scan.alignment(out) < 4:
             return {"TOGETHER": 1}
-        return {"TOGETHER": 2} | ({"maxnreg": 168} if scan.takes_ptx else {})
+        return {"TOGETHER": 2} | ({"maxnreg": 168} if scan.takes_ptx and out is not None else {})
 
     def entering(self, g: Tensor | None = None, g_state: Tensor | None = None) -> Tensor:
         """States (B, segments, N, D) that enter each segment; given the gradient `g` of the output and that of the last
@@ -886,7 +892,7 @@ class _Segments:
             shares,
             *self.A.stride()[::-1],
             ROWS=32,
-            STEPS=8,
+            STEPS=16,
             num_warps=1,
         )
         return state
