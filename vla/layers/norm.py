@@ -104,7 +104,10 @@ def add_normalize(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its `forward`."""
+    """Whether calling a module does more than its class's `forward`, or something else."""
+    # Tools that move weights put a `forward` of their own on a module.
+    if "forward" in module.__dict__:
+        return True
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks) or _has_any_global_hook()
 
