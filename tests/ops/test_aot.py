@@ -36,22 +36,28 @@ import triton
 import triton.language as tl
 
 from tests.ops.aot import SHARED_MEMORY, TARGETS, Compiler
+from vla.ops._triton import kernel
 
 
-@triton.jit
+@kernel
 def good_kernel(x, y, n, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
 
 
-@triton.jit
+@kernel
 def broken_kernel(x, SIZE: tl.constexpr):
     tl.store(x, tl.nothing(SIZE))
 
 
-@triton.jit
+@kernel
 def sum_kernel(x, y, SIZE: tl.constexpr):
     tl.store(y, tl.sum(tl.load(x + tl.arange(0, SIZE))))
+
+
+@triton.jit
+def plain_kernel(x):
+    tl.store(x, 0.0)
 
 
 compiler = Compiler(TARGETS, TARGETS)
@@ -65,11 +71,12 @@ with compiler.intercept():
         (lambda: good_kernel[lambda meta: (1, 128 * meta["SIZE"])](x, x, 300, SIZE=512), "the limit is"),
         (lambda: broken_kernel[(1,)](x, SIZE=512), "CompilationError"),
         (lambda: sum_kernel[(1,)](x, x, SIZE=1024), "bytes of shared memory"),
+        (lambda: plain_kernel[(1,)](x), "plain_kernel is launched, which only a function with"),
     ):
         compiler.errors.clear()
         launch()
         assert compiler.errors and all(message in error for error in compiler.errors), compiler.errors
-assert {name for _, name, _ in compiler.compiled} == {"good_kernel", "sum_kernel"}
+assert {name for _, name, _ in compiler.compiled} == {"good_kernel", "sum_kernel", "plain_kernel"}
 """)
     process = python("-c", f"import runpy; runpy.run_path({str(tmp_path / 'kernels.py')!r}, run_name='__main__')")
     assert process.returncode == 0, process.stdout + process.stderr

@@ -92,7 +92,7 @@ class ResidualBlock(nn.Module):
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""
-        if type(self.norm2) is LayerNorm2d and not self.post_norm:
+        if isinstance(self.norm2, LayerNorm2d) and not self.post_norm:
             return self.norm2.add(x, y)
         x = x + y
         return x, x if self.post_norm else self.norm2(x)

@@ -218,7 +218,7 @@ def current() -> Recording | None:
 def _stream(tensor: Tensor) -> int | None:
     """Where a launch with this tensor goes, None unless it is on the current GPU, where Triton launches."""
     device = tensor.get_device()
-    if not tensor.is_cuda or device != torch.cuda.current_device():
+    if device < 0 or not tensor.is_cuda or device != torch.cuda.current_device():
         return None
     return torch._C._cuda_getCurrentRawStream(device)
 
