@@ -122,3 +122,11 @@ def test_bad_arguments(change, message):
 def test_bad_dtype():
     with pytest.raises(TypeError, match=r"^layer_norm_grn: dtype is torch.int64"):
         layer_norm_grn(**make((1, 8, 3, 4)), dtype=torch.int64)
+
+
+def test_gradients_start_where_compiled_code_expects_them():
+    """Gradients of parameters are parts of one sum, of 18 channels each."""
+    leaves = [tensor.requires_grad_() for tensor in make((1, 18, 2, 3), torch.float32).values()]
+    with use_backend("triton"):
+        grads = torch.autograd.grad(layer_norm_grn(*leaves).sum(), leaves)
+    assert [grad.data_ptr() % 16 for grad in grads] == [0] * len(leaves)

@@ -432,6 +432,9 @@ def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
     """`grad` with the dtype and memory layout that the fake kernel promises for a gradient of `tensor`."""
     if grad is None:
         return torch.zeros_like(tensor)
+    # A part of a larger tensor may start anywhere; compiled code takes new tensors to start at 16 bytes.
+    if grad.data_ptr() % 16:
+        grad = grad.clone()
     # Asked first because a new tensor takes the host longer: dense tensors hand their strides on.
     if grad.dtype == tensor.dtype and grad.stride() == tensor.stride() and _is_dense(tensor):
         return grad
