@@ -240,10 +240,15 @@ class Operator:
     def _forward(self, *args):
         return self._forward_replays(self._run, args[self.tensor_arguments[0]], _override, *args)
 
-    def _run(self, *args):
+    def _checked(self, args: tuple) -> torch.device:
+        """The device of the tensors, after all checks of the arguments."""
         device = self._check_devices(args)
         if _replay.current() is None:  # else they have passed
             self.infer(*args)
+        return device
+
+    def _run(self, *args):
+        device = self._checked(args)
         with _replay.full_precision(device), _current(device):
             return self._load(self.backend_for(device, args[self.tensor_arguments[0]].dtype)).forward(*args)
 
@@ -257,18 +262,14 @@ class Operator:
         return self._train_replays(self._run_train, args[self.tensor_arguments[0]], _override, *args)
 
     def _run_train(self, *args) -> tuple:
-        device = self._check_devices(args)
-        if _replay.current() is None:  # else they have passed
-            self.infer(*args)
-        module = self._load(self.saves)
+        device, module = self._checked(args), self._load(self.saves)
         with _replay.full_precision(device), _current(device):
             saved = module.to_save(*args)
             outputs = module.forward(*args, saved=saved)
-        return *((outputs,) if isinstance(outputs, Tensor) else outputs), saved
+        return *_as_tuple(outputs), saved
 
     def _fake_train(self, *args) -> tuple:
-        outputs = self._fake(*args)
-        return *((outputs,) if isinstance(outputs, Tensor) else outputs), self._load(self.saves).to_save(*args)
+        return *_as_tuple(self._fake(*args)), self._load(self.saves).to_save(*args)
 
     def _autograd(self, keyset: torch._C.DispatchKeySet, *args):
         """What `torch.library.register_autograd` would register, for an operator that saves."""
@@ -347,8 +348,7 @@ class Operator:
             if inputs[i] is not None:
                 inputs[i] = inputs[i].detach().requires_grad_(inputs[i].is_floating_point())
         with torch.enable_grad():
-            outputs = forward(*inputs)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            outputs = _as_tuple(forward(*inputs))
             wanted = [inputs[i] for i in self.tensor_arguments if inputs[i] is not None]
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
@@ -397,6 +397,11 @@ class _Dispatched(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         return None, None, *ctx.operator._autograd_backward(ctx, *grads)
+
+
+def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a forward returns, one tensor or several, as several."""
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _outputs_and_saved(results: tuple) -> tuple[Tensor | tuple[Tensor, ...], list[Tensor]]:
