@@ -36,8 +36,10 @@ def _without_default_device(compile: Callable) -> Callable:
 
     @functools.wraps(compile)
     def compiled(*args, **kwargs):
-        module = compile(*args, **kwargs)
-        module.forward = outside(module.forward)
-        return module
+        result = compile(*args, **kwargs)
+        if not isinstance(result, torch.nn.Module):
+            return outside(result)
+        result.forward = outside(result.forward)
+        return result
 
     return compiled

@@ -195,7 +195,7 @@ def test_more_than_two_billion_elements(name):
     torch.utils.deterministic.fill_uninitialized_memory = False
     function, make, options = HUGE[name]
     alone = {n: None if t is None else t.bfloat16() for n, t in make().items()}
-    batched = [n for n, t in alone.items() if n in BATCHED and t.dim() > 1 and t.shape[0] == 1]
+    batched = [n for n, t in alone.items() if n in BATCHED and t is not None and t.dim() > 1 and t.shape[0] == 1]
     count = 2**31 // max(alone[n].numel() for n in batched) + 1
 
     def outcome(tensors: dict[str, Tensor | None]) -> list[Tensor]:
