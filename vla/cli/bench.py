@@ -64,6 +64,7 @@ def bench_command(
     for name in names:
         with err.status(f"{name}: measuring"):
             rows.append(_bench(name, networks.pop(name), runtime, batch_size, img_size, compiled, train, seconds))
+            _free(runtime.device)  # the next model's peak is its own
     surroundings = environment(runtime.device)
     settings = {
         "img_size": img_size,
@@ -123,9 +124,6 @@ def _bench(
     except Exception as error:  # whatever a model, a compiler or a driver raises: the others are still of interest
         lines = str(error).strip().splitlines()
         row["error"] = lines[0] if lines else type(error).__name__
-    finally:
-        del model
-        _free(runtime.device)
     return row
 
 
