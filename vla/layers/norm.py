@@ -6,7 +6,12 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .. import ops
 
@@ -21,6 +26,13 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
     else:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
+
+_HOOKS_OF_ALL_MODULES = (
+    _global_forward_pre_hooks,
+    _global_forward_hooks,
+    _global_backward_pre_hooks,
+    _global_backward_hooks,
+)
 
 # Numbers from which a map keeps a GPU busy for longer than an operator's forward and backward take the host, of which
 # PyTorch's own take less.
@@ -109,7 +121,7 @@ def has_hooks(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return True
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or _has_any_global_hook()
+    return any(hooks) or any(_HOOKS_OF_ALL_MODULES)
 
 
 class LayerNorm(nn.LayerNorm):
