@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.device import use
+from tests.kernels import need_triton
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -30,6 +31,16 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("backend") == "numba":
             item.add_marker(pytest.mark.skip(reason="runs on CPU tensors"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "backend 'triton' needs" in str(error):
+            need_triton()
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -48,8 +48,6 @@ class MODEL:
 )
 @pytest.mark.parametrize("name", INDEX["op_mixer"]["cases"])
 def test_mixer(name, backend, dtype):
-    if backend == "triton":
-        pytest.importorskip("triton")
     case, data = INDEX["op_mixer"]["cases"][name], arrays("op_mixer.npz", name)
     mixer = GSPNMixer(
         case["dim"],

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vla.ops._registry import MIN_TRITON
+from tests.kernels import need_triton
 
-pytest.importorskip("triton", minversion="{}.{}".format(*MIN_TRITON), reason="kernels need a newer Triton")
+need_triton()
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = sorted({file.parent.name for file in (ROOT / "vla" / "ops").glob("*/_triton*.py")})

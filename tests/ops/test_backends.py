@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vla.ops import selective_scan, use_backend
+from vla.ops._registry import MIN_TRITON
 from vla.ops.scan2d import operator as scan2d
 from vla.ops.ssd import operator as ssd
 
@@ -72,7 +73,8 @@ def test_too_old_triton(monkeypatch):
         scan2d.backend_for(CUDA)
 
 
-def test_float64_and_triton():
+def test_float64_and_triton(monkeypatch):
+    monkeypatch.setattr("vla.ops._registry._triton_version", lambda: MIN_TRITON)
     assert scan2d.backend_for(CUDA) == "triton"
     assert scan2d.backend_for(CUDA, torch.float64) == "torch"
     message = "has kernels for float32, bfloat16, float16, the tensors are float64"

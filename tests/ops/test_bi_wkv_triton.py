@@ -5,7 +5,9 @@ import importlib
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from tests.kernels import need_triton
+
+need_triton()
 
 from tests.ops.harness import compare, randn, run  # noqa: E402
 from tests.ops.test_bi_wkv import check_per_sequence, check_reference_values, make  # noqa: E402

@@ -5,12 +5,13 @@ import importlib
 import pytest
 import torch
 
+from tests.kernels import need_triton
 from tests.ops.harness import compare, run
 from tests.ops.test_line_scan import ALL, make
 from tests.tolerance import assert_close
 from vla.ops import line_scan, use_backend
 
-pytest.importorskip("triton")
+need_triton()
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kernels import need_triton
 from tests.ops.harness import check_machinery, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import mlp, use_backend
@@ -143,6 +144,7 @@ def test_machinery():
 
 def test_backends():
     """The kernels are for 16 bits."""
+    need_triton()
     message = "^mlp: backend 'triton' has kernels for bfloat16, float16, the tensors are float32"
     with use_backend("triton"), pytest.raises(RuntimeError, match=message):
         mlp(**make((3, 4), 5, dtype=torch.float32))

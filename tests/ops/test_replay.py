@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+from tests.kernels import need_triton
+
+need_triton()
 
 import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402

@@ -8,7 +8,9 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+from tests.kernels import need_triton
+
+need_triton()
 
 from tests import golden  # noqa: E402
 from tests.ops.harness import compare, run  # noqa: E402

@@ -5,7 +5,9 @@ import importlib
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from tests.kernels import need_triton
+
+need_triton()
 
 from tests.ops.harness import compare, run  # noqa: E402
 from tests.ops.test_selective_scan import full, make  # noqa: E402

@@ -50,6 +50,8 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_every_sample(name):
     """Of the first tensor along a dimension of its own, and of all others, which the samples share."""
+    if name == "mlp" and torch.__version__ < "2.6":
+        pytest.skip("PyTorch 2.5 cannot differentiate inside of vmap")
     loss, (first, *others) = call(name)
     samples = torch.stack([first, 2 * first, -first], dim=1)
     numbers = tuple(range(1 + len(others)))
