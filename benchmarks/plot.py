@@ -81,13 +81,15 @@ def _styles(names: list[str]) -> dict[str, dict]:
 
 
 def _lines(results: list[dict], kind: str, figure: str) -> dict[str, list[tuple[int, float]]]:
-    """Pixels and figure of every model, times per image."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """Pixels and figure of every model, times per image, in the mode where it is smallest."""
+    lines: dict[str, dict[int, float]] = {}
     for result in results:
         if result["pass"] == kind and figure in result:
-            share = result["batch"] if figure == "median_ms" else 1
-            lines.setdefault(result["model"], []).append((result["size"] ** 2, result[figure] / share))
-    return {name: sorted(points) for name, points in lines.items()}
+            value = result[figure] / (result["batch"] if figure == "median_ms" else 1)
+            points = lines.setdefault(result["model"], {})
+            pixels = result["size"] ** 2
+            points[pixels] = min(value, points.get(pixels, value))
+    return {name: sorted(points.items()) for name, points in lines.items()}
 
 
 def _guide(axis) -> None:
@@ -119,5 +121,6 @@ def _ground(environment: dict, results: list[dict]) -> str:
     if environment.get("cuda"):
         parts.append(f"Triton {packages['triton']}")
     for key, text in (("dtype", "{}"), ("layout", "{}"), ("mode", "{}"), ("batch", "batch {}")):
-        parts += [text.format(value) for value in dict.fromkeys(result[key] for result in results)]
+        values = dict.fromkeys(str(result[key]) for result in results)
+        parts.append(text.format(" or ".join(values)))
     return "  ·  ".join(parts)
