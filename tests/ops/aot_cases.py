@@ -130,6 +130,22 @@ def _scan2d() -> Iterator[Case]:
     yield Case("contiguous", f, arguments(2, 33, 13, 17, layout=rows), (FP32,))
 
 
+def _projected_scan2d() -> Iterator[Case]:
+    def arguments(batch, channels, height, width, states=1, rank=6):
+        return lambda dtype: dict(
+            x=maps(dtype, batch, channels, height, width),
+            weight=weight(4, rank + 2 * states, channels),
+            A=weight(4, channels, states),
+            directions=CROSS,
+            D=weight(4, channels),
+            dt_weight=weight(4, channels, rank),
+            dt_bias=weight(4, channels),
+        )
+
+    yield Case("vmamba stage 1", ops.projected_scan2d, arguments(128, 96, 56, 56), (BF16,))
+    yield Case("odd", ops.projected_scan2d, arguments(2, 33, 13, 17, states=2, rank=3), (FP32,))
+
+
 def _bi_wkv() -> Iterator[Case]:
     def arguments(batch, length, channels, gated=False):
         return lambda dtype: dict(
@@ -377,6 +393,7 @@ def _line_scan() -> Iterator[Case]:
 CASES: dict[str, tuple[Case, ...]] = {
     "selective_scan": tuple(_selective_scan()),
     "scan2d": tuple(_scan2d()),
+    "projected_scan2d": tuple(_projected_scan2d()),
     "bi_wkv": tuple(_bi_wkv()),
     "wkv6": tuple(_wkv6()),
     "q_shift": tuple(_q_shift()),

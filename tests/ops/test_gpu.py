@@ -19,6 +19,7 @@ from tests.ops import (
     test_layer_norm_grn,
     test_line_scan,
     test_mlp,
+    test_projected_scan2d,
     test_q_shift_mix,
     test_scan2d,
     test_selective_scan,
@@ -36,6 +37,7 @@ from vla.ops import (
     layer_norm_grn,
     line_scan,
     mlp,
+    projected_scan2d,
     q_shift,
     q_shift_mix,
     scan2d,
@@ -69,6 +71,10 @@ def directional(shape: tuple[int, ...], states: int = 1, rank: int = 6, **option
         lambda: test_scan2d.make(shape, states, rank, grouped=grouped),
         dict(directions=CROSS) | options,
     )
+
+
+def projected(shape: tuple[int, ...], states: int = 1, rank: int = 6) -> Case:
+    return projected_scan2d, lambda: test_projected_scan2d.make(shape, states, rank), dict(directions=CROSS)
 
 
 def lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
@@ -109,6 +115,8 @@ CASES: dict[str, Case] = {
     "scan2d grouped": directional((3, 29, 21, 17), rank=3, grouped=True),
     "scan2d per line": directional((2, 40, 30, 19), per_line=True),
     "scan2d 129x128": directional((1, 16, 129, 128), rank=0),
+    "projected_scan2d 56x56": projected((2, 96, 56, 56)),
+    "projected_scan2d 14x14": projected((64, 48, 14, 14), rank=24),
     "bi_wkv T197": (bi_wkv, lambda: test_bi_wkv.make(5, 197, 192), {}),
     "bi_wkv T3136": (bi_wkv, lambda: test_bi_wkv.make(2, 3136, 33), {}),
     "bi_wkv T16385 strong": (bi_wkv, lambda: test_bi_wkv.make(1, 16385, 40, decay=50.0), {}),

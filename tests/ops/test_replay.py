@@ -18,8 +18,16 @@ import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402
 
 import vla.ops  # noqa: E402
-from tests.ops import test_depthwise_conv2d, test_layer_norm, test_scan2d  # noqa: E402
-from vla.ops import _replay, add_layer_norm, depthwise_conv2d, scan2d, squared_relu, use_backend  # noqa: E402
+from tests.ops import test_depthwise_conv2d, test_layer_norm, test_projected_scan2d, test_scan2d  # noqa: E402
+from vla.ops import (  # noqa: E402
+    _replay,
+    add_layer_norm,
+    depthwise_conv2d,
+    projected_scan2d,
+    scan2d,
+    squared_relu,
+    use_backend,
+)
 from vla.ops._replay import Replays  # noqa: E402
 from vla.ops._triton import Kernel, kernel  # noqa: E402
 
@@ -283,6 +291,7 @@ def test_hooks_see_every_launch(monkeypatch):
         (add_layer_norm, lambda: test_layer_norm.make((2, 5), branch=True, weight=True, bias=True), {}),
         (depthwise_conv2d, lambda: test_depthwise_conv2d.make((1, 3, 4, 5), (3, 3), True), dict(act="silu")),
         (scan2d, lambda: test_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
+        (projected_scan2d, lambda: test_projected_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
     ],
 )
 def test_operators(monkeypatch, function, make, options):

@@ -70,6 +70,16 @@ def test_dtypes(dtype):
     compare("triton", scan2d, tensors, directions=["row", "col"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank, states", [(3, 2), (17, 1)], ids=["one product", "sums by lanes"])
+@pytest.mark.parametrize("config", [(4, 16, 2, 1), (4, 64, 4, 2)], ids=["narrow blocks", "wide blocks"])
+def test_sums_over_channels(config, rank, states, dtype, monkeypatch):
+    """Gradients that channels share, by blocks and as the dtype's products take them, in maps of directions."""
+    monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(*config, apart=True))
+    tensors = {n: t.to(dtype) for n, t in make((1, 18, 3, 6), states, rank, directions=["row", "col_rev"]).items()}
+    compare("triton", scan2d, tensors, directions=["row", "col_rev"])
+
+
 @pytest.mark.parametrize("offset", [-12.0, 60.0], ids=["long memory", "strong decay"])
 def test_extremes(offset):
     tensors = single((1, 4, 6, 6), 1, directions=["row"])
@@ -97,6 +107,14 @@ def test_every_cut(tiles, option, monkeypatch):
         monkeypatch.setattr(kernels, name, lambda problem: kernels.Config(4, 16, 2, 1, tiles, **option))
     compare("triton", scan2d, single((1, 2, 5, 7), 1, directions=["col", "col_rev"]), directions=["col", "col_rev"])
     compare("triton", scan2d, single((1, 2, 3, 7), 2, directions=CROSS), directions=CROSS)
+
+
+@pytest.mark.parametrize("forward", [(4, 16, 2, 1), (4, 16, 4, 1), (4, 16, 4, 1, 1), (2, 16, 1, 1)], ids=str)
+def test_runs_of_the_backward_alone(forward, monkeypatch):
+    """With the states that the forward keeps, or without, where its tiles do not begin where the backward's do."""
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: kernels.Config(*forward))
+    monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(4, 16, 2, 1, 2))
+    compare("triton", scan2d, single((1, 2, 5, 7), 2, directions=["col_rev", "row"]), directions=["col_rev", "row"])
 
 
 @pytest.fixture
@@ -150,7 +168,7 @@ def test_forward_keeps_states_of_lines(whole_sequences, monkeypatch):
     "config, states, count",
     [
         ((4, 16, 2, 1), 1, 3),  # 40 steps are 3 tiles of 16
-        ((4, 16, 2, 1, 1), 1, 0),  # runs
+        ((4, 16, 2, 1, 1), 1, 3),  # in as many runs
         ((2, 16, 1, 1), 1, 0),  # tiles of 4 do not begin where those of 16 do
         ((4, 16, 2, 1), 9, 0),  # 2 directions of 9 states every 16 steps, 4.5 bytes a pixel, are more than x
     ],
@@ -167,7 +185,7 @@ def test_memory_of_the_states_kept(config, states, count, whole_sequences, monke
 
 
 def test_memory_is_that_of_half_a_map_in_vmamba():
-    """Bytes per pixel and channel of VMamba-T's later stages with 128 pictures, whose maps have 2."""
+    """Bytes per pixel and channel of VMamba-T's stages with 128 pictures, whose maps have 2."""
 
     def kept(channels, side, rank):
         x = torch.empty(128, channels, side, side, device="meta", dtype=torch.bfloat16)
@@ -178,6 +196,7 @@ def test_memory_is_that_of_half_a_map_in_vmamba():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_fwd_config", fwd)
         patch.setattr(kernels, "_bwd_config", bwd)
+        assert kept(96, 56, 6) == pytest.approx(1.02, abs=0.01)
         assert kept(192, 28, 12) == 1
         assert kept(384, 14, 24) == pytest.approx(1.06, abs=0.01)
         assert kept(768, 7, 48) == pytest.approx(1.31, abs=0.01)

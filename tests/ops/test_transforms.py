@@ -4,16 +4,21 @@ import pytest
 import torch
 from torch.func import functionalize, grad, grad_and_value, jacrev, jvp, vjp, vmap
 
-from tests.ops import test_bi_wkv, test_layer_norm, test_mlp, test_scan2d
+from tests.ops import test_bi_wkv, test_layer_norm, test_mlp, test_projected_scan2d, test_scan2d
 from tests.ops.harness import randn
 from tests.tolerance import assert_close
-from vla.ops import add_layer_norm, bi_wkv, layer_norm, mlp, scan2d, squared_relu
+from vla.ops import add_layer_norm, bi_wkv, layer_norm, mlp, projected_scan2d, scan2d, squared_relu
 
 CASES = {
     "mlp": (mlp, lambda: test_mlp.make((3, 4), 5, 2, bias=False), {}),
     "layer_norm": (layer_norm, lambda: test_layer_norm.make((2, 3, 8)), dict(groups=2)),
     "add_layer_norm": (add_layer_norm, lambda: test_layer_norm.make((2, 3, 8), branch=True), {}),
     "scan2d": (scan2d, lambda: test_scan2d.make((2, 3, 4, 5)), dict(directions=["row", "col", "row_rev", "col_rev"])),
+    "projected_scan2d": (
+        projected_scan2d,
+        lambda: test_projected_scan2d.make((2, 3, 4, 5)),
+        dict(directions=["row", "col", "row_rev", "col_rev"]),
+    ),
     "bi_wkv": (bi_wkv, lambda: test_bi_wkv.make(2, 5, 3), {}),
 }
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import get_act_layer
 from torch import Tensor, nn
 
-from ..ops import cross_merge, scan2d, ssd
+from ..ops import cross_merge, projected_scan2d, ssd
 from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
@@ -55,7 +55,7 @@ class SelectiveScan2d(nn.Module):
 
     Per direction k, `dt`, `B` and `C` are a linear projection of the pixel, the time step through a bottleneck of width
     R (VMamba, sec. 4.2; Mamba, sec. 3.2). The projection is pointwise, so it is done once for all directions, in the
-    map's own layout, and the directions only exist inside `vla.ops.scan2d`.
+    map's own layout, and the directions only exist inside `vla.ops.projected_scan2d`.
 
     Args:
         dim: Channels D.
@@ -107,10 +107,8 @@ class SelectiveScan2d(nn.Module):
     def scan(self, x: Tensor, groups: list[Tensor], directions: list[str], per_line: bool) -> Tensor:
         """Scans with some of the `parameter_groups`, one per direction, and sums."""
         x_proj_weight, A_log, D, dt_proj_weight, dt_proj_bias = groups
-        projected = project(x, x_proj_weight)
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         A = -torch.exp(A_log)
-        return scan2d(x, dt, A, B, C, directions, D, dt_proj_weight, dt_proj_bias, per_line=per_line)
+        return projected_scan2d(x, x_proj_weight, A, directions, D, dt_proj_weight, dt_proj_bias, per_line=per_line)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scan(x, self.parameter_groups(), self.directions, False)

@@ -10,6 +10,7 @@ from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
 from .mlp import mlp
+from .projected_scan2d import projected_scan2d
 from .q_shift import q_shift
 from .q_shift_mix import q_shift_mix
 from .scan2d import cross_merge, cross_scan, scan2d
@@ -31,6 +32,7 @@ __all__ = [
     "layer_norm_grn",
     "line_scan",
     "mlp",
+    "projected_scan2d",
     "q_shift",
     "q_shift_mix",
     "scan2d",

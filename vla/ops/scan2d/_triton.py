@@ -200,14 +200,14 @@ def _load_column(ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def _load_state(
     A_ptr, B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, channels, B_s, C_s,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
     """Of state n: A (D,), B and C times log(2) of some pixels (T, S, 1), and what enters their tile (D,)."""
     A = tl.load(A_ptr + d * N + n, mask=d_mask, other=0.0).to(tl.float32)
     b = _load_column(B_ptr + n * B_s, at, mask, T, S)
     c = _load_column(C_ptr + n * C_s, at, mask, T, S) * LN2
     entry = tl.load(border_ptr + n * channels + d, mask=d_mask, other=0.0)
-    if SPLIT:
+    if DECAYED:
         decay = tl.load(border_ptr + (N + n) * channels + d, mask=d_mask, other=0.0)
         entry += decay * tl.load(origin_ptr + n * BLOCK_D + tl.arange(0, BLOCK_D))
     return A, b, c, entry
@@ -233,6 +233,18 @@ def _product(a, b, out, PRECISION: tl.constexpr):
     else:
         out = tl.dot(a.to(tl.float32), b.to(tl.float32), out, input_precision=PRECISION)
     return out
+
+
+@triton.jit
+def _add_channels(tile, column, sums, PRECISION: tl.constexpr):
+    """Adds the channels of a tile (T, S, D) to a column of `sums`, (T * S, columns).
+
+    As a product with ones: the tensor cores need a few instructions, where lanes would exchange every row's values.
+    """
+    rows: tl.constexpr = tile.shape[0] * tile.shape[1]
+    ones = tl.where(tl.arange(0, sums.shape[1]) == column, 1.0, 0.0)
+    ones = tl.broadcast_to(ones[None, :], (tile.shape[2], sums.shape[1]))
+    return _product(tl.reshape(tile, (rows, tile.shape[2])), ones, sums, PRECISION)
 
 
 @triton.jit
@@ -263,7 +275,8 @@ def scan2d_states_kernel(
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     AXES: tl.constexpr,
 ):  # fmt: skip
-    """What a run of tiles of one direction does to the states of BLOCK_D channels, and to their gradients with `gy`.
+    """What a run of tiles of one direction does to the states of BLOCK_D channels, with `x`, and to their gradients,
+    with `gy`.
 
     `total_ptr` receives, for every run, (3N, BLOCK_D): the states that leave it, its decays, and the gradients of the
     states handed to the run before, as if from zero. `border_ptr` receives, for every tile, the states that enter it,
@@ -274,7 +287,8 @@ def scan2d_states_kernel(
     run = tl.program_id(0) // (blocks * K) % runs
     sequence = tl.program_id(0) // (blocks * K * runs)
     b = (sequence // sequences).to(tl.int64)
-    x_ptr += b * xs_b
+    if x_ptr is not None:
+        x_ptr += b * xs_b
     dt_ptr += b * ps_b
     B_ptr += b * ps_b + k * ps_k
 
@@ -298,7 +312,9 @@ def scan2d_states_kernel(
     passed = tl.full((N_PAD, BLOCK_D), 1.0, tl.float32)
     carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
     handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
-    for tile in tl.range(0, tiles, num_stages=1):
+    # Gradients of the first run are handed to none.
+    needed = tl.where(run > 0, tiles, 0) if x_ptr is None else tiles
+    for tile in tl.range(0, needed, num_stages=1):
         if border_ptr is not None:
             border = border_ptr + (tile_at + tile) * ((2 if SPLIT else 1) * N * channels)
             border += n_index * channels + d[None, :]
@@ -308,30 +324,33 @@ def scan2d_states_kernel(
         pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
         p_at = pixel * ps_p
         full_mask = mask[:, None] & d_mask[None, :]
-        x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
+        if x_ptr is not None:
+            x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
         low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
         logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
         if gy_ptr is not None:
             gy = _tile(_load_rows(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p, gs_d), T, S)
         for n in range(N):
             A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-            b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
             decay = tl.exp2(A[None, None, :] * step)
-            through, ended = _ends(decay, step * (b_n * x), T)
-            entry, left, product = _segments(through, ended, pick(carry, n_index, n), S, False)
-            carry = tl.where(n_index == n, left[None, :], carry)
+            if x_ptr is not None:
+                b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
+                through, ended = _ends(decay, step * (b_n * x), T)
+                entry, left, product = _segments(through, ended, pick(carry, n_index, n), S, False)
+                carry = tl.where(n_index == n, left[None, :], carry)
             if SPLIT:
                 before = pick(passed, n_index, n)
-                passed = tl.where(n_index == n, (before * product)[None, :], passed)
                 if gy_ptr is not None:
                     c_n = _load_column(C_ptr + b * ps_b + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
                     decay = tl.flip(decay, 0)
-                    unused, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
-                    entry, g_left, unused = _segments(through, g, tl.zeros_like(before), S, True)
+                    through, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
+                    entry, g_left, product = _segments(through, g, tl.zeros_like(before), S, True)
                     handed += tl.where(n_index == n, (before * g_left)[None, :], 0.0)
+                passed = tl.where(n_index == n, (before * product)[None, :], passed)
     if SPLIT:
         total = total_ptr + walk * (3 * N * BLOCK_D) + at
-        tl.store(total, carry, mask=n_mask)
+        if x_ptr is not None:
+            tl.store(total, carry, mask=n_mask)
         tl.store(total + N * BLOCK_D, passed, mask=n_mask)
         if gy_ptr is not None:
             tl.store(total + 2 * N * BLOCK_D, handed, mask=n_mask)
@@ -340,7 +359,7 @@ def scan2d_states_kernel(
 @kernel
 def scan2d_carry_kernel(
     total_ptr, entry_ptr, runs,
-    N: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, ADJOINT: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, STATES: tl.constexpr, ADJOINT: tl.constexpr,
 ):  # fmt: skip
     """Composes the totals of runs to the states, and gradients of states, with which each is entered: (2N, BLOCK_D)."""
     n = tl.program_id(1)
@@ -348,7 +367,7 @@ def scan2d_carry_kernel(
     entry_ptr += tl.program_id(0).to(tl.int64) * runs * (2 * N * BLOCK_D)
     lane = tl.arange(0, BLOCK_D)[None, :]
     i = tl.arange(0, RUNS)[:, None]
-    for adjoint in tl.static_range(2 if ADJOINT else 1):
+    for adjoint in tl.static_range(0 if STATES else 1, 2 if ADJOINT else 1):
         carry = tl.zeros((1, BLOCK_D), tl.float32)
         first = runs - 1 if adjoint else 0
         tl.store(entry_ptr + (first * 2 * N + adjoint * N + n) * BLOCK_D + lane, carry)
@@ -490,14 +509,21 @@ def scan2d_bwd_kernel(
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr, APART: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
     directions, of the projections by block of channels, of the parameters by run.
 
-    With APART a program walks one direction, and `gx_ptr` receives a map for each.
+    With APART a program walks one direction, and `gx_ptr` receives a map for each. With KEPT the states at the tiles'
+    borders are those that the forward has met, else with several runs those of a run from zero.
     """
     ALONE: tl.constexpr = GROUPED or APART
+    # Gradients of B and C go through the product that gives those of the time steps, where it has columns for them.
+    TOGETHER: tl.constexpr = R > 0 and R + 2 * N <= 16 and PRECISION != "tf32x3"
+    DECAYED: tl.constexpr = SPLIT and not KEPT
+    # How the product with the weight's gradient lies over several warps decides about all of a tile: side by side along
+    # the channels they need nothing of each other for a scan.
+    SIDE_BY_SIDE: tl.constexpr = BLOCK_D > 32
     block = tl.program_id(0) % blocks
     begin = 0
     end = 2 * K
@@ -557,25 +583,34 @@ def scan2d_bwd_kernel(
             g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
             g_skip = tl.zeros((S, BLOCK_D), tl.float32)
             g_bias = tl.zeros((S, BLOCK_D), tl.float32)
-            g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
+            if SIDE_BY_SIDE:
+                g_weight = tl.zeros((r.shape[0], BLOCK_D), tl.float32)
+            else:
+                g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
             for back in tl.range(0, tiles, num_stages=1):
                 tile = tiles - 1 - back
-                pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
+                slot = (run * tiles + tile) * (T * S)
+                pixel, mask = _visit(o, slot, slots, direction, length, AXES, WIDE)
                 p_at = pixel * ps_p
                 full_mask = mask[:, None] & d_mask[None, :]
+                border_mask = d_mask
+                if SPLIT:
+                    # The last runs may have tiles without a pixel, for which the forward has left no states.
+                    border_mask &= tl.where(direction[0] == 1, slots - T * S - slot, slot) < length
                 gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p, gs_d), T, S)
                 x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
                 low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
                 # Asked for before the product, too: no load passes the barriers in it.
-                border = border_ptr + (tile_at + tile) * ((2 if SPLIT else 1) * N * channels)
+                border = border_ptr + (tile_at + tile) * ((2 if DECAYED else 1) * N * channels)
                 A, b_n, c_n, entering = _load_state(
-                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, d_mask,
-                    channels, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
+                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask,
+                    channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                 )  # fmt: skip
                 logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
                 g_low_at = (pixel * K + k) * (R + 2 * N)
                 gx_at = (pixel * os_p)[:, None] + (vector * os_d)[None, :]
                 gx = tl.full(gy.shape, -0.0, tl.float32)
+                g_low = tl.zeros((T * S, r.shape[0]), tl.float32)
                 g_step = tl.full(gy.shape, -0.0, tl.float32)
                 for n in range(N):
                     decay = tl.exp2(A[None, None, :] * step)
@@ -587,8 +622,11 @@ def scan2d_bwd_kernel(
                     kept = tl.where(t == 0, decay * entry[None, :, :], -0.0)
                     h = tl.where(t == 0, added + decay * entry[None, :, :], added)
                     _, h, kept = tl.associative_scan((decay, h, kept), 0, _kept)
-                    g_c = tl.reshape(tl.sum(gy * h, axis=2), (T * S,)) * LN2
-                    tl.store(g_low_ptr + (g_low_at + (R + N + n)), g_c, mask=mask)
+                    if TOGETHER:
+                        g_low = _add_channels(gy * h, R + N + n, g_low, PRECISION)
+                    else:
+                        g_c = tl.reshape(tl.sum(gy * h, axis=2), (T * S,)) * LN2
+                        tl.store(g_low_ptr + (g_low_at + (R + N + n)), g_c, mask=mask)
                     # What a step hands on is its decay times its gradient.
                     decay = tl.flip(decay, 0)
                     g = tl.flip(c_n * gy, 0)
@@ -606,12 +644,15 @@ def scan2d_bwd_kernel(
                     g_step += b_n * (g * x) + (A * LN2)[None, None, :] * kept
                     g *= step
                     gx += g * b_n
-                    g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
-                    tl.store(g_low_ptr + (g_low_at + (R + n)), g_b, mask=mask)
+                    if TOGETHER:
+                        g_low = _add_channels(g * x, R + n, g_low, PRECISION)
+                    else:
+                        g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
+                        tl.store(g_low_ptr + (g_low_at + (R + n)), g_b, mask=mask)
                     if N > 1:
                         A, b_n, c_n, entering = _load_state(
                             A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, tl.minimum(n + 1, N - 1), p_at,
-                            mask, d, d_mask, channels, B_s, C_s, N, T, S, BLOCK_D, SPLIT,
+                            mask, d, border_mask, channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                         )  # fmt: skip
 
                 if not ALONE:
@@ -622,11 +663,16 @@ def scan2d_bwd_kernel(
                 g_bias += tl.sum(g_step, axis=0)
                 g_step = tl.reshape(g_step, (T * S, BLOCK_D))
                 if R_PAD > 0:
-                    g_low = tl.zeros((T * S, R_PAD), tl.float32)
                     g_low = _product(g_step, tl.trans(weight), g_low, PRECISION)
-                    low_mask = mask[:, None] & (r < R)[None, :]
+                    if TOGETHER:
+                        # States, and so what C gets, are times log2(e).
+                        g_low *= tl.where(r < R + N, 1.0, LN2)[None, :]
+                    low_mask = mask[:, None] & (r < (R + 2 * N if TOGETHER else R))[None, :]
                     tl.store(g_low_ptr + (g_low_at[:, None] + r[None, :]), g_low, mask=low_mask)
-                    g_weight = _product(tl.trans(g_step), low, g_weight, PRECISION)
+                    if SIDE_BY_SIDE:
+                        g_weight = _product(tl.trans(low), g_step, g_weight, PRECISION)
+                    else:
+                        g_weight = _product(tl.trans(g_step), low, g_weight, PRECISION)
                 else:
                     g_dt_at = (pixel * K + k)[:, None] * channels + d[None, :]
                     tl.store(g_dt_ptr + g_dt_at, (g_step * LOG2E).to(g_dt_ptr.dtype.element_ty), mask=full_mask)
@@ -656,8 +702,12 @@ def scan2d_bwd_kernel(
             if bias_ptr is not None:
                 tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
             if R_PAD > 0:
-                weight_mask = d_mask[:, None] & (r < R)[None, :]
-                g_weight_at = parts + (k * channels + d)[:, None] * R + r[None, :]
+                if SIDE_BY_SIDE:
+                    weight_mask = d_mask[None, :] & (r < R)[:, None]
+                    g_weight_at = parts + (k * channels + d)[None, :] * R + r[:, None]
+                else:
+                    weight_mask = d_mask[:, None] & (r < R)[None, :]
+                    g_weight_at = parts + (k * channels + d)[:, None] * R + r[None, :]
                 tl.store(g_weight_ptr + g_weight_at, g_weight * LOG2E, mask=weight_mask)
             # The next direction reads sums that other threads of this program have written.
             tl.debug_barrier()
@@ -665,7 +715,7 @@ def scan2d_bwd_kernel(
 
 @kernel
 def scan2d_merge_kernel(
-    parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block,
+    parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block, dt_row, B_row, C_row,
     N: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the blocks of channels give to dt, B and C, (blocks, rows, R + 2N), and takes the three apart."""
@@ -677,11 +727,13 @@ def scan2d_merge_kernel(
         at = parts_ptr + block * ls_block.to(tl.int64) + row * (R + 2 * N) + column
         total += tl.load(at, mask=mask, other=0.0)
     if R > 0:
-        tl.store(g_dt_ptr + row * R + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
+        tl.store(g_dt_ptr + row * dt_row + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
     column -= R
-    tl.store(g_B_ptr + row * N + column, total.to(g_B_ptr.dtype.element_ty), mask=mask & (column >= 0) & (column < N))
+    tl.store(
+        g_B_ptr + row * B_row + column, total.to(g_B_ptr.dtype.element_ty), mask=mask & (column >= 0) & (column < N)
+    )
     column -= N
-    tl.store(g_C_ptr + row * N + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
+    tl.store(g_C_ptr + row * C_row + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
 @kernel
@@ -691,7 +743,7 @@ def scan2d_add_kernel(maps_ptr, sum_ptr, count, size, BLOCK: tl.constexpr):
     mask = at < size
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(count):
-        total += tl.load(maps_ptr + at, mask=mask, other=0.0)
+        total += tl.load(maps_ptr + at, mask=mask, other=0.0).to(tl.float32)
         maps_ptr += size
     tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
 
@@ -736,7 +788,8 @@ FORWARD = {
     "wide": Config(4, 64, 4, 2),
 }
 BACKWARD = {
-    "runs": Config(4, 32, 4, 1, tiles=8),
+    "runs": Config(4, 32, 4, 1, tiles=9),
+    "long runs": Config(4, 32, 4, 1, tiles=18),
     "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2, apart=True),
@@ -762,7 +815,10 @@ def _bwd_config(problem: "_Sizes") -> Config:
     # The totals of runs cost more with several states.
     fewest = 132 if problem.states > 1 else 512 if narrow else 640
     if problem.programs < fewest and problem.length >= 512:
-        return BACKWARD["runs"]
+        # Of long ones there may be fewer than the 8 programs that a multiprocessor of 132 runs at once.
+        long = BACKWARD["long runs"]
+        enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= 8 * 132
+        return long if enough else BACKWARD["runs"]
     if narrow:
         return BACKWARD["narrow"]
     if problem.channels < 128:
@@ -831,11 +887,10 @@ class _Sizes:
         """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
         return _cut(self.channels, self.length, config)
 
-    def borders(self, config: Config) -> tuple[int, ...]:
-        """Shape of the states with which tiles are entered and, where there are runs, the decays of the run before."""
+    def borders(self, config: Config, decays: bool = False) -> tuple[int, ...]:
+        """Shape of the states with which tiles are entered, if wanted with the decays of the run before."""
         _, runs, tiles = self.cut(config)
-        rows = (2 if runs > 1 else 1) * self.states
-        return self.batch * self.sequences, self.count, runs, tiles, rows, self.channels
+        return self.batch * self.sequences, self.count, runs, tiles, self.states * (1 + decays), self.channels
 
 
 class _Problem(_Sizes):
@@ -922,23 +977,25 @@ class _Problem(_Sizes):
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
-        if runs == 1 and (gy is None or borders is not None):
+        kept = borders is not None
+        if runs == 1 and (gy is None or kept):
             return None, borders
         totals = entries = None
         if runs > 1:
             totals, entries = (new(*walks, rows * self.states, config.BLOCK_D) for rows in (3, 2))
-        if gy is not None:
-            borders = new(*self.borders(config))
+        if gy is not None and not kept:
+            borders = new(*self.borders(config, decays=runs > 1))
         maps = (self.x,) if gy is None else (self.x, gy)
         scan2d_states_kernel[(math.prod(walks),)](
-            self.x, gy if runs > 1 else None, self.dt, self.A, self.B, self.C, self.weight, self.bias, totals, borders,
+            None if kept else self.x, gy if runs > 1 else None, self.dt, self.A, self.B, self.C, self.weight, self.bias,
+            totals, None if kept else borders,
             *self.sizes(config), *_map_strides(self.x), *_map_strides(maps[-1]), *self.strides(),
             AXES="both", **self.options(config._replace(maxnreg=None), *maps),
         )  # fmt: skip
         if runs > 1:
             scan2d_carry_kernel[(math.prod(walks[:3]), self.states)](
                 totals, entries, runs, N=self.states, BLOCK_D=config.BLOCK_D,
-                RUNS=min(16, next_power_of_2(runs)), ADJOINT=gy is not None, num_warps=1,
+                RUNS=min(16, next_power_of_2(runs)), STATES=not kept, ADJOINT=gy is not None, num_warps=1,
             )  # fmt: skip
         return entries, borders
 
@@ -969,7 +1026,7 @@ class _Problem(_Sizes):
 def to_save(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line) -> list[Tensor]:
     """The states with which the backward's tiles are entered, which the forward meets anyway.
 
-    Not for runs, whose backward needs more than that, nor where they would take more memory than x.
+    Not where they would take more memory than x.
     """
     sizes = _Sizes(x, A, dt_weight, grouped, per_line)
     forward, backward = _fwd_config(sizes), _bwd_config(sizes)
@@ -978,8 +1035,7 @@ def to_save(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, g
     fits = forward.T * forward.S % border == 0 and border % forward.T == 0
     walks = 1 if grouped else sizes.count  # of a pixel and channel
     small = 4 * walks * sizes.states <= x.dtype.itemsize * border
-    _, runs, _ = sizes.cut(backward)
-    return [x.new_empty(sizes.borders(backward), dtype=torch.float32)] if fits and small and runs == 1 else []
+    return [x.new_empty(sizes.borders(backward), dtype=torch.float32)] if fits and small else []
 
 
 def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
@@ -993,7 +1049,7 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     borders, count, border = None, 0, 0
     if saved:
         (borders,), backward_config = saved, _bwd_config(problem)
-        count, border = borders.shape[3], backward_config.T * backward_config.S
+        count, border = borders.shape[2] * borders.shape[3], backward_config.T * backward_config.S
     tensors = (x, *problem.parameters(), entries, borders, problem.sums(out), out, count)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
     problem.launch(
@@ -1002,7 +1058,15 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     return y if out is y else y.copy_(out)
 
 
-def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
+def backward(
+    grads: list[Tensor], *args, saved: Sequence[Tensor] = (), projections: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """The gradients of the tensors.
+
+    Args:
+        projections: Memory for those of a low-rank dt, of B and of C, views (B, H, W, K, R or N) of rows that are
+            equally far apart.
+    """
     x, dt, A, B, C, _, D, dt_weight, dt_bias, _, grouped, _ = args
     if x.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, dt_weight, dt_bias)]
@@ -1016,7 +1080,9 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     # Every block of channels gives to the gradients that the channels share, every run to those of the parameters.
     picture = (problem.batch, problem.height, problem.width, count)
     parts = x.new_empty((blocks, *picture, rank + 2 * states), dtype=torch.float32)
-    g_dt, g_B, g_C = (x.new_empty((*picture, t.shape[2]), dtype=t.dtype) for t in (dt, B, C))
+    if projections is None:
+        projections = [x.new_empty((*picture, t.shape[2]), dtype=t.dtype) for t in (dt, B, C)]
+    g_dt, g_B, g_C = projections
     # Where directions are summed, D has one gradient for all.
     sizes = [A.numel(), 0 if D is None else (count if grouped else 1) * channels]
     sizes += [0 if t is None else t.numel() for t in (dt_weight, dt_bias)]
@@ -1024,20 +1090,25 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
 
     entries, borders = problem.enter(config, gy, *saved)
     apart = config.apart and count > 1 and not grouped
-    maps = gx.new_empty((count, gx.numel()), dtype=torch.float32) if apart else gx
+    # bfloat16 has float32's range, which a direction's part of a gradient may need.
+    narrow = gx.dtype == torch.bfloat16
+    maps = gx.new_empty((count, gx.numel()), dtype=gx.dtype if narrow else torch.float32) if apart else gx
     partial = maps if apart else problem.sums(gx)
     tensors = (gy, x, *problem.parameters(), entries, borders, partial, maps, g_dt, parts, *sums.split(sizes, dim=1))
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
     strides += (maps.stride(0), parts.stride(0), sums.stride(0))
-    problem.launch(scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, alone=grouped or apart, APART=apart)
+    problem.launch(
+        scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, alone=grouped or apart, APART=apart, KEPT=bool(saved)
+    )
     if apart:
         scan2d_add_kernel[(cdiv(gx.numel(), 1024),)](maps, gx, count, gx.numel(), BLOCK=1024)
 
     rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
     block = max(1, 2048 // columns)
     scan2d_merge_kernel[(cdiv(rows, block),)](
-        parts, g_dt, g_B, g_C, rows, blocks, parts.stride(0), N=states, R=rank, ROWS=block, COLUMNS=columns
-    )
+        parts, *projections, rows, blocks, parts.stride(0), *(t.stride(3) for t in projections),
+        N=states, R=rank, ROWS=block, COLUMNS=columns,
+    )  # fmt: skip
     g_A, g_D, g_weight, g_bias = sums.sum(0).split(sizes)
     return [
         gx,

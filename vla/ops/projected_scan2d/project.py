@@ -1,0 +1,53 @@
+"""The projection of all pixels as one matrix product, and what it makes of a backend of `scan2d`."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def pixels(x: Tensor) -> Tensor:
+    """A map (B, D, H, W) as (B H W, D), a view if it is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def as_map(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (B H W, D) as a map like x, (B, D, H, W)."""
+    return rows.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def matrix_of(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight (K, R + 2N, D) as a matrix (K (R + 2N), D), in the dtype of x."""
+    return weight.flatten(0, 1).to(x.dtype)
+
+
+def split(projected: Tensor, args: tuple) -> tuple[Tensor, ...]:
+    """Projections (B H W, K (R + 2N)) as dt (B, H, W, K, R), B and C (B, H, W, K, N), views of it."""
+    x, _, A, _, _, dt_weight, *_ = args
+    rank, states = dt_weight.shape[2], A.shape[2]
+    rows = projected.view(x.shape[0], *x.shape[2:], A.shape[0], rank + 2 * states)
+    return rows.split([rank, states, states], dim=-1)
+
+
+def scan_arguments(projected: Tensor, args: tuple) -> tuple:
+    """The arguments of `scan2d`, from the projections and the arguments here."""
+    x, _, A, directions, D, dt_weight, dt_bias, delta_softplus, per_line = args
+    dt, B, C = (part.permute(0, 3, 4, 1, 2) for part in split(projected, args))
+    return x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, False, per_line
+
+
+def forward(scan: ModuleType, args: tuple) -> Tensor:
+    """The forward, by a backend of `scan2d`."""
+    x, weight, *_ = args
+    return scan.forward(*scan_arguments(pixels(x) @ matrix_of(weight, x).T, args))
+
+
+def backward(scan: ModuleType, grads: list[Tensor], args: tuple) -> list[Tensor | None]:
+    """The backward, by a backend of `scan2d`."""
+    x, weight, *_ = args
+    x_rows, matrix = pixels(x), matrix_of(weight, x)
+    gx, g_dt, g_A, g_B, g_C, *g_parameters = scan.backward(grads, *scan_arguments(x_rows @ matrix.T, args))
+    g_rows = torch.cat([g.permute(0, 3, 4, 1, 2) for g in (g_dt, g_B, g_C)], dim=-1)
+    g_rows = g_rows.reshape(x_rows.shape[0], matrix.shape[0]).to(x.dtype)
+    gx = gx.to(x.dtype) + as_map(g_rows @ matrix, x)
+    return [gx, (g_rows.T @ x_rows).view(weight.shape), g_A, *g_parameters]
