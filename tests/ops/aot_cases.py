@@ -78,6 +78,7 @@ def _selective_scan() -> Iterator[Case]:
 
     f = ops.selective_scan
     yield Case("vmamba", f, arguments(128, 384, 3136, 1, 4))
+    yield Case("vmamba, shorter", f, arguments(128, 768, 784, 1, 4), (BF16,))
     yield Case("mambavision", f, arguments(1024, 160, 196, 8, 1), (BF16,))
     yield Case("mambavision, gated, constant B", f, constant, (FP16,))
     yield Case("mambavision tokens", f, arguments(1024, 160, 49, 8, 1, tokens=True), (BF16,))

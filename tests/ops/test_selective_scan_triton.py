@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels import need_triton
 
@@ -30,9 +31,8 @@ def single(*args, **kwargs):
 def choose_rows(monkeypatch, chosen, segment=1):
     """Whether rows go along the lanes, then in parallel segments of so many chunks of 16 steps."""
     for name in ("forward_suits", "backward_suits"):
-        monkeypatch.setattr(rows_kernels, name, lambda scan: chosen)
-    for name in ("FORWARD_SEGMENT", "BACKWARD_SEGMENT"):
-        monkeypatch.setattr(rows_kernels, name, segment)
+        monkeypatch.setattr(rows_kernels, name, lambda sizes: chosen)
+    monkeypatch.setattr(rows_kernels, "_segment_chunks", lambda sizes, programs: segment)
 
 
 @pytest.fixture(params=[False, True], ids=["chunk after chunk", "chunks in parallel"])
@@ -69,20 +69,20 @@ def test_forward_chunks(length, states, channels, schedule, monkeypatch):
     "b, c", [("constant", "grouped"), ("per-channel", "constant"), ("shared", "per-channel"), ("grouped", "shared")]
 )
 def test_forms_of_projections(b, c, layout):
-    tensors = single(2, 3, 9, 2, b, c, 1, optional=b == "shared")
+    tensors = single(2, 2, 17, 2, b, c, 1, optional=b == "shared")
     compare("triton", full, tensors, layout, delta_softplus=b != "constant")
 
 
 @pytest.mark.parametrize("channels", [19, 35])
 def test_rows_beyond_a_program(channels, layout):
     """Gradients of B and C add up over the rows of a program, and over the programs of a group."""
-    compare("triton", full, single(1, channels, 6, 2), layout, delta_softplus=True)
+    compare("triton", full, single(1, channels, 17, 2), layout, delta_softplus=True)
 
 
 @pytest.mark.parametrize(
     "length, states, segment, b, c",
     [
-        (1, 2, 1, "grouped", "grouped"),
+        (17, 2, 1, "grouped", "grouped"),
         (16, 18, 1, "shared", "shared"),
         (53, 3, 9, "grouped", "grouped"),
         (53, 3, 2, "grouped", "grouped"),
@@ -98,6 +98,81 @@ def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
     compare("triton", full, single(1, 4, length, states, b, c, groups=2), ROWS_RELATIVE, delta_softplus=True)
 
 
+def saved_bytes(function):
+    """Bytes of states (B, ..., ..., ...) that a call leaves for its backward."""
+    sizes = []
+
+    def pack(tensor):
+        if tensor.dim() == 4:
+            sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("length, states", [(130, 1), (272, 1), (20, 2)])
+def test_forward_keeps_states_for_the_backward(length, states, monkeypatch):
+    choose_rows(monkeypatch, states > 1, 2)
+    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    monkeypatch.setattr(kernels, "_entering", None)
+    original = rows_kernels._Segments.walk
+
+    def walk(self, out=None, border=None):
+        assert out is not None
+        return original(self, out, border)
+
+    monkeypatch.setattr(rows_kernels._Segments, "walk", walk)
+    compare("triton", full, single(1, 4, length, states, groups=2), ROWS_RELATIVE, delta_softplus=True)
+
+
+def test_states_kept_for_other_chunks(monkeypatch):
+    """Strides that the backward's chunks are shorter for."""
+    choose_rows(monkeypatch, False)
+    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    tensors = single(1, 3, 136, 1)
+    expected = run("triton", full, tensors, delta_softplus=True)
+    padded = torch.nn.functional.pad(tensors["u"], (0, 1))[..., :-1]
+    actual = run("triton", full, tensors | {"u": padded}, delta_softplus=True)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value)
+
+
+@pytest.mark.parametrize(
+    "batch, channels, length, states, bytes_per_step",
+    [(128, 384, 3136, 1, 0.02), (1024, 160, 196, 8, 2.12), (8, 1536, 4096, 16, 4.0), (8, 1536, 4096, 18, 0.0)],
+)
+def test_memory_of_states_kept(batch, channels, length, states, bytes_per_step):
+    """In bfloat16, of which each step of a row takes 2 bytes in `u` and in `delta`."""
+    u = torch.empty(batch, channels, length, dtype=torch.bfloat16, device="meta")
+    B = torch.empty(batch, states, length, dtype=torch.bfloat16, device="meta")
+    saved = kernels.to_save(u, u, torch.empty(channels, states, device="meta"), B, B, None, None, None, True)
+    assert sum(x.nbytes for x in saved) / u.numel() == pytest.approx(bytes_per_step, abs=5e-3)
+
+
+def test_machinery_of_the_states_kept(monkeypatch):
+    """The dispatcher and checkpoints give the direct path's gradients; nothing is kept where none is wanted."""
+    choose_rows(monkeypatch, False)
+    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    tensors = single(1, 2, 136, 1)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    operator = torch.ops.vla.selective_scan.default
+
+    def gradients(function):
+        return torch.autograd.grad(function(*leaves, True)[0].sum(), leaves)
+
+    with use_backend("triton"):
+        expected = gradients(lambda *args: full(**dict(zip(tensors, args, strict=False)), delta_softplus=True))
+        for function in (operator, lambda *args: checkpoint(operator, *args, use_reentrant=False)):
+            assert all(map(torch.equal, gradients(function), expected))
+        with torch.no_grad():
+            assert saved_bytes(lambda: operator(*leaves, True)) == 0
+        detached = tuple(t.detach() for t in leaves)
+        results = torch.library.opcheck(torch.ops.vla.selective_scan_train.default, (*detached, True))
+        assert set(results.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize(
     "batch, channels, length, states, forward, backward",
     [
@@ -105,10 +180,11 @@ def test_rows_along_lanes(length, states, segment, b, c, monkeypatch):
         (1024, 320, 49, 8, True, True),
         (1024, 160, 196, 1, False, False),
         (64, 160, 196, 8, False, False),
-        (8, 1536, 4096, 16, False, True),
+        (8, 1536, 4096, 16, True, True),
         (1, 1536, 65536, 16, True, True),
         (8, 1536, 256, 16, False, False),
         (1024, 168, 196, 8, False, False),
+        (1024, 160, 9, 8, False, False),
     ],
 )
 def test_choice_of_rows(batch, channels, length, states, forward, backward):
@@ -148,7 +224,7 @@ def test_extremes(case, layout):
 
 
 def test_strides(layout):
-    tensors = single(2, 4, 12, 3)
+    tensors = single(2, 4, 20, 3)
     expected = run("triton", full, tensors, delta_softplus=True)
     strided = {
         "u": tensors["u"].transpose(1, 2).contiguous().transpose(1, 2),

@@ -113,7 +113,10 @@ class MambaVisionMixer(nn.Module):
         shape = x.shape
         x = self.in_proj(x.flatten(2).transpose(1, 2))
         x = self.conv(x.transpose(1, 2).unsqueeze(2))  # (B, d_inner, 1, L)
-        u, z = x[:, : self.d_scan], x[:, self.d_scan :]
+        u, z = x.split(self.d_scan, dim=1)
+        if self.training:
+            # By itself: a view kept for the backward would keep z with it, of which `out_proj` keeps a copy.
+            u = u.contiguous(memory_format=torch.channels_last)
         projected = self.x_proj(u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).unsqueeze(1)
         dt, B, C = projected.split(self.splits, dim=2)
         y = scan2d(

@@ -1,6 +1,7 @@
 """Triton kernels of the selective scan: time along the lanes of a warp, chunk by chunk, states recomputed backwards."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
 from . import _triton_rows
-from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, steps_last, strides_of
 
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -147,6 +148,7 @@ def selective_scan_fwd_kernel(
     bias_ptr,
     out_ptr,
     carry_ptr,
+    entering_ptr,
     span,
     channels,
     length,
@@ -184,12 +186,15 @@ def selective_scan_fwd_kernel(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
+    BORDER: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Outputs of ROWS rows: of one chunk if PARALLEL, else of all chunks one after the other.
 
     `carry` (B, D, N, chunks + 1) has the states that enter each chunk if PARALLEL; else `carry` (B, D, N) is where the
     states go from chunk to chunk, and has the last ones in the end.
+
+    `entering` (B, D, borders + 1), given for one state alone, gets the states before every BORDER steps and the last.
     """
     length = aligned(length, ALIGN)
     chunks = tl.cdiv(length, STEPS)
@@ -213,6 +218,8 @@ def selective_scan_fwd_kernel(
     else:
         C_row = C_ptr + batch * aligned(C_b, ALIGN) + tl.min(channel, 0) // C_channels * aligned(C_g, ALIGN)
     sequence = batch * channels + channel
+    if entering_ptr is not None:
+        entering_row = entering_ptr + sequence * (tl.cdiv(length, BORDER) + 1)
     carry = tl.zeros([ROWS], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[:, None] * LOG2E  # (R, 1)
@@ -260,6 +267,12 @@ def selective_scan_fwd_kernel(
             inject += tl.where((step == 0)[None, :], decay * carry[:, None], 0.0)
             product, h = tl.associative_scan((decay, inject), 1, compose)
             y += C * h
+            if entering_ptr is not None:
+                at = entering_row + chunk * (STEPS // BORDER)
+                tl.store(at, carry, valid)  # (R,)
+                for border in tl.static_range(1, STEPS // BORDER):
+                    h_before = tl.sum(tl.where((step == border * BORDER - 1)[None, :], h, 0.0), 1)
+                    tl.store(at + border, h_before, valid & (chunk * STEPS + border * BORDER < length))  # (R,)
             if not PARALLEL:
                 entering = carry
                 carry = tl.sum(tl.where(last, h, 0.0), 1)
@@ -274,6 +287,8 @@ def selective_scan_fwd_kernel(
         tl.store(out_row + time * out_l, y, mask)  # (R, L)
     if ONE_STATE and not PARALLEL:
         tl.store(carry_ptr + sequence, carry, valid)  # (R,)
+    if entering_ptr is not None:
+        tl.store(entering_row + tl.cdiv(length, BORDER), carry, valid)  # (R,)
 
 
 @kernel
@@ -767,15 +782,20 @@ def _entering(
     return entering
 
 
-def _steps(scan: Scan, align: int) -> tuple[int, int]:
+def _steps(scan: Sizes, align: int) -> tuple[int, int]:
     """Lanes and steps of each: what a thread loads at once, 16 bytes if the alignment allows."""
-    return 32, max(1, min(align, 16 // scan.u.element_size()))
+    return 32, max(1, min(align, 16 // scan.itemsize))
 
 
-def _launch(scan: Scan, registers: int | None = None) -> dict:
+def _border(scan: Sizes) -> int:
+    """Steps of the backward's chunks, if strides are aligned like the length."""
+    return math.prod(_steps(scan, math.gcd(scan.length, 16)))
+
+
+def _launch(scan: Sizes, registers: int | None = None) -> dict:
     """Options of every launch: one warp, which needs no barriers, and on NVIDIA at most so many registers a thread."""
     options = {"num_warps": 1}
-    if registers is not None and torch.version.hip is None and scan.u.device.type != "xpu":
+    if registers is not None and torch.version.hip is None and scan.device.type != "xpu":
         options["maxnreg"] = registers
     return options
 
@@ -784,30 +804,54 @@ def _stages(stages: int) -> int:
     return stages if _PIPELINES else 1
 
 
-def _forward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
+def _forward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
     """Rows of a program, steps of a chunk, stages and launch options, as measured on an H200."""
     within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
         if scan.batch * scan.channels < 32 * MIN_PROGRAMS:
             return 2, min(512, within), _stages(2), _launch(scan, 168)
         return 2, min(256, within), _stages(2), _launch(scan, 96)
-    if scan.u.element_size() > 2:
+    if scan.itemsize > 2:
         return 1, min(256, within), _stages(2), _launch(scan)
     return 2, min(256, within), 1, _launch(scan, 80)
 
 
-def _backward_blocks(scan: Scan) -> tuple[int, int, int, dict]:
+def _backward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
     """Rows of a pass, passes of a program, stages and launch options, as measured on an H100 and an H200."""
-    return 2, 16 if scan.states > 1 else 8, 1, _launch(scan)
+    passes = 16 if scan.states > 1 or scan.programs(32) >= 3 * MIN_PROGRAMS else 8
+    # With 168 registers three warps share a scheduler; twice as many steps, of 16 bits each, need more.
+    return 2, passes, 1, _launch(scan, 168 if scan.states == 1 and scan.itemsize > 2 else None)
 
 
-def _chunk_blocks(scan: Scan) -> tuple[int, int, dict]:
+def _chunk_blocks(scan: Sizes) -> tuple[int, int, dict]:
     return 2, 1, _launch(scan)
 
 
-def _parallel(scan: Scan, programs: int, chunks: int) -> bool:
+def _parallel(scan: Sizes, programs: int, chunks: int) -> bool:
     """Whether chunks run in parallel, at the cost of reading the inputs twice: only where programs are few."""
     return chunks > 1 and programs < MIN_PROGRAMS
+
+
+def to_save(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> list[Tensor]:
+    """The states that enter the backward's chunks, where the forward meets them on its way."""
+    sizes = Sizes(u, A, B, C)
+    if _triton_rows.backward_suits(sizes):
+        return _triton_rows.to_save(sizes)
+    rows, chunk, _, _ = _forward_blocks(sizes)
+    borders = cdiv(sizes.length, _border(sizes))
+    if sizes.states > 1 or borders == 1 or _parallel(sizes, sizes.programs(rows), cdiv(sizes.length, chunk)):
+        return []
+    return [sizes.new(sizes.batch, sizes.channels, 1, borders + 1)]
 
 
 def forward(
@@ -820,10 +864,11 @@ def forward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    saved: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if _triton_rows.forward_suits(scan):
-        return _triton_rows.forward(scan)
+    if _triton_rows.forward_suits(scan) or (saved and scan.states > 1):
+        return _triton_rows.forward(scan, *saved)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     state = scan.new(scan.batch, scan.channels, scan.states)
     if out.numel() == 0:
@@ -847,6 +892,7 @@ def forward(
         scan.bias,
         out,
         carry,
+        saved[0] if saved else None,
         scan.span,
         scan.channels,
         scan.length,
@@ -869,6 +915,7 @@ def forward(
         EXACT=not parallel and chunks > 16,
         ROWS=rows,
         STEPS=chunk,
+        BORDER=_border(scan),
         STAGES=stages,
         **options,
     )
@@ -888,13 +935,14 @@ def backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    saved: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, ...]:
     scan = Scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if u.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in (u, delta, A, B, C, D, z, delta_bias))
     g, g_state = steps_last(grads[0]), grads[1].contiguous()
     if _triton_rows.backward_suits(scan):
-        return _triton_rows.backward(scan, g, g_state)
+        return _triton_rows.backward(scan, g, g_state, *saved)
     gu, gdelta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
     gz = None if z is None else torch.empty_like(scan.z)
     align = scan.alignment(g, gu, gdelta, gz)
@@ -904,8 +952,12 @@ def backward(
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
     parts = Parts(scan, chunks, programs)
-    # One state goes through the chunks in a register; several do so faster in a kernel of their own.
-    entering = _entering(scan, steps, parallel or scan.states > 1) if chunks > 1 else None
+    entering = None
+    if saved and lanes * per_lane == _border(scan):
+        (entering,) = saved
+    elif chunks > 1:
+        # One state goes through the chunks in a register; several do so faster in a kernel of their own.
+        entering = _entering(scan, steps, parallel or scan.states > 1)
     carry = _entering(scan, steps, True, g, g_state) if parallel else g_state.clone()
     selective_scan_bwd_kernel[(programs * (chunks if parallel else 1),)](
         g,

@@ -9,20 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, kernel, pick, repeat
-from ._triton_scan import MIN_PROGRAMS, Parts, Scan, aligned, exponent, place, prefetch, strides_of
+from .._triton import LN2, LOG2E, cdiv, kernel, next_power_of_2, pick, repeat
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
 _CHUNK = 16
 _ROWS = 32
 # Columns of a product on tensor cores: 8 as they have them, which Triton before 3.6 does not multiply.
 _COLUMNS = tl.constexpr(8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16)
-# Chunks of a segment, where segments are walked in parallel. What each adds has to be found out first, which costs the
-# less the longer they are; the backward has more else to do, and longer segments leave fewer programs.
-FORWARD_SEGMENT = 128
-BACKWARD_SEGMENT = 32
+# Where rows are few, segments of them are walked in parallel. What each adds has to be found out first, which costs the
+# less the longer they are: they are as long as leaves so many programs, once or three times what an H100 runs at once,
+# but have at least so many chunks.
+FORWARD_PROGRAMS = 1536
+BACKWARD_PROGRAMS = 3072
+_SHORTEST = 32
 # Programs that share the states of a segment, to find out what it adds.
 _SHARES = 2
+# A decay that leaves nothing of a state next to what is added later.
+_VANISHED = tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -71,7 +75,16 @@ def _float32(x, PTX: tl.constexpr):
 @triton.jit
 def _every_lane(steps, ROWS: tl.constexpr, PTX: tl.constexpr):
     """Values (T,) in a tuple, each for all rows (R,)."""
-    return _unstack(tl.broadcast_to(_float32(steps, PTX)[:, None], [steps.shape[0], ROWS]))
+    tile = tl.broadcast_to(steps[:, None], [steps.shape[0], ROWS])
+    if steps.dtype == tl.int32:
+        index = tl.arange(0, tile.shape[0])[:, None]
+        rows = ()
+        for i in tl.static_range(0, tile.shape[0], 2):
+            pair = tl.sum(tl.where(index == i, tile, 0), 0)
+            rows = rows + ((pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True))
+        return rows
+    else:
+        return _unstack(_float32(tile, PTX))
 
 
 @triton.jit
@@ -132,12 +145,25 @@ def _projection(ptr, batch, channel, first_channel, per_group, b, g, CONSTANT: t
 
 
 @triton.jit
-def _inside(time, length, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
-    """Which steps of a chunk there are: all of them, as the compiler then knows, if chunks divide the length."""
+def _start(begin, length, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """First of the CHUNK steps that are loaded for the chunk which begins at `begin`.
+
+    For the last chunk they are the sequence's last: where it is shorter, earlier steps come before its own, at which
+    nothing is done. All loads are then in one piece, without a mask.
+    """
+    if ALIGN % CHUNK == 0:
+        return begin
+    else:
+        return aligned(tl.minimum(begin, length - CHUNK), ALIGN)
+
+
+@triton.jit
+def _inside(time, begin, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """Which of the loaded steps are the chunk's: all, as the compiler then knows, if chunks divide the length."""
     if ALIGN % CHUNK == 0:
         return tl.full(time.shape, True, tl.int1)
     else:
-        return time < length
+        return time >= begin
 
 
 @triton.jit
@@ -147,25 +173,26 @@ def _load_state(
     start,
     n_stride,
     l_stride,
-    length,
     valid,
     CONSTANT: tl.constexpr,
     ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """B or C of state n, from where `_projection` says they begin: at each step of a chunk (T,), or of each channel
     (R,).
-
-    Steps behind the end, at which nothing is added, repeat those before it: masks would cost a predicate each.
     """
     if CONSTANT:
         return tl.load(row + n * n_stride, valid, 0.0)
     else:
-        step = tl.arange(0, CHUNK)
-        time = start + step
-        if ALIGN % CHUNK != 0:
-            time = tl.minimum(start + step // ALIGN * ALIGN, length - ALIGN) + step % ALIGN
-        return tl.load(row + n * aligned(n_stride, ALIGN) + time.to(tl.int64) * l_stride)
+        row += n * aligned(n_stride, ALIGN) + start.to(tl.int64) * l_stride
+        loaded = tl.load(row + tl.arange(0, CHUNK) * l_stride)
+        if PTX and loaded.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "mov.b32 $0, $2; mov.b32 $1, $2;", "=r,=r,r", [loaded], tl.int32, is_pure=True, pack=2
+            )
+        else:
+            return loaded
 
 
 @triton.jit
@@ -178,15 +205,15 @@ def _at_steps(loaded, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def _load(rows, start, l_stride, length, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+def _load(rows, start, l_stride, begin, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
     """A chunk's steps of rows (T, R), in float32. Lanes load neighbouring steps and hand them over to their row's."""
-    time = start + tl.arange(0, CHUNK)
-    mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
-    return _to_lanes(tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other))
+    step = tl.arange(0, CHUNK)
+    mask = valid[None, :] & _inside(start + step, begin, ALIGN, CHUNK)[:, None]
+    return _to_lanes(tl.load(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other))
 
 
 @triton.jit
-def _load_alone(rows, start, l_stride, length, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+def _load_alone(rows, start, l_stride, begin, valid, other, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
     """A chunk's steps of rows, in a tuple of what a lane loads at once, (t, R) each.
 
     Each lane loads what it will hold: more requests to memory than those of `_load`, fewer instructions and registers.
@@ -194,9 +221,9 @@ def _load_alone(rows, start, l_stride, length, valid, other, ALIGN: tl.constexpr
     WIDTH: tl.constexpr = 8 if ALIGN > 8 else ALIGN
     tiles = ()
     for first in tl.static_range(0, CHUNK, WIDTH):
-        time = start + first + tl.arange(0, WIDTH)
-        mask = valid[None, :] & _inside(time, length, ALIGN, CHUNK)[:, None]
-        tiles = tiles + (tl.load(rows + time.to(tl.int64)[:, None] * l_stride, mask, other),)
+        step = first + tl.arange(0, WIDTH)
+        mask = valid[None, :] & _inside(start + step, begin, ALIGN, CHUNK)[:, None]
+        tiles = tiles + (tl.load(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other),)
     return tiles
 
 
@@ -231,14 +258,22 @@ def _logits(delta, bias_ptr, channel, valid):
 
 
 @triton.jit
-def _prefetch_states(P_row, Q_row, start, states, P_n, P_l, Q_n, Q_l):
-    """Prefetches a chunk's steps of B and C, of all states."""
+def _places_of_states(P_row, Q_row, first_n, states, P_n, Q_n):
+    """Where B and C of 16 states begin, (32,)."""
     lane = tl.arange(0, 32)
-    for first_n in range(0, states, 16):
-        n = tl.minimum(first_n + lane // 2, states - 1).to(tl.int64)
-        P_at = (P_row + n * P_n + start.to(tl.int64) * P_l).to(tl.int64)
-        Q_at = (Q_row + n * Q_n + start.to(tl.int64) * Q_l).to(tl.int64)
-        prefetch(tl.where(lane % 2 == 0, P_at, Q_at))
+    n = tl.minimum(first_n + lane // 2, states - 1).to(tl.int64)
+    return tl.where(lane % 2 == 0, (P_row + n * P_n).to(tl.int64), (Q_row + n * Q_n).to(tl.int64))
+
+
+@triton.jit
+def _prefetch_states(places, P_row, Q_row, start, states, P_n, P_l, Q_n, Q_l):
+    """Prefetches a chunk's steps of B and C, of all states, of which the first are at `places`."""
+    P_BYTES: tl.constexpr = P_row.dtype.element_ty.primitive_bitwidth // 8
+    Q_BYTES: tl.constexpr = Q_row.dtype.element_ty.primitive_bitwidth // 8
+    ahead = start.to(tl.int64) * tl.where(tl.arange(0, 32) % 2 == 0, P_l * P_BYTES, Q_l * Q_BYTES)
+    prefetch(places + ahead)
+    for first_n in range(16, states, 16):
+        prefetch(_places_of_states(P_row, Q_row, first_n, states, P_n, Q_n) + ahead)
 
 
 @kernel
@@ -286,7 +321,7 @@ def selective_scan_segments_kernel(
     the states behind it, from `P` = B and `v` = u; if ADJOINT to the adjoints before it, from `P` = C and `v` the
     gradient of the output.
 
-    Chunks come with growing distance from where that is added. What has decayed to 0 in float32 until there is skipped.
+    Chunks come with growing distance from where that is added. What has vanished until there is skipped.
     `total` (B, segments, shares, D) is the segment's time, or as much of it as lets all decay.
     """
     length = aligned(length, ALIGN)
@@ -302,6 +337,9 @@ def selective_scan_segments_kernel(
     elapsed = zero
     first_n = tl.program_id(1) * share
     last_n = tl.minimum(first_n + share, states)
+    added_row = added_ptr + (batch * segments + segment) * states * channels + channel
+    if PTX and not CONSTANT:
+        ahead = _places_of_states(P_row, P_row, 0, states, P_n, P_n)
 
     first_chunk = segment * segment_chunks
     count = tl.minimum(segment_chunks, chunks - first_chunk)
@@ -312,16 +350,17 @@ def selective_scan_segments_kernel(
             chunk = first_chunk + number
         else:
             chunk = first_chunk + count - 1 - number
-        start = chunk * CHUNK
+        begin = chunk * CHUNK
+        start = _start(begin, length, ALIGN, CHUNK)
         time = start + tl.arange(0, CHUNK)
-        inside = _inside(time, length, ALIGN, CHUNK)
-        v = _load(v_row, start, v_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
-        delta = _load(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)  # (T, R)
+        inside = _inside(time, begin, ALIGN, CHUNK)
+        v = _load(v_row, start, v_l, begin, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+        delta = _load(delta_row, start, delta_l, begin, valid, padding, ALIGN, CHUNK)  # (T, R)
         s = _logits(delta, bias_ptr, channel, valid)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         if ADJOINT:
             if z_ptr is not None:
-                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+                z = _load(z_row, start, z_l, begin, valid, 0.0, ALIGN, CHUNK)  # (T, R)
                 v *= z * tl.sigmoid(z)
         else:
             v *= dt2_tile * LN2
@@ -335,19 +374,19 @@ def selective_scan_segments_kernel(
             prefetch(v_row + next_start.to(tl.int64) * v_l)
             prefetch(delta_row + next_start.to(tl.int64) * delta_l)
             if not CONSTANT:
-                _prefetch_states(P_row, P_row, next_start, states, P_n, P_l, P_n, P_l)
+                _prefetch_states(ahead, P_row, P_row, next_start, states, P_n, P_l, P_n, P_l)
         alive = 0
         for n in range(first_n, last_n):
             A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             decay_since = tl.exp2(A * elapsed)
-            # Without softplus a time step may be negative, and what was 0 grow again.
+            # Without softplus a time step may be negative, and what has vanished grow again.
             if SOFTPLUS:
-                counts = tl.max(((decay_since != 0.0) & valid).to(tl.int32), 0)
+                counts = tl.max(((decay_since > _VANISHED) & valid).to(tl.int32), 0)
             else:
                 counts = 1
             if counts > 0:
-                at = added_ptr + ((batch * segments + segment) * states + n) * channels + channel
-                P = _load_state(P_row, n, start, P_n, P_l, length, valid, CONSTANT, ALIGN, CHUNK)
+                at = added_row + n * channels
+                P = _load_state(P_row, n, start, P_n, P_l, valid, CONSTANT, ALIGN, CHUNK, PTX)
                 P = _at_steps(P, CONSTANT, CHUNK, ROWS, PTX)
                 h = zero
                 for i in tl.static_range(CHUNK):
@@ -465,8 +504,8 @@ def selective_scan_fwd_rows_kernel(
     TOGETHER: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Walks ROWS rows over a segment, for the outputs `out`, or for the states `border` (B, chunks, N, D) that enter
-    each chunk; the other is None.
+    """Walks ROWS rows over a segment, for the outputs `out` and for the states `border` (B, chunks, N, D) that enter
+    each chunk; one of both may be None.
 
     `state` (B, segments, N, D) has the states that enter each segment if ENTERED, else these are 0. It is where states
     go from chunk to chunk, always through the same thread, which needs no barrier, and has those behind the segment in
@@ -488,13 +527,21 @@ def selective_scan_fwd_rows_kernel(
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     zero = tl.zeros([ROWS], tl.float32)
 
+    state_row = state_ptr + (batch * segments + segment) * states * channels + channel
+    if PTX:
+        if out_ptr is not None:
+            ahead = _places_of_states(B_row, C_row, 0, states, B_n, C_n)
+        else:
+            ahead = _places_of_states(B_row, B_row, 0, states, B_n, B_n)
+
     first_chunk = segment * segment_chunks
     for chunk in range(first_chunk, tl.minimum(first_chunk + segment_chunks, chunks)):
-        start = chunk * CHUNK
+        begin = chunk * CHUNK
+        start = _start(begin, length, ALIGN, CHUNK)
         time = start + tl.arange(0, CHUNK)
-        inside = _inside(time, length, ALIGN, CHUNK)
-        u = _load(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
-        delta = _load(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)  # (T, R)
+        inside = _inside(time, begin, ALIGN, CHUNK)
+        u = _load(u_row, start, u_l, begin, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+        delta = _load(delta_row, start, delta_l, begin, valid, padding, ALIGN, CHUNK)  # (T, R)
         s = _logits(delta, bias_ptr, channel, valid)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         dt2 = _unstack(dt2_tile)
@@ -507,29 +554,29 @@ def selective_scan_fwd_rows_kernel(
             prefetch(u_row + next_start.to(tl.int64) * u_l)
             prefetch(delta_row + next_start.to(tl.int64) * delta_l)
             if out_ptr is not None:
-                _prefetch_states(B_row, C_row, next_start, states, B_n, B_l, C_n, C_l)
+                _prefetch_states(ahead, B_row, C_row, next_start, states, B_n, B_l, C_n, C_l)
             else:
-                _prefetch_states(B_row, B_row, next_start, states, B_n, B_l, B_n, B_l)
+                _prefetch_states(ahead, B_row, B_row, next_start, states, B_n, B_l, B_n, B_l)
+        if border_ptr is not None:
+            border_row = border_ptr + (batch * chunks + chunk) * states * channels + channel
         known = valid
         if not ENTERED:
             known = valid & (chunk > first_chunk)
         # Of several states at once, loads are waited for together, and steps don't wait for one another.
         for first_n in range(0, states, TOGETHER):
-            places, A, h, B, C = (), (), (), (), ()
+            A, h, B, C = (), (), (), ()
             for i in tl.static_range(TOGETHER):
                 n = first_n + i
-                places = places + (((batch * segments + segment) * states + n) * channels + channel,)
                 A = A + (tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32),)  # (R,)
-                h = h + (tl.load(state_ptr + places[i], known, 0.0),)  # (R,)
-                B_n_steps = _load_state(B_row, n, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
+                h = h + (tl.load(state_row + n * channels, known, 0.0),)  # (R,)
+                B_n_steps = _load_state(B_row, n, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
                 B = B + _at_steps(B_n_steps, B_CONSTANT, CHUNK, ROWS, PTX)
                 if out_ptr is not None:
-                    C_n_steps = _load_state(C_row, n, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
+                    C_n_steps = _load_state(C_row, n, start, C_n, C_l, valid, C_CONSTANT, ALIGN, CHUNK, PTX)
                     C = C + _at_steps(C_n_steps, C_CONSTANT, CHUNK, ROWS, PTX)
-            if out_ptr is None:
+            if border_ptr is not None:
                 for i in tl.static_range(TOGETHER):
-                    border = border_ptr + ((batch * chunks + chunk) * states + first_n + i) * channels + channel
-                    tl.store(border, h[i], valid)  # (R,)
+                    tl.store(border_row + (first_n + i) * channels, h[i], valid)  # (R,)
             y_with_these = ()
             for t in tl.static_range(CHUNK):
                 h_after = ()
@@ -542,11 +589,11 @@ def selective_scan_fwd_rows_kernel(
                 y_with_these = y_with_these + (y_t,)
             y = y_with_these
             for i in tl.static_range(TOGETHER):
-                tl.store(state_ptr + places[i], h[i], valid)  # (R,)
+                tl.store(state_row + (first_n + i) * channels, h[i], valid)  # (R,)
         if out_ptr is not None:
             out = _stack(y, CHUNK)
             if z_ptr is not None:
-                z = _load(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK)  # (T, R)
+                z = _load(z_row, start, z_l, begin, valid, 0.0, ALIGN, CHUNK)  # (T, R)
                 out *= z * tl.sigmoid(z)
             tl.store(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
 
@@ -653,22 +700,27 @@ def selective_scan_bwd_rows_kernel(
 
     first_chunk = segment * segment_chunks
     last_chunk = tl.minimum(first_chunk + segment_chunks, chunks) - 1
-    start = last_chunk * CHUNK
-    u_next = _load_alone(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)
-    delta_next = _load_alone(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)
-    g_next = _load_alone(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK)
+    begin = last_chunk * CHUNK
+    start = _start(begin, length, ALIGN, CHUNK)
+    u_next = _load_alone(u_row, start, u_l, begin, valid, 0.0, ALIGN, CHUNK)
+    delta_next = _load_alone(delta_row, start, delta_l, begin, valid, padding, ALIGN, CHUNK)
+    g_next = _load_alone(g_row, start, g_l, begin, valid, 0.0, ALIGN, CHUNK)
+    A_row = A_ptr + channel * A_d
+    border_row = border_ptr + batch * chunks * states * channels + channel
+    h_next = tl.load(border_row + last_chunk.to(tl.int64) * states * channels, valid, 0.0)  # (R,)
     for number in range(first_chunk, last_chunk + 1):
         chunk = last_chunk - (number - first_chunk)
-        start = chunk * CHUNK
+        begin = chunk * CHUNK
+        start = _start(begin, length, ALIGN, CHUNK)
         time = start + tl.arange(0, CHUNK)
-        inside = _inside(time, length, ALIGN, CHUNK)
+        inside = _inside(time, begin, ALIGN, CHUNK)
         u_steps, delta_steps = u_next, delta_next
         u = _join(u_steps, ALIGN, CHUNK, PTX)  # (T, R)
         s = _logits(_join(delta_steps, ALIGN, CHUNK, PTX), bias_ptr, channel, valid)  # (T, R)
         gy_tile = _join(g_next, ALIGN, CHUNK, PTX)  # (T, R)
         dt2_tile = exponent(s, inside[:, None], SOFTPLUS)
         if z_ptr is not None:
-            z = _join(_load_alone(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
+            z = _join(_load_alone(z_row, start, z_l, begin, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
             gy_tile *= z * tl.sigmoid(z)
         dt2 = _unstack(dt2_tile)
         x = _unstack(dt2_tile * LN2 * u)
@@ -676,24 +728,25 @@ def selective_scan_bwd_rows_kernel(
         gx = repeat(zero, CHUNK)
         gdt = repeat(zero, CHUNK)
         y = repeat(zero, CHUNK)
-        border = border_ptr + (batch * chunks + chunk) * states * channels + channel
         later = chunk < last_chunk
-        A_next = tl.load(A_ptr + channel * A_d, valid, 0.0).to(tl.float32)  # (R,)
-        h_next = tl.load(border, valid, 0.0)  # (R,)
-        carry_next = tl.load(carry_row, valid, 0.0)  # (R,)
-        gA_next = tl.load(gA_row, valid & later, 0.0)  # (R,)
-        B_next = _load_state(B_row, 0, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
-        C_next = _load_state(C_row, 0, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
+        next_chunk = tl.maximum(chunk - 1, first_chunk)
+        A_next = tl.load(A_row, valid, 0.0).to(tl.float32)  # (R,)
+        B_next = _load_state(B_row, 0, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
         gB_sums = tl.zeros([CHUNK, _COLUMNS], tl.float32)
+        gC_sums = gB_sums
         for n in range(states):
-            A, h, carry, gA = A_next, h_next, carry_next, gA_next
+            A, h = A_next, h_next
             B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS, PTX)
-            C = _at_steps(C_next, C_CONSTANT, CHUNK, ROWS, PTX)
+            # What the walk back needs comes during the walk forward, what the next state needs during the walk back.
+            carry = tl.load(carry_row + n * channels, valid, 0.0)  # (R,)
+            gA = tl.load(gA_row + n * channels, valid & later, 0.0)  # (R,)
+            C = _load_state(C_row, n, start, C_n, C_l, valid, C_CONSTANT, ALIGN, CHUNK, PTX)
+            C = _at_steps(C, C_CONSTANT, CHUNK, ROWS, PTX)
             decay, decayed, gC_terms, y_with_n = (), (), (), ()
             for t in tl.static_range(CHUNK):
                 decay = decay + (tl.exp2(A * dt2[t]),)
                 decayed = decayed + (decay[t] * h,)
-                h = decayed[t] + B[t] * x[t]
+                h = tl.fma(B[t], x[t], decayed[t])
                 gC_terms = gC_terms + (gy[t] * h,)
                 if z_ptr is not None:
                     y_with_n = y_with_n + (y[t] + C[t] * h,)
@@ -702,21 +755,13 @@ def selective_scan_bwd_rows_kernel(
             if C_CONSTANT:
                 _add_terms(gA_row + ((2 - VARYING) * states + n) * channels, gC_terms, valid, later, CHUNK)
             else:
-                gC_sums = _partial_sums(gC_terms, CHUNK, BF16)
-            # Sums are finished and stored half a state later, so that nothing waits for tensor cores and shuffles.
-            if not B_CONSTANT:
-                before = tl.maximum(n - 1, 0)
-                tl.store(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
+                gC_before, gC_sums = gC_sums, _partial_sums(gC_terms, CHUNK, BF16)
 
-            # What the next state needs comes while this one is walked back. Loads before the walk would have all others
-            # of this state wait with them, and loads can't move up past the store above.
             next_n = tl.minimum(n + 1, states - 1)
-            A_next = tl.load(A_ptr + channel * A_d + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
-            h_next = tl.load(border + next_n * channels, valid, 0.0)  # (R,)
-            carry_next = tl.load(carry_row + next_n * channels, valid, 0.0)  # (R,)
-            gA_next = tl.load(gA_row + next_n * channels, valid & later, 0.0)  # (R,)
-            B_next = _load_state(B_row, next_n, start, B_n, B_l, length, valid, B_CONSTANT, ALIGN, CHUNK)
-            C_next = _load_state(C_row, next_n, start, C_n, C_l, length, valid, C_CONSTANT, ALIGN, CHUNK)
+            A_next = tl.load(A_row + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            border = tl.where(n + 1 < states, chunk * states + n + 1, next_chunk * states)
+            h_next = tl.load(border_row + border.to(tl.int64) * channels, valid, 0.0)  # (R,)
+            B_next = _load_state(B_row, next_n, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
 
             gB_terms, gx_with_n, gdt_with_n = (), (), ()
             g_time = zero
@@ -733,23 +778,29 @@ def selective_scan_bwd_rows_kernel(
             gx, gdt = gx_with_n, gdt_with_n
             tl.store(carry_row + n * channels, decay[0] * g, valid)  # (R,)
             tl.store(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
+            # Sums are finished and stored a state later, so that nothing waits for tensor cores and shuffles.
+            before = tl.maximum(n - 1, 0)
+            if not C_CONSTANT:
+                tl.store(gC_part + before * length + time, tl.sum(gC_before, 1), inside & (n > 0))  # (T,)
             if B_CONSTANT:
                 _add_terms(gA_row + (states + n) * channels, gB_terms, valid, later, CHUNK)
             else:
+                tl.store(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
                 gB_sums = _partial_sums(gB_terms, CHUNK, BF16)
-            if not C_CONSTANT:
-                tl.store(gC_part + n * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
         if not B_CONSTANT:
             tl.store(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
+        if not C_CONSTANT:
+            tl.store(gC_part + (states - 1) * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
 
-        next_start = tl.maximum(chunk - 1, first_chunk) * CHUNK
-        u_next = _load_alone(u_row, next_start, u_l, length, valid, 0.0, ALIGN, CHUNK)
-        delta_next = _load_alone(delta_row, next_start, delta_l, length, valid, padding, ALIGN, CHUNK)
-        g_next = _load_alone(g_row, next_start, g_l, length, valid, 0.0, ALIGN, CHUNK)
+        next_begin = next_chunk * CHUNK
+        next_start = _start(next_begin, length, ALIGN, CHUNK)
+        u_next = _load_alone(u_row, next_start, u_l, next_begin, valid, 0.0, ALIGN, CHUNK)
+        delta_next = _load_alone(delta_row, next_start, delta_l, next_begin, valid, padding, ALIGN, CHUNK)
+        g_next = _load_alone(g_row, next_start, g_l, next_begin, valid, 0.0, ALIGN, CHUNK)
         # Through the loop over the states in 16 bits, or, where two don't share a register, not at all.
         if ALIGN < 4:
-            u_steps = _load_alone(u_row, start, u_l, length, valid, 0.0, ALIGN, CHUNK)
-            delta_steps = _load_alone(delta_row, start, delta_l, length, valid, padding, ALIGN, CHUNK)
+            u_steps = _load_alone(u_row, start, u_l, begin, valid, 0.0, ALIGN, CHUNK)
+            delta_steps = _load_alone(delta_row, start, delta_l, begin, valid, padding, ALIGN, CHUNK)
         else:
             u_steps = _kept(u_steps, ALIGN, CHUNK, PTX)
             delta_steps = _kept(delta_steps, ALIGN, CHUNK, PTX)
@@ -771,8 +822,8 @@ def selective_scan_bwd_rows_kernel(
         here = time.to(tl.int64)[:, None]
         mask = valid[None, :] & inside[:, None]
         if z_ptr is not None:
-            z = _join(_load_alone(z_row, start, z_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
-            g = _join(_load_alone(g_row, start, g_l, length, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
+            z = _join(_load_alone(z_row, start, z_l, begin, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
+            g = _join(_load_alone(g_row, start, g_l, begin, valid, 0.0, ALIGN, CHUNK), ALIGN, CHUNK, PTX)  # (T, R)
             gate = tl.sigmoid(z)
             y_tile = _stack(y, CHUNK)
             if D_ptr is not None:
@@ -788,36 +839,43 @@ def selective_scan_bwd_rows_kernel(
         tl.store(gD_row + channels, gbias, valid)  # (R,)
 
 
-def _segment_chunks(scan: Scan, segment: int) -> int:
+def _segment_chunks(sizes: Sizes, programs: int) -> int:
     """Chunks of a segment: all, unless the rows are too few to keep a GPU busy."""
-    return segment if scan.programs(_ROWS) < MIN_PROGRAMS else max(1, cdiv(scan.length, _CHUNK))
+    chunks, rows = max(1, cdiv(sizes.length, _CHUNK)), sizes.programs(_ROWS)
+    if rows >= MIN_PROGRAMS:
+        return chunks
+    segment = next_power_of_2(chunks)
+    while segment > _SHORTEST and rows * cdiv(chunks, segment) < programs:
+        segment //= 2
+    return segment
 
 
-def _suits(scan: Scan, segment: int) -> bool:
-    segments = cdiv(cdiv(scan.length, _CHUNK), _segment_chunks(scan, segment))
-    return scan.states > 1 and scan.span % _ROWS == 0 and scan.programs(_ROWS) * segments >= MIN_PROGRAMS
+def _suits(sizes: Sizes, programs: int) -> bool:
+    segments = cdiv(cdiv(sizes.length, _CHUNK), _segment_chunks(sizes, programs))
+    full = sizes.span % _ROWS == 0 and sizes.length >= _CHUNK
+    return sizes.states > 1 and full and sizes.programs(_ROWS) * segments >= MIN_PROGRAMS
 
 
-def forward_suits(scan: Scan) -> bool:
+def forward_suits(sizes: Sizes) -> bool:
     """Whether `forward` is the faster one: several states, and full lanes in enough segments to keep a GPU busy."""
-    return (scan.u.element_size() == 2 or scan.states <= 8) and _suits(scan, FORWARD_SEGMENT)
+    return (sizes.itemsize == 2 or sizes.states <= 8) and _suits(sizes, FORWARD_PROGRAMS)
 
 
-def backward_suits(scan: Scan) -> bool:
+def backward_suits(sizes: Sizes) -> bool:
     """Whether `backward` is the faster one; its sums over the rows are too coarse for float32."""
-    return scan.u.element_size() == 2 and _suits(scan, BACKWARD_SEGMENT)
+    return sizes.itemsize == 2 and _suits(sizes, BACKWARD_PROGRAMS)
 
 
 class _Segments:
     """How the rows of a scan are cut, and the launches of what works on segments."""
 
-    def __init__(self, scan: Scan, segment: int):
+    def __init__(self, scan: Scan, programs: int):
         self.scan = scan
         # Channels are next to each other, as they are in the lanes.
         self.A = scan.A.t().contiguous()
         self.programs = scan.programs(_ROWS)
         self.chunks = cdiv(scan.length, _CHUNK)
-        self.length = _segment_chunks(scan, segment)
+        self.length = _segment_chunks(scan, programs)
         self.count = cdiv(self.chunks, self.length)
         self.sizes = (self.count, self.length, scan.span, scan.channels, scan.length, scan.states)
         self.grid = (self.programs * self.count,)
@@ -898,7 +956,7 @@ class _Segments:
         return state
 
     def walk(self, out: Tensor | None = None, border: Tensor | None = None) -> Tensor:
-        """Fills one of both, see `selective_scan_fwd_rows_kernel`; returns the states behind each segment."""
+        """Fills what is given, see `selective_scan_fwd_rows_kernel`; returns the states behind each segment."""
         scan = self.scan
         entered = self.count > 1
         state = self.entering() if entered else scan.new(*self.by_state)
@@ -933,18 +991,29 @@ class _Segments:
         return state
 
 
-def forward(scan: Scan) -> tuple[Tensor, Tensor]:
-    """Output (B, D, L) and last state (B, D, N)."""
-    out = torch.empty(scan.u.shape, dtype=scan.u.dtype, device=scan.u.device)
-    state = _Segments(scan, FORWARD_SEGMENT).walk(out=out)
+def _borders(sizes: Sizes) -> Tensor:
+    """For the states (B, chunks, N, D) that enter each chunk."""
+    return sizes.new(sizes.batch, cdiv(sizes.length, _CHUNK), sizes.states, sizes.channels)
+
+
+def to_save(sizes: Sizes) -> list[Tensor]:
+    """The states that enter each chunk, unless they take more memory than `u` and `delta`."""
+    return [_borders(sizes)] if 4 * sizes.states <= 2 * sizes.itemsize * _CHUNK else []
+
+
+def forward(scan: Scan, border: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output (B, D, L) and last state (B, D, N); fills what is to be saved."""
+    out = torch.empty(scan.u.shape, dtype=scan.u.dtype, device=scan.device)
+    state = _Segments(scan, FORWARD_PROGRAMS).walk(out=out, border=border)
     return out, state[:, -1].transpose(1, 2).contiguous()
 
 
-def backward(scan: Scan, g: Tensor, g_state: Tensor) -> tuple[Tensor | None, ...]:
+def backward(scan: Scan, g: Tensor, g_state: Tensor, border: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and the bias of delta, from those of the output and of the last state."""
-    segments = _Segments(scan, BACKWARD_SEGMENT)
-    border = scan.new(scan.batch, segments.chunks, scan.states, scan.channels)
-    segments.walk(border=border)
+    segments = _Segments(scan, BACKWARD_PROGRAMS)
+    if border is None:
+        border = _borders(scan)
+        segments.walk(border=border)
     if segments.count > 1:
         carry = segments.entering(g, g_state)
     else:

@@ -80,7 +80,31 @@ def selective_scan_add_kernel(
     tl.store(out_ptr + group * size + column, total, valid)
 
 
-class Scan:
+class Sizes:
+    """Sizes of one call, and what follows from them alone."""
+
+    def __init__(self, u: Tensor, A: Tensor, B: Tensor, C: Tensor):
+        self.device, self.itemsize = u.device, u.element_size()
+        self.batch, self.channels, self.length = u.shape
+        self.states = A.shape[1]
+        self.B_channels, self.C_channels = self._channels_of(B), self._channels_of(C)
+        # Rows of a program share a group of B and a group of C.
+        self.span = math.gcd(*(k for k in (self.B_channels, self.C_channels, self.channels) if k))
+
+    def _channels_of(self, projection: Tensor) -> int:
+        """Channels of a group of B or C, 0 if it is constant along the steps."""
+        if projection.dim() == 2:
+            return 0
+        return self.channels // (1 if projection.dim() == 3 else projection.shape[1])
+
+    def programs(self, rows: int) -> int:
+        return self.batch * (self.channels // self.span) * cdiv(self.span, rows)
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+class Scan(Sizes):
     """Arguments of one call as the kernels want them."""
 
     def __init__(
@@ -95,33 +119,18 @@ class Scan:
         bias: Tensor | None,
         softplus: bool,
     ):
+        super().__init__(u, A, B, C)
         self.u, self.delta, self.z, self.B, self.C = (steps_last(x) for x in (u, delta, z, B, C))
         self.A = A
         self.softplus = softplus
-        self.batch, self.channels, self.length = u.shape
-        self.states = A.shape[1]
         self.D = None if D is None else D.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.B_strides, self.B_channels = self._projection(self.B)
-        self.C_strides, self.C_channels = self._projection(self.C)
-        # Rows of a program share a group of B and a group of C.
-        self.span = math.gcd(*(k for k in (self.B_channels, self.C_channels, self.channels) if k))
-
-    def _projection(self, x: Tensor) -> tuple[tuple[int, ...], int]:
-        """Strides (b, g, n, l) of B or C and the channels of a group, 0 if constant along the steps."""
-        if x.dim() == 2:
-            return (0, x.stride(0), x.stride(1), 0), 0
-        if x.dim() == 3:
-            return (x.stride(0), 0, x.stride(1), x.stride(2)), self.channels
-        return x.stride(), self.channels // x.shape[1]
+        self.B_strides, self.C_strides = _projection_strides(self.B), _projection_strides(self.C)
 
     @property
     def takes_ptx(self) -> bool:
         """Whether the device runs PTX; meta tensors stand for NVIDIA's."""
-        return self.u.device.type in ("cuda", "meta") and torch.version.hip is None
-
-    def programs(self, rows: int) -> int:
-        return self.batch * (self.channels // self.span) * cdiv(self.span, rows)
+        return self.device.type in ("cuda", "meta") and torch.version.hip is None
 
     def alignment(self, *tensors: Tensor | None) -> int:
         """Largest power of two up to 16 that divides the length and all strides between rows of equal steps."""
@@ -130,9 +139,6 @@ class Scan:
             if x is not None and x.dim() > 2:
                 sizes += x.stride()[:-1]
         return next(k for k in (16, 8, 4, 2, 1) if all(size % k == 0 for size in sizes))
-
-    def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
 
 class Parts:
@@ -191,6 +197,15 @@ class Parts:
             num_warps=1,
         )
         return out
+
+
+def _projection_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides (b, g, n, l) of B or C."""
+    if x.dim() == 2:
+        return 0, x.stride(0), x.stride(1), 0
+    if x.dim() == 3:
+        return x.stride(0), 0, x.stride(1), x.stride(2)
+    return x.stride()
 
 
 def steps_last(x: Tensor | None) -> Tensor | None:
