@@ -8,27 +8,18 @@ reads the source of a kernel in Python.
 import importlib
 import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What `Compilation` starts: this module in a package without models, whose imports take seconds.
-_COMMAND = """
-import sys, types
-package = sys.modules["vla"] = types.ModuleType("vla")
-package.__path__ = [sys.argv[1]]
-from vla.ops import _ahead
-_ahead.serve()
-"""
+# Seconds until processes are given up.
+_PATIENCE = 300
 
 
 class _Thread(threading.local):
@@ -47,30 +38,28 @@ class Compilation:
     """Takes note of launches and has them compiled."""
 
     def __init__(self):
-        package = Path(__file__).parent.parent
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        # Started first: the imports take as long as to find the launches.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, package],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
         self._launches: dict[tuple, tuple] = {}
 
     def add(self, kernel, *args, **kwargs) -> None:
         """A launch of a `Kernel`."""
         args, kwargs = [_placeholder(x) for x in args], {name: _placeholder(x) for name, x in kwargs.items()}
-        named = dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs
-        key = (kernel.jit, *(_likeness(x, kernel.jit, name) for name, x in named.items()))
+        key = (kernel, _likeness(kernel.jit, dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs))
         self._launches.setdefault(key, (kernel.__module__, kernel.__name__, args, kwargs))
 
     def finish(self) -> None:
         """Returns when all is compiled. What could not be compiled fails again when it is launched."""
         from triton.runtime import driver
 
-        self._process.communicate(pickle.dumps((driver.active.get_current_target(), list(self._launches.values()))))
+        if not self._launches:
+            return
+        active = driver.active
+        work = (active.get_current_target(), active.launcher_cls, list(self._launches.values()))
+        # A fork, because to import PyTorch takes as long as to compile. It has one thread and stays off the GPU.
+        process = multiprocessing.get_context("fork").Process(target=_compile_all, args=work)
+        process.start()
+        process.join(_PATIENCE)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 _at_compilation: Callable[[], None] | None = None
@@ -119,13 +108,16 @@ def _placeholder(x: Any) -> Any:
     return x.dtype if isinstance(x, Tensor) else x
 
 
-def _likeness(x: Any, jit, name: str) -> tuple:
+def _likeness(jit, arguments: dict[str, Any]) -> tuple:
     """What Triton compiles for: constants as they are, of other integers no more than size and divisibility."""
-    parameter = next((p for p in jit.params if p.name == name), None)
-    if type(x) is not int or parameter is None or parameter.is_constexpr:
-        return name, type(x), x
-    small = -(2**31) <= x < 2**31
-    return (name, small) if parameter.do_not_specialize else (name, small, x == 1, x % 16 == 0)
+    parameters = {parameter.name: parameter for parameter in jit.params}
+    likeness = []
+    for name, x in arguments.items():
+        parameter = parameters.get(name)
+        if type(x) is int and parameter is not None and not parameter.is_constexpr:
+            x = (abs(x) < 2**31, *((x == 1, x % 16 == 0) if not parameter.do_not_specialize else ()))
+        likeness.append((name, x))
+    return tuple(likeness)
 
 
 class _Device:
@@ -147,18 +139,18 @@ class _Device:
         return torch.device("meta")
 
 
-def serve() -> None:
-    """Compiles what `Compilation` sends."""
+def _compile_all(target, launcher: Callable, launches: list[tuple]) -> None:
     from triton.runtime import driver
 
-    target, launches = pickle.load(sys.stdin.buffer)
+    os.setsid()  # a group of its own, which can be ended
     driver.set_active(_Device(target))
-    if launches:
-        _compile(*launches[0])  # what all kernels need once
-    with ProcessPoolExecutor(processors(), multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(min(len(launches), processors()), multiprocessing.get_context("fork")) as pool:
         # From the end, where a backward's are, which take longest.
-        wait([pool.submit(_compile, *launch) for launch in reversed(launches)])
+        wait([pool.submit(_compile, launcher, *launch) for launch in reversed(launches)])
 
 
-def _compile(module: str, name: str, args: list, kwargs: dict) -> None:
-    getattr(importlib.import_module(module), name).jit.warmup(*args, grid=(1,), **kwargs)
+def _compile(launcher: Callable, module: str, name: str, args: list, kwargs: dict) -> None:
+    binary = getattr(importlib.import_module(module), name).jit.warmup(*args, grid=(1,), **kwargs)
+    # Up to Triton 3.6, C code that is compiled too. Later ones ask for more of the GPU, but have nothing to compile.
+    with suppress(Exception):
+        launcher(binary.src, binary.metadata)
