@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops import _ahead
@@ -90,9 +91,6 @@ class _Call:
 
     def _follow(self) -> None:
         """The call and its backward, of a copy of the model without values."""
-        # Takes long to import.
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         model = self.model()
         tensors = [*model.parameters(), *model.buffers()]
         if not all(map(_is_plain, tensors)):

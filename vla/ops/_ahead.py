@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,8 +105,27 @@ def processors() -> int:
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def address(x: Tensor) -> int:
+    """Where a tensor starts, of a fake one in its memory."""
+    return x.data_ptr() if _thread.compilation is None else x.storage_offset() * x.itemsize
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """What Triton asks a tensor that is not launched with."""
+
+    dtype: torch.dtype
+    start: int
+
+    def data_ptr(self) -> int:
+        return self.start
+
+    def ptr_range(self) -> int:
+        return 0  # of which AMD's compiler hopes for less than 2 GB
+
+
 def _placeholder(x: Any) -> Any:
-    return x.dtype if isinstance(x, Tensor) else x
+    return _Pointer(x.dtype, address(x) % 16) if isinstance(x, Tensor) else x
 
 
 def _likeness(jit, arguments: dict[str, Any]) -> tuple:

@@ -448,7 +448,7 @@ def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros_like(tensor)
     # A part of a larger tensor may start anywhere; compiled code takes new tensors to start at 16 bytes.
-    if _ahead.current() is None and grad.data_ptr() % 16:
+    if _ahead.address(grad) % 16:
         grad = grad.clone()
     # Asked first because a new tensor takes the host longer: dense tensors hand their strides on.
     if grad.dtype == tensor.dtype and grad.stride() == tensor.stride() and _is_dense(tensor):
