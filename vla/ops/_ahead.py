@@ -1,7 +1,7 @@
 """Kernels compiled side by side, before they are launched one after the other.
 
-What a function launches depends on its tensors' layouts alone. So it is run with fake tensors, what it would launch is
-noted, and other processes compile it into Triton's cache on disk. Threads would mostly wait for each other: Triton
+What a function launches depends on its tensors' layouts alone. So it is run with fake tensors, and what it would launch
+is compiled by other processes into Triton's cache on disk. Threads would mostly wait for each other: Triton
 reads the source of a kernel in Python.
 """
 
@@ -11,16 +11,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Seconds until processes are given up.
-_PATIENCE = 300
+# Seconds of waiting for a kernel after which it is given up.
+_PATIENCE = 120
 
 
 class _Thread(threading.local):
@@ -31,36 +31,35 @@ _thread = _Thread()
 
 
 def current() -> "Compilation | None":
-    """What this thread notes launches in instead of launching."""
+    """What this thread hands its launches to instead of launching."""
     return _thread.compilation
 
 
 class Compilation:
-    """Takes note of launches and has them compiled."""
+    """Has launches compiled by a pool of processes."""
 
     def __init__(self):
-        self._launches: dict[tuple, tuple] = {}
+        from triton.runtime import driver
+
+        self._launcher = driver.active.launcher_cls
+        # Forks, because to import PyTorch takes as long as to compile. They have one thread and stay off the GPU.
+        processes = multiprocessing.get_context("fork")
+        self._pool = processes.Pool(processors(), _begin, (_Device(driver.active.get_current_target()),))
+        self._results: dict[tuple, AsyncResult] = {}
 
     def add(self, kernel, *args, **kwargs) -> None:
         """A launch of a `Kernel`."""
         args, kwargs = [_placeholder(x) for x in args], {name: _placeholder(x) for name, x in kwargs.items()}
         key = (kernel, _likeness(kernel.jit, dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs))
-        self._launches.setdefault(key, (kernel.__module__, kernel.__name__, args, kwargs))
+        if key not in self._results:
+            work = (self._launcher, kernel.__module__, kernel.__name__, args, kwargs)
+            self._results[key] = self._pool.apply_async(_compile, work)
 
     def finish(self) -> None:
         """Returns when all is compiled. What could not be compiled fails again when it is launched."""
-        from triton.runtime import driver
-
-        if not self._launches:
-            return
-        active = driver.active
-        work = (active.get_current_target(), active.launcher_cls, list(self._launches.values()))
-        # A fork, because to import PyTorch takes as long as to compile. It has one thread and stays off the GPU.
-        process = multiprocessing.get_context("fork").Process(target=_compile_all, args=work)
-        process.start()
-        process.join(_PATIENCE)
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
+        for result in self._results.values():
+            result.wait(_PATIENCE)
+        self._pool.terminate()
 
 
 _at_compilation: Callable[[], None] | None = None
@@ -159,14 +158,14 @@ class _Device:
         return torch.device("meta")
 
 
-def _compile_all(target, launcher: Callable, launches: list[tuple]) -> None:
+def _begin(device: _Device) -> None:
+    """First of all in a process that compiles."""
     from triton.runtime import driver
 
-    os.setsid()  # a group of its own, which can be ended
-    driver.set_active(_Device(target))
-    with ProcessPoolExecutor(min(len(launches), processors()), multiprocessing.get_context("fork")) as pool:
-        # From the end, where a backward's are, which take longest.
-        wait([pool.submit(_compile, launcher, *launch) for launch in reversed(launches)])
+    # Handlers of the program are not meant for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    driver.set_active(device)
 
 
 def _compile(launcher: Callable, module: str, name: str, args: list, kwargs: dict) -> None:
