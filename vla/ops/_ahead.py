@@ -1,8 +1,8 @@
 """Kernels compiled side by side, before they are launched one after the other.
 
 What a function launches depends on its tensors' layouts alone. So it is run with fake tensors, and what it would launch
-is compiled by other processes into Triton's cache on disk. Threads would mostly wait for each other: Triton
-reads the source of a kernel in Python.
+is compiled by other processes into Triton's cache on disk. Threads would mostly wait for each other: Triton reads the
+source of a kernel in Python.
 """
 
 import importlib
