@@ -4,7 +4,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from ..ops import mlp
+from ..ops import _ahead, mlp
 from .norm import LARGE, autocast_dtype, has_hooks
 
 __all__ = ["Mlp"]
@@ -21,7 +21,8 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _uses_operator(x: Tensor) -> bool:
-    if type(x) is not Tensor or torch.jit.is_tracing():
+    # Fake tensors stand for plain ones where kernels are compiled ahead.
+    if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
         return False
     # To transforms of `torch.func` PyTorch's operators offer more: second derivatives, and `vmap` in one launch.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

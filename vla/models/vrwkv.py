@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
 from ..layers.vrwkv import Grid, VRWKVBlock, to_map, to_tokens
+from ._ahead import Backbone
 from ._checkpoint import unwrap
 
 __all__ = ["VRWKV"]
@@ -31,7 +32,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     return to_tokens(resized)
 
 
-class VRWKV(nn.Module):
+class VRWKV(Backbone):
     """Vision-RWKV backbone and classifier, for images of any size.
 
     An image is padded with zeros at the bottom and on the right to a multiple of the patch size; the position embedding

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
 from ..layers.vrwkv import VRWKVBlock, to_map, to_tokens
+from ._ahead import Backbone
 from ._checkpoint import unwrap
 from .vrwkv import rename_released, resize_pos_embed
 
@@ -31,7 +32,7 @@ def sincos_pos_embed(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
 
 
-class VRWKVMAE(nn.Module):
+class VRWKVMAE(Backbone):
     """Masked autoencoder of Vision-RWKV v1: reconstructs images from a random part of their patches.
 
     The encoder sees the visible patches as one sequence in the random order that chose them, so its token shift runs

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _replay
+from . import _ahead, _replay
 from ._transforms import register_vmap, transform
 
 BACKENDS = ("naive", "torch", "numba", "triton")
@@ -269,6 +269,8 @@ class Operator:
         return *_as_tuple(outputs), saved
 
     def _fake_train(self, *args) -> tuple:
+        if _ahead.current() is not None:
+            return self._run_train(*args)
         return *_as_tuple(self._fake(*args)), self._load(self.saves).to_save(*args)
 
     def _autograd(self, keyset: torch._C.DispatchKeySet, *args):
@@ -281,6 +283,8 @@ class Operator:
             return self._overload.redispatch(keyset, *args)
 
     def _fake(self, *args):
+        if _ahead.current() is not None:
+            return self._run(*args)
         self._check_devices(args)
         return self.infer(*args)
 
@@ -334,11 +338,12 @@ class Operator:
         return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
 
     def _backward(self, grads: list[Tensor], saved: list[Tensor], *args) -> list[Tensor]:
-        # An operator's schema has no optional results: an absent argument gets an empty gradient.
-        empty = args[self.tensor_arguments[0]].new_empty
-        return [empty(0) if grad is None else grad for grad in self._gradients(grads, saved, args)]
+        return _present(self._gradients(grads, saved, args), args[self.tensor_arguments[0]])
 
     def _fake_backward(self, grads: list[Tensor], saved: list[Tensor], *args) -> list[Tensor]:
+        if _ahead.current() is not None:
+            results = self._run_backward(len(grads), len(saved), *grads, *saved, *args)
+            return _present(results, args[self.tensor_arguments[0]])
         tensors = [args[i] for i in self.tensor_arguments]
         return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
 
@@ -410,6 +415,11 @@ def _outputs_and_saved(results: tuple) -> tuple[Tensor | tuple[Tensor, ...], lis
     return outputs[0] if len(outputs) == 1 else tuple(outputs), saved
 
 
+def _present(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """An operator's schema has no optional results: an absent argument gets an empty gradient."""
+    return [like.new_empty(0) if grad is None else grad for grad in grads]
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -438,7 +448,7 @@ def _as_gradient(grad: Tensor | None, tensor: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros_like(tensor)
     # A part of a larger tensor may start anywhere; compiled code takes new tensors to start at 16 bytes.
-    if grad.data_ptr() % 16:
+    if _ahead.address(grad) % 16:
         grad = grad.clone()
     # Asked first because a new tensor takes the host longer: dense tensors hand their strides on.
     if grad.dtype == tensor.dtype and grad.stride() == tensor.stride() and _is_dense(tensor):

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _replay
+from . import _ahead, _replay
 
 
 class Kernel:
@@ -20,6 +20,9 @@ class Kernel:
         update_wrapper(self, function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        compilation = _ahead.current()
+        if compilation is not None:
+            return partial(compilation.add, self)
         recording = _replay.current()
         return self.jit[grid] if recording is None else partial(self._record, recording, grid)
 
@@ -77,6 +80,9 @@ def _has_hooks() -> bool:
     # A hook or None in Triton 3.4, later a chain of hooks.
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+triton.knobs.compilation.listener = partial(_ahead.listen, triton.knobs.compilation.listener)
 
 
 def kernel(function: Callable | None = None, **options) -> Callable:
