@@ -304,7 +304,8 @@ class GroupMambaMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
-        gate = self.gate(n.mean((2, 3)))
+        # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
+        gate = self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
         if torch.jit.is_scripting():
             return self.modulate(self.ssm(n), n, gate)
         else:
