@@ -102,8 +102,10 @@ class OnMeta(TorchDispatchMode):
         grads, saved, *args = args
         tensors = {operator.arguments[i]: args[i] for i in operator.tensor_arguments}
         results = []
-        extra = {"saved": saved} if saved else {}
-        for (argument, tensor), grad in zip(tensors.items(), backend.backward(grads, *args, **extra), strict=True):
+        found = backend.backward(grads, *args, **({"saved": saved} if saved else {}))
+        if found is None:
+            return operator._fake_backward(grads, saved, *args)
+        for (argument, tensor), grad in zip(tensors.items(), found, strict=True):
             if tensor is None:
                 results.append(torch.empty(0, device="meta"))
                 continue

@@ -279,17 +279,17 @@ def _group_modulation() -> Iterator[Case]:
 def _grouped_linear() -> Iterator[Case]:
     def arguments(batch, side, width, outputs, two):
         def make(dtype: torch.dtype) -> dict:
-            weights = [weight(4, outputs, width) if given else None for given in (True, two)]
-            return dict(x=rows(dtype, batch, side, side, 4 * width), weight=weights[0], weight2=weights[1])
+            names = ("weight", "weight2") if two else ("weight",)
+            return dict(x=rows(dtype, batch, side, side, 4 * width), **{n: weight(4, outputs, width) for n in names})
 
         return make
 
-    f = ops.grouped_linear
+    one, two = ops.grouped_linear, ops.grouped_linear_pair
     for width, side, outputs in ((16, 56, 3), (32, 28, 4), (87, 14, 8), (112, 7, 9)):
-        yield Case(f"groupmamba {width}", f, arguments(128, side, width, width, True), (BF16,))
-        yield Case(f"groupmamba {width} time steps", f, arguments(128, side, width, outputs, False), (BF16,))
-    yield Case("one picture", f, arguments(1, 14, 87, 87, True), (BF16,))
-    yield Case("odd", f, arguments(3, 5, 150, 131, True), (FP32, FP16))
+        yield Case(f"groupmamba {width}", two, arguments(128, side, width, width, True), (BF16,))
+        yield Case(f"groupmamba {width} time steps", one, arguments(128, side, width, outputs, False), (BF16,))
+    yield Case("one picture", two, arguments(1, 14, 87, 87, True), (BF16,))
+    yield Case("odd", two, arguments(3, 5, 150, 131, True), (FP32, FP16))
 
 
 def _channel_gate() -> Iterator[Case]:

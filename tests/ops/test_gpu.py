@@ -32,7 +32,7 @@ from vla.ops import (
     bi_wkv,
     depthwise_conv2d,
     group_modulation,
-    grouped_linear,
+    grouped_linear_pair,
     layer_norm,
     layer_norm_grn,
     line_scan,
@@ -90,7 +90,7 @@ def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: b
 
 
 def grouped(pixels: tuple[int, ...], width: int, outputs: int) -> Case:
-    return grouped_linear, lambda: test_grouped_linear.make(pixels, 4, width, outputs), {}
+    return grouped_linear_pair, lambda: test_grouped_linear.make(pixels, 4, width, outputs), {}
 
 
 def two_layers(shape: tuple[int, ...], hidden: int, **kwargs) -> Case:

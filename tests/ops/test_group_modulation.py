@@ -25,7 +25,9 @@ def make(shape, groups=4, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "shape, groups", [((2, 3, 5, 16), 4), ((1, 1, 1, 12), 4), ((3, 4, 7, 20), 1), ((1, 9, 8, 148), 4)], ids=str
+    "shape, groups",
+    [((2, 3, 5, 16), 4), ((1, 1, 1, 12), 4), ((3, 4, 7, 20), 1), ((2, 9, 8, 72), 4), ((1, 9, 8, 148), 4)],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_naive(backend, shape, groups, dtype):

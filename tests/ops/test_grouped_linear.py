@@ -5,10 +5,16 @@ import torch
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
-from vla.ops import grouped_linear, use_backend
+from vla.ops import grouped_linear, grouped_linear_pair, use_backend
 
 BACKENDS = ["torch", "triton"]
-SHAPES = [((2, 3, 5), 4, 16, 16), ((1, 1, 1), 4, 5, 3), ((2, 4, 3), 2, 87, 40), ((1, 2, 3), 1, 130, 140)]
+SHAPES = [
+    ((2, 3, 5), 4, 16, 16),
+    ((1, 5, 14), 4, 24, 9),
+    ((1, 1, 1), 4, 5, 3),
+    ((2, 4, 3), 2, 87, 40),
+    ((1, 2, 3), 1, 130, 140),
+]
 
 
 def make(pixels, groups, width, outputs, dtype=torch.float64, two=True):
@@ -16,8 +22,14 @@ def make(pixels, groups, width, outputs, dtype=torch.float64, two=True):
     normal = randn(0)
     tensors = {"x": normal(*pixels, groups * width)}
     tensors["weight"] = normal(groups, outputs, width) / width**0.5
-    tensors["weight2"] = normal(groups, outputs, width) / width**0.5 if two else None
-    return {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    if two:
+        tensors["weight2"] = normal(groups, outputs, width) / width**0.5
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def function(tensors):
+    """The public function that takes these tensors."""
+    return grouped_linear_pair if "weight2" in tensors else grouped_linear
 
 
 @pytest.mark.parametrize("two", [False, True])
@@ -25,18 +37,19 @@ def make(pixels, groups, width, outputs, dtype=torch.float64, two=True):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_naive(backend, shape, dtype, two):
-    compare(backend, grouped_linear, make(*shape, dtype, two))
+    tensors = make(*shape, dtype, two)
+    compare(backend, function(tensors), tensors)
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 def test_empty_batch(backend):
-    results = run(backend, grouped_linear, make((0, 3, 4), 4, 2, 3, torch.float32))
-    assert results["output 0"].shape == (0, 3, 4, 24)
+    results = run(backend, grouped_linear_pair, make((0, 3, 4), 4, 2, 3, torch.float32))
+    assert results["output 0"].shape == results["output 1"].shape == (0, 3, 4, 12)
 
 
 def test_weights_of_another_dtype():
     """Parameters in float32, as autocast leaves them, are rounded to the map's dtype."""
-    tensors = make((2, 3, 5), 4, 16, 8, torch.float32)
+    tensors = make((2, 3, 5), 4, 16, 8, torch.float32, two=False)
     tensors["x"] = tensors["x"].half()
     with use_backend("triton"):
         rounded = {name: tensor.half() for name, tensor in tensors.items()}
@@ -45,7 +58,7 @@ def test_weights_of_another_dtype():
 
 def test_strides():
     """Half of a wider map, and one with its channels first."""
-    tensors = make((2, 3, 5), 4, 4, 8, torch.bfloat16)
+    tensors = make((2, 3, 5), 4, 4, 8, torch.bfloat16, two=False)
     x = tensors["x"]
     with use_backend("triton"):
         expected = grouped_linear(**tensors)
@@ -57,7 +70,8 @@ def test_strides():
 
 class Layer(nn.Module):
     def forward(self, x, weight, weight2):
-        return grouped_linear(x, weight, weight2)
+        y, z = grouped_linear_pair(x, weight, weight2)
+        return y + grouped_linear(x, weight2) * z
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
@@ -78,4 +92,4 @@ def test_machinery():
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^grouped_linear: {message}"):
-        grouped_linear(**(make((2, 3, 4), 4, 2, 3) | change))
+        grouped_linear_pair(**(make((2, 3, 4), 4, 2, 3) | change))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..ops.group_modulation import WHOLE
+from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
@@ -34,10 +35,23 @@ def is_worth_launches(x: Tensor) -> bool:
     return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
 
 
-def infers(x: Tensor) -> bool:
-    """Whether operators serve a map that have kernels for 16 bits on a GPU, and none for gradients."""
+def is_narrow(x: Tensor) -> bool:
+    """Whether a map has 16 bits and is on a GPU, which is what the kernels of GroupMamba's own operators are for."""
     # Tracing by torch.fx hands proxies through.
-    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2 and not torch.is_grad_enabled()
+    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2
+
+
+def infers(x: Tensor) -> bool:
+    """Whether operators serve a map that have such kernels, and none for gradients."""
+    return is_narrow(x) and not torch.is_grad_enabled()
+
+
+def has_grouped_kernels(x: Tensor, weight: Tensor) -> bool:
+    """Whether `vla.ops.grouped_linear` with such weights is faster than one product with a block-diagonal matrix."""
+    # A compiler makes few launches of what it takes to have that aligned, which is as fast without gradients.
+    if infers(x):
+        return not torch.compiler.is_compiling()
+    return is_narrow(x) and max(weight.shape[1:]) <= TOGETHER
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
@@ -119,15 +133,16 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         A map (B, K * O, H, W) for each of the weights.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        # A compiler makes few launches of what it takes to have one aligned product, which is faster on large maps.
-        if len(weights) <= 2 and infers(x) and not torch.compiler.is_compiling():
-            y = ops.grouped_linear(x.permute(0, 2, 3, 1), weights[0], weights[1] if len(weights) == 2 else None)
-            return list(y.permute(0, 3, 1, 2).chunk(len(weights), dim=1))
+        if len(weights) <= 2 and has_grouped_kernels(x, weights[0]):
+            function = ops.grouped_linear if len(weights) == 1 else ops.grouped_linear_pair
+            results = function(x.permute(0, 2, 3, 1), *weights)
+            return [y.permute(0, 3, 1, 2) for y in ([results] if len(weights) == 1 else results)]
     if x.is_cuda:
         # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
         # grouped convolution. Several weights make one product, which reads x once.
-        y = linear(x.permute(0, 2, 3, 1), block_diagonal(weights)).permute(0, 3, 1, 2)
-        return list(y.chunk(len(weights), dim=1))
+        y = linear(x.permute(0, 2, 3, 1), block_diagonal(weights))
+        # Parts of the last dimension, so that a compiler has their gradients side by side with channels last.
+        return [part.permute(0, 3, 1, 2) for part in y.chunk(len(weights), dim=3)]
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
 
@@ -289,7 +304,8 @@ class GroupMambaMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
-        gate = self.gate(n.mean((2, 3)))
+        # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
+        gate = self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
         if torch.jit.is_scripting():
             return self.modulate(self.ssm(n), n, gate)
         else:
@@ -319,10 +335,11 @@ class GroupMambaMixer(nn.Module):
     @torch.jit.ignore
     def ends_at_once(self, y: Tensor, n: Tensor) -> bool:
         """Whether `vla.ops.group_modulation` is what follows the scan."""
-        if not infers(y) or y.shape != n.shape:
+        if not is_narrow(y) or y.shape != n.shape:
             return False
-        # A compiler makes few launches of the parts, which are faster on large maps than two passes.
-        if torch.compiler.is_compiling() and y.shape[1] > WHOLE:
+        # A compiler makes few launches of the parts, which are faster on large maps than two passes; and the operator
+        # has kernels for gradients only where it needs but one.
+        if y.shape[1] > WHOLE and (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             return False
         parts = (
             (self.ssm.out_norm, GroupedLayerNorm),
@@ -334,7 +351,7 @@ class GroupMambaMixer(nn.Module):
 
     @torch.jit.ignore
     def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
-        """`close_and_modulate`, without gradients."""
+        """`close_and_modulate` by one operator."""
         out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
         out = ops.group_modulation(
             *(x.permute(0, 2, 3, 1) for x in (y, z, n)),

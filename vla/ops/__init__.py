@@ -5,7 +5,7 @@ from .bi_wkv import bi_wkv
 from .channel_gate import channel_gate
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation
-from .grouped_linear import grouped_linear
+from .grouped_linear import grouped_linear, grouped_linear_pair
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
@@ -28,6 +28,7 @@ __all__ = [
     "depthwise_conv2d",
     "group_modulation",
     "grouped_linear",
+    "grouped_linear_pair",
     "layer_norm",
     "layer_norm_grn",
     "line_scan",

@@ -67,8 +67,8 @@ class Operator:
 
     A backend is a module of the operator's folder, `naive.py` or `_<backend>.py`, imported at its first use, with two
     functions: `forward(*args)` returning the outputs, and `backward(grads, *args)` taking one gradient per output
-    and returning one gradient (or None) per tensor argument. Without a `backward`, autograd differentiates `forward`,
-    that of `_torch.py` for kernels.
+    and returning one gradient (or None) per tensor argument. Without a `backward`, or where that returns None, autograd
+    differentiates `forward`, that of `_torch.py` for kernels.
     (A submodule plainly called `torch` would shadow the library in its package's namespace.)
 
     One backend's forward may leave more for its backward than the arguments. Its `to_save(*args)` returns empty
@@ -327,11 +327,12 @@ class Operator:
         backend = self.saves if saved else self.backend_for(device, tensors[0].dtype)
         module = self._load(backend)
         with _replay.full_precision(device), _current(device):
+            results = None
             if saved:
                 results = module.backward(grads, *args, saved=saved)
             elif hasattr(module, "backward"):
                 results = module.backward(grads, *args)
-            else:
+            if results is None:
                 # Kernels of inference alone leave that to PyTorch's own operators.
                 plain = module if backend in ("naive", "torch") else self._load("torch")
                 results = self._differentiate(plain.forward, grads, args)

@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, repeat
+from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
+# Columns of a map up to which strips of 7 are the faster also with GELU, which leaves fewer registers.
+WIDE = 28
 # Sums, and parts of one at a time, of the program that adds up the gradients of the kernels.
-SUM_BLOCK = 32
+SUM_BLOCK, SUM_BLOCK_P = 8, 128
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
 
@@ -27,28 +29,12 @@ def reciprocal(x):
 
 
 @triton.jit
-def normal_tail(s):
-    """The normal distribution beyond |s|, and exp(-s^2 / 2).
-
-    Abramowitz and Stegun 7.1.26, absolute error 1e-7: its exponential is one that the derivative needs anyway, and
-    it takes fewer instructions than `tl.erf`.
-    """
-    exponential = tl.exp2(s * s * (-0.5 * LOG2E))
-    t = reciprocal(1.0 + 0.23164189 * tl.abs(s))
-    series = -0.7265760135 + 0.5307027145 * t
-    series = 0.7107068705 + series * t
-    series = -0.142248368 + series * t
-    series = 0.127414796 + series * t
-    return series * (t * exponential), exponential
-
-
-@triton.jit
 def activation(s, ACT: tl.constexpr):
     if ACT == "silu":
         return s * reciprocal(1.0 + tl.exp2(s * -LOG2E))
     elif ACT == "gelu":
-        tail, _ = normal_tail(s)
-        return tl.maximum(s, 0.0) - tl.abs(s) * tail
+        a = tl.abs(s)
+        return tl.maximum(s, 0.0) - a * normal_tail(a)
     else:
         return s
 
@@ -59,8 +45,9 @@ def derivative(s, ACT: tl.constexpr):
         p = reciprocal(1.0 + tl.exp2(s * -LOG2E))
         return p + p * s * (1.0 - p)
     else:
-        tail, exponential = normal_tail(s)
-        return tl.where(s < 0.0, tail, 1.0 - tail) + 0.3989422804014327 * s * exponential
+        tail = normal_tail(tl.abs(s))
+        density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
+        return tl.where(s < 0.0, tail, 1.0 - tail) + s * density
 
 
 @triton.jit
@@ -458,8 +445,7 @@ def convolved(
     if y.numel() == 0:
         return y
     x, kh, kw = _last(x), *weight.shape[2:]
-    # GELU leaves fewer registers.
-    columns, vec = 7 if kh * kw <= SMALL and act != "gelu" else 4, _vec(x)
+    columns, vec = 7 if kh * kw <= SMALL and (act != "gelu" or width <= WIDE) else 4, _vec(x)
     block_s, block_c = _tile(channels, kh * kw, vec)
     strips = batch * cdiv(width, columns)
     programs = cdiv(strips, block_s) * cdiv(channels, block_c)
@@ -554,7 +540,7 @@ def backward(
         parts.shape[0],
         weight.numel(),
         parts.shape[1] - weight.numel(),
-        BLOCK_P=SUM_BLOCK,
+        BLOCK_P=SUM_BLOCK_P,
         BLOCK=SUM_BLOCK,
         num_warps=4,
     )

@@ -88,14 +88,14 @@ def group_modulation(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""The end of GroupMamba's mixer, for inference in one or two passes over memory.
+    r"""The end of GroupMamba's mixer, in one or two passes over memory.
 
         a   = out_proj (groupnorm(y) silu(z))
         out = proj norm(a * n * gate) + proj_bias
 
     Both norms are layer norms over the channels of a pixel, the first over each group of channels. Norms and sums are
     computed in float32 (float64 for float64 inputs); factors of the products are rounded to the dtype of `y`. Every
-    tensor argument is differentiable, by PyTorch's own operators.
+    tensor argument is differentiable; of the forward only the arguments are kept.
 
     Args:
         y: Scanned map, (B, H, W, C); one pass up to 128 channels in 16 bits, two up to 512, fastest where they are

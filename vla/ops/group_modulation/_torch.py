@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
-from ..grouped_linear import _torch as _grouped_linear
+from ..grouped_linear._torch import product
 
 
 def forward(
@@ -28,7 +28,7 @@ def forward(
     rows = y.to(state).unflatten(-1, (groups, channels // groups))
     rows = F.layer_norm(rows, rows.shape[-1:], eps=out_eps).flatten(-2)
     rows = (rows * out_norm_weight.to(state) + out_norm_bias.to(state)) * F.silu(z.to(state))
-    rows = _grouped_linear.forward(rows.to(factor), out_proj, None)
+    rows = product(rows.to(factor), out_proj)
     a = rows.to(state) * n.to(state) * gate.to(state)[:, None, None]
     a = F.layer_norm(a, (channels,), norm_weight.to(state), norm_bias.to(state), eps)
     return (F.linear(a.to(factor), proj.to(factor)).to(state) + proj_bias.to(state)).to(dtype or factor)

@@ -6,12 +6,15 @@ from torch import Tensor
 from .._checks import check_float, check_ndim, check_shape
 from .._registry import Operator
 
-__all__ = ["grouped_linear"]
+__all__ = ["grouped_linear", "grouped_linear_pair"]
 
 _OP = "grouped_linear"
+# Channels that a program takes, several groups of them where they fit, so that its loads are wide. Up to so many in a
+# group there are kernels for gradients too.
+TOGETHER = 64
 
 
-def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
+def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
     check_ndim(_OP, "x", x, (4,), "(B, H, W, K * I)")
     check_ndim(_OP, "weight", weight, (3,), "(K, O, I)")
     groups, outputs, width = weight.shape
@@ -20,7 +23,8 @@ def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
     if weight2 is not None:
         check_shape(_OP, "weight2", weight2, weight.shape, "that of weight")
     check_float(_OP, x=x, weight=weight, weight2=weight2)
-    return x.new_empty(*x.shape[:3], groups * outputs * (1 if weight2 is None else 2))
+    size = (*x.shape[:3], groups * outputs)
+    return x.new_empty(size), x.new_empty(0 if weight2 is None else size)
 
 
 def _flops(x, weight, weight2) -> int:
@@ -29,7 +33,7 @@ def _flops(x, weight, weight2) -> int:
 
 operator = Operator(
     _OP,
-    "(Tensor x, Tensor weight, Tensor? weight2) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? weight2) -> (Tensor, Tensor)",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -38,21 +42,41 @@ operator = Operator(
 )
 
 
-def grouped_linear(x: Tensor, weight: Tensor, weight2: Tensor | None = None) -> Tensor:
-    r"""Every group of channels through its own matrix, or two of them, for inference in one pass over memory.
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    r"""Every group of channels through its own matrix.
 
         y[..., k, o] = sum_i weight[k, o, i] x[..., k, i]
 
     Factors are rounded to the dtype of `x`, sums are float32 (float64 for float64 inputs). Every tensor argument is
-    differentiable, by PyTorch's own operators.
+    differentiable.
 
     Args:
         x: Map, (B, H, W, K * I), fastest where its channels are next to each other in memory.
         weight: Matrices of the groups, (K, O, I).
-        weight2: More of them, (K, O, I), or None.
 
     Returns:
-        Contiguous (B, H, W, K * O), or (B, H, W, 2 * K * O) with the results of `weight2` behind those of `weight`.
+        Contiguous (B, H, W, K * O).
+
+    Raises:
+        ValueError: For a shape or device that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    if torch.jit.is_scripting():
+        return torch.ops.vla.grouped_linear(x, weight, None)[0]
+    else:
+        return operator(x, weight, None)[0]
+
+
+def grouped_linear_pair(x: Tensor, weight: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
+    """`grouped_linear` with two weights, in one pass over x forward and backward.
+
+    Args:
+        x: Map, (B, H, W, K * I), fastest where its channels are next to each other in memory.
+        weight: Matrices of the groups, (K, O, I).
+        weight2: More of them, (K, O, I).
+
+    Returns:
+        The results of both, contiguous (B, H, W, K * O).
 
     Raises:
         ValueError: For a shape or device that does not fit, naming the argument.

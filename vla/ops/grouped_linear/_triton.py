@@ -1,24 +1,26 @@
 """The linear layer of each group: a program multiplies some pixels of one group with its matrices."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import as_rows, cdiv, kernel, next_power_of_2, product, product_precision
-from . import _torch
+from .._triton import as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sum_parts
+from . import TOGETHER, _torch
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
 MANY = 2**12
-# Programs that share the rows of a group, each of which loads its matrices once: with four groups two for each of an
-# H100's multiprocessors.
-PROGRAMS = 66
+# Programs that share the rows of all groups, each of which loads its matrices once: three for each of an H100's
+# multiprocessors.
+PROGRAMS = 396
 
 
 @triton.jit
-def load_matrix(matrix, output, channel, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Transpose of a block of a group's matrix (OUT_WIDTH, WIDTH), (BLOCK_I, BLOCK_O)."""
-    exists = (channel < WIDTH)[:, None] & (output < OUT_WIDTH)[None, :]
-    return tl.load(matrix + output[None, :] * WIDTH + channel[:, None], exists, 0.0).to(DTYPE)
+def load_block(matrix, output, channel, OUT_WIDTH: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, dtype):
+    """Entries of the block-diagonal matrix (GROUPS * OUT_WIDTH, GROUPS * WIDTH) of some groups' matrices."""
+    group = channel // WIDTH
+    exists = (output // OUT_WIDTH == group) & (group < GROUPS)
+    return tl.load(matrix + output * WIDTH + channel % WIDTH, exists, 0.0).to(dtype)
 
 
 @kernel(do_not_specialize=["count"])
@@ -27,9 +29,10 @@ def grouped_linear_fwd_kernel(
     weight,
     weight2,
     out,
+    out2,
     count,
     x_row,
-    out_row: tl.constexpr,
+    BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
@@ -38,40 +41,110 @@ def grouped_linear_fwd_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One group of some of the `count` rows, by each of the weights (GROUPS, OUT_WIDTH, WIDTH)."""
-    group = tl.program_id(0) % GROUPS
-    output = tl.arange(0, BLOCK_O)
-    channel = tl.arange(0, BLOCK_I)
+    """One of BLOCKS times GROUPS groups of some of the `count` rows, by each of the weights (K, OUT_WIDTH, WIDTH)."""
+    first_group = tl.program_id(0) % BLOCKS * GROUPS
+    output = tl.arange(0, BLOCK_O)[None, :]
+    channel = tl.arange(0, BLOCK_I)[None, :]
+    factor = tl.arange(0, BLOCK_I)[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
-    x += group * WIDTH
-    out += group * OUT_WIDTH
-    matrix = group * OUT_WIDTH * WIDTH
-    block = load_matrix(weight + matrix, output, channel, WIDTH, OUT_WIDTH, dtype)
+    OUT_ROW: tl.constexpr = BLOCKS * GROUPS * OUT_WIDTH
+    x += first_group * WIDTH + channel
+    start = first_group * OUT_WIDTH
+    weight += start * WIDTH
+    block = load_block(weight, output, factor, OUT_WIDTH, WIDTH, GROUPS, dtype)  # (BLOCK_I, BLOCK_O)
     if weight2 is not None:
-        block2 = load_matrix(weight2 + matrix, output, channel, WIDTH, OUT_WIDTH, dtype)
-    step = tl.num_programs(0) // GROUPS
-    for first in range(tl.program_id(0) // GROUPS, tl.cdiv(count, BLOCK_R), step):
-        row = tl.cast(first, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        rows = tl.load(x + row * x_row + channel[None, :], (row < count) & (channel < WIDTH)[None, :], 0.0)
-        pointers = out + row * out_row + output[None, :]
-        inside = (row < count) & (output < OUT_WIDTH)[None, :]
-        tl.store(pointers, product(rows, block, PRECISION).to(dtype), inside)
+        weight2 += start * WIDTH
+        block2 = load_block(weight2, output, factor, OUT_WIDTH, WIDTH, GROUPS, dtype)
+    for tile in range(tl.program_id(0) // BLOCKS, tl.cdiv(count, BLOCK_R), tl.num_programs(0) // BLOCKS):
+        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        rows = tl.load(x + row * x_row, (row < count) & (channel < GROUPS * WIDTH), 0.0)  # (BLOCK_R, BLOCK_I)
+        place = row * OUT_ROW + start + output
+        inside = (row < count) & (output < GROUPS * OUT_WIDTH)
+        tl.store(out + place, product(rows, block, PRECISION).to(dtype), inside)
         if weight2 is not None:
-            tl.store(pointers + GROUPS * OUT_WIDTH, product(rows, block2, PRECISION).to(dtype), inside)
+            tl.store(out2 + place, product(rows, block2, PRECISION).to(dtype), inside)
 
 
-def _is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether a group's matrix fits where the kernels have it: of 16 bits and up to 128 channels on both sides."""
-    return x.dtype.itemsize == 2 and max(weight.shape[1:]) <= 128
+@kernel(do_not_specialize=["count"])
+def grouped_linear_bwd_kernel(
+    g,
+    g2,
+    x,
+    weight,
+    weight2,
+    gx,
+    parts,
+    count,
+    g_row,
+    g2_row,
+    x_row,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of x and of the weights for the rows and groups of `grouped_linear_fwd_kernel`.
+
+    `parts` of a program are sums over its rows: of the gradients of the weights, (K, OUT_WIDTH, WIDTH) each.
+    """
+    first_group = tl.program_id(0) % BLOCKS * GROUPS
+    output = tl.arange(0, BLOCK_O)[None, :]
+    result = tl.arange(0, BLOCK_O)[:, None]
+    channel = tl.arange(0, BLOCK_I)[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
+    ROW: tl.constexpr = BLOCKS * GROUPS * WIDTH
+    SIZE: tl.constexpr = ROW * OUT_WIDTH
+    start = first_group * OUT_WIDTH * WIDTH
+    g += first_group * OUT_WIDTH + output
+    x += first_group * WIDTH + channel
+    gx += first_group * WIDTH + channel
+    block = load_block(weight + start, result, channel, OUT_WIDTH, WIDTH, GROUPS, dtype)  # (BLOCK_O, BLOCK_I)
+    g_block = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    if weight2 is not None:
+        g2 += first_group * OUT_WIDTH + output
+        block2 = load_block(weight2 + start, result, channel, OUT_WIDTH, WIDTH, GROUPS, dtype)
+        g_block2 = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    program = tl.program_id(0) // BLOCKS
+    for tile in range(program, tl.cdiv(count, BLOCK_R), tl.num_programs(0) // BLOCKS):
+        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        inside = (row < count) & (channel < GROUPS * WIDTH)
+        out_inside = (row < count) & (output < GROUPS * OUT_WIDTH)
+        rows = tl.load(x + row * x_row, inside, 0.0)  # (BLOCK_R, BLOCK_I)
+        g_rows = tl.load(g + row * g_row, out_inside, 0.0)  # (BLOCK_R, BLOCK_O)
+        g_block += product(tl.trans(g_rows), rows, PRECISION)
+        g_x = product(g_rows, block, PRECISION)
+        if weight2 is not None:
+            g_rows = tl.load(g2 + row * g2_row, out_inside, 0.0)
+            g_block2 += product(tl.trans(g_rows), rows, PRECISION)
+            g_x += product(g_rows, block2, PRECISION)
+        tl.store(gx + row * ROW, g_x.to(dtype), inside)
+
+    inside = (result // OUT_WIDTH == channel // WIDTH) & (channel < GROUPS * WIDTH)
+    place = program * (SIZE if weight2 is None else 2 * SIZE) + start + result * WIDTH + channel % WIDTH
+    tl.store(parts + place, g_block, inside)
+    if weight2 is not None:
+        tl.store(parts + SIZE + place, g_block2, inside)
+
+
+def _is_served(x: Tensor, weight: Tensor, most: int) -> bool:
+    """Whether the groups' matrices fit where the kernels have them: of 16 bits, and up to `most` channels a side."""
+    return x.dtype.itemsize == 2 and max(weight.shape[1:]) <= most
 
 
 def _constants(count: int, weight: Tensor, *maps: Tensor) -> dict[str, int | str]:
     """What all kernels are compiled for: sizes, rows and channels of a program, and its warps."""
     groups, out_width, width = weight.shape
-    block_i, block_o = (max(16, next_power_of_2(n)) for n in (width, out_width))
+    widest = max(width, out_width)
+    together = max(k for k in range(1, groups + 1) if groups % k == 0 and (k == 1 or k * widest <= TOGETHER))
+    block_i, block_o = (max(16, next_power_of_2(together * n)) for n in (width, out_width))
     wide = max(block_i, block_o) == 128
     return dict(
-        GROUPS=groups,
+        BLOCKS=groups // together,
+        GROUPS=together,
         WIDTH=width,
         OUT_WIDTH=out_width,
         BLOCK_R=64 if count >= MANY else 16,
@@ -79,29 +152,60 @@ def _constants(count: int, weight: Tensor, *maps: Tensor) -> dict[str, int | str
         BLOCK_O=block_o,
         PRECISION=product_precision(*maps),
         num_warps=8 if wide else 4,
-        num_stages=1 if wide else 2,
+        num_stages=1 if wide else 3,
     )
 
 
-def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
-    if not _is_served(x, weight):
+def _programs(count: int, constants: dict[str, int | str]) -> int:
+    """How many programs share the rows of each block of groups."""
+    return min(cdiv(count, constants["BLOCK_R"]), cdiv(PROGRAMS, constants["BLOCKS"]))
+
+
+def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not _is_served(x, weight, 128):
         return _torch.forward(x, weight, weight2)
-    groups, out_width, _ = weight.shape
-    out_row = groups * out_width * (1 if weight2 is None else 2)
-    out = x.new_empty(*x.shape[:-1], out_row)
+    size = (*x.shape[:-1], weight.shape[0] * weight.shape[1])
+    out, out2 = x.new_empty(size), x.new_empty(0 if weight2 is None else size)
     if out.numel() == 0:
-        return out
-    rows = as_rows(x)
-    count = rows.shape[0]
-    constants = _constants(count, weight, rows)
-    grouped_linear_fwd_kernel[(min(cdiv(count, constants["BLOCK_R"]), PROGRAMS) * groups,)](
-        rows,
+        return out, out2
+    x = as_rows(x)
+    count = x.shape[0]
+    constants = _constants(count, weight, x)
+    grouped_linear_fwd_kernel[(_programs(count, constants) * constants["BLOCKS"],)](
+        x,
         weight.contiguous(),
         None if weight2 is None else weight2.contiguous(),
         out,
+        out2,
         count,
-        rows.stride(0),
-        out_row,
+        x.stride(0),
         **constants,
     )
-    return out
+    return out, out2
+
+
+def backward(grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | None) -> list[Tensor | None] | None:
+    if not _is_served(x, weight, TOGETHER) or grads[0].numel() == 0:
+        return None
+    two, shape = weight2 is not None, x.shape
+    g, x = as_rows(grads[0]), as_rows(x)
+    g2 = as_rows(grads[1]) if two else g
+    count = x.shape[0]
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    constants = _constants(count, weight, g, g2, x)
+    programs = _programs(count, constants)
+    parts = x.new_empty(programs, weight.numel() * (2 if two else 1), dtype=torch.float32)
+    grouped_linear_bwd_kernel[(programs * constants["BLOCKS"],)](
+        g,
+        g2,
+        x,
+        weight.contiguous(),
+        weight2.contiguous() if two else None,
+        gx,
+        parts,
+        count,
+        *(t.stride(0) for t in (g, g2, x)),
+        **constants,
+    )
+    g_weights = sum_parts(parts).view(-1, *weight.shape)
+    return [gx.view(shape), g_weights[0], g_weights[1] if two else None]

@@ -6,10 +6,10 @@ from torch import Tensor
 from .._checks import state_dtype
 
 
-def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Tensor:
+def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
     state, (groups, _, width) = state_dtype(x), weight.shape
     rows = x.to(state).unflatten(-1, (groups, width))
-    outputs = [
-        torch.einsum("bhwki,koi->bhwko", rows, w.to(state)).flatten(-2) for w in (weight, weight2) if w is not None
-    ]
-    return torch.cat(outputs, dim=-1).to(x.dtype)
+    weights = [weight] if weight2 is None else [weight, weight2]
+    outputs = [torch.einsum("bhwki,koi->bhwko", rows, w.to(state)).flatten(-2).to(x.dtype) for w in weights]
+    # An empty second result is one of x, as autograd takes no other.
+    return outputs[0], x[:0].flatten().clone() if weight2 is None else outputs[1]

@@ -8,24 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, normal_tail
 
 # Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a
 # tile's width must. Columns outside are zero.
-
-
-@triton.jit
-def _normal_tail(a):
-    """Probability of more than a >= 0 in a normal distribution.
-
-    2 to the power of a polynomial, that which makes the largest error of a times the probability smallest (7e-7): the
-    exponential is the only operation that is not a multiply-add.
-    """
-    p = 0.00719424677916423 - 0.00048760740339161854 * a
-    p = -0.05213135594882522 + p * a
-    p = -0.4596203768090395 + p * a
-    p = -1.1509821430367992 + p * a
-    return tl.exp2(-1.0000051087301474 + p * a)
 
 
 @triton.jit
@@ -37,7 +23,7 @@ def _relu(s):
 def _activate(s, ACT: tl.constexpr):
     if ACT == "gelu":
         a = tl.abs(s)
-        return tl.maximum(s, 0.0) - a * _normal_tail(a)
+        return tl.maximum(s, 0.0) - a * normal_tail(a)
     elif ACT == "gelu_tanh":
         return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
     elif ACT == "silu":
@@ -54,7 +40,7 @@ def _activate_both(s, ACT: tl.constexpr):
     """The activation and its derivative."""
     if ACT == "gelu":
         a = tl.abs(s)
-        tail = _normal_tail(a)
+        tail = normal_tail(a)
         density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
         return tl.maximum(s, 0.0) - a * tail, tl.where(s < 0.0, tail, 1.0 - tail) + s * density
     elif ACT == "gelu_tanh":
