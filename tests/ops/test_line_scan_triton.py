@@ -38,7 +38,7 @@ def test_proxy_of_large_maps(monkeypatch):
     check((1, 17, 6, 6), 4, 2, aligned=False)
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(17, 0), (18, 2), (20, 3)], ids=str)
+@pytest.mark.parametrize(("rows", "chunk"), [(17, 0), (32, 0), (18, 2), (20, 3)], ids=str)
 def test_proxy_with_several_tiles_or_large_ones(rows, chunk):
     check((1, 2, rows, 3), 2, chunk, directions=["left"])
 
@@ -72,6 +72,11 @@ def test_proxy_in_half_precision(rank, dtype):
     check((1, 16, 5, 5), rank, 4, dtype, scale=0.5, aligned=False)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_tiles_of_several_warps_in_half_precision(dtype):
+    check((1, 17, 32, 4), 8, 0, dtype, scale=0.5, directions=["left"], aligned=False)
+
+
 def test_float32_weights_with_half_precision_maps():
     arguments = make((1, 16, 4, 4), 8, dtype=FP32, scale=0.5)
     arguments |= {name: arguments[name].bfloat16() for name in ("x", "proxy")}
@@ -92,8 +97,11 @@ def test_proxy_expanded_before(output):
     check((1, 2, 2, 3), 33, aligned=False, output=output)
 
 
-def test_proxy_of_long_lines():
-    check((1, 1, 65, 2), 1, directions=["right"])
+@pytest.mark.parametrize("rows", [65, 129, 257])
+def test_proxy_of_long_lines(rows):
+    """In tiles of eight and 16 warps, or expanded before: those of more than 256 rows, and more than 64 in float32."""
+    check((1, 1, rows, 2), 1, directions=["right"])
+    check((1, 5, rows, 2), 6, dtype=BF16, directions=["left"])
 
 
 @pytest.mark.parametrize("direction", ["right", "left", "down"])

@@ -29,12 +29,15 @@ class _Sweep:
             self.gates, self.lam = gates[:, :, k], lam[:, k]
             self.u, self.skip = (None if t is None else t[:, k] for t in (u, skip))
         else:
-            z = proxy.float().flatten(2)
-            weights = [gates[:, k].flatten(0, 1), *(t[k] for t in (lam, u, skip) if t is not None)]
-            maps = (torch.cat(weights).float() @ z).unflatten(-1, x.shape[2:]).unflatten(1, (-1, x.shape[1]))
-            self.gates, self.lam = maps[:, :3], maps[:, 3]
-            self.u = None if u is None else maps[:, 4]
-            self.skip = None if skip is None else maps[:, -1]
+            weights = torch.cat([gates[:, k].flatten(0, 1), *(t[k] for t in (lam, u, skip) if t is not None)])
+            # Gradients of float16's maps and weights need float32's range.
+            dtype = torch.bfloat16 if x.dtype == proxy.dtype == torch.bfloat16 else torch.float32
+            # (B, coefficients * D, S), (B, S, H * W)
+            self.weights, self.z = weights.to(dtype).expand(len(x), -1, -1), proxy.to(dtype).flatten(2)
+            self.maps = torch.bmm(self.weights, self.z).view(len(x), -1, *x.shape[1:])
+            self.gates, self.lam = self.maps[:, :3], self.maps[:, 3]
+            self.u = None if u is None else self.maps[:, 4]
+            self.skip = None if skip is None else self.maps[:, -1]
             x = x.contiguous()
         self.x = x if self.in_place else to_map_frame(x, self.direction)
         self.batch, self.channels, *size = self.x.shape
@@ -47,6 +50,17 @@ class _Sweep:
             return [0, 0, 0, 0]
         *_, d, h, w = t.stride()
         return [t.stride(0), d, *((w, h) if self.frame in ("down", "up") else (h, w))]
+
+    def contract(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the proxy (B, S, H, W) and of the sweep's weights (coefficients, D, S).
+
+        Args:
+            maps: Gradients of the coefficients, (B, coefficients, D, H, W), contiguous.
+        """
+        flat = maps.flatten(1, 2).flatten(2)
+        g_proxy = torch.bmm(self.weights.mT, flat).unflatten(-1, maps.shape[3:])
+        g_weights = torch.bmm(flat, self.z.mT).sum(0, dtype=torch.float32).unflatten(0, maps.shape[1:3])
+        return g_proxy, g_weights
 
     def _long(self, maps: list[Tensor | None], least: int = 1) -> tuple[tuple[int], list[list], dict]:
         """Grid, arguments of every launch and constants for the kernels of longer chunks.
@@ -198,20 +212,18 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
         results = [torch.empty_like(gates), *others]
     else:
         results = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in (gates, lam, u, skip)]
-        g_proxy = 0
+        g_proxy = torch.zeros_like(proxy, dtype=torch.float32, memory_format=torch.contiguous_format)
     for k in range(len(directions)):
         sweep = _Sweep(args, k)
         if proxy is None:
             g_gates, *others = results
             sweep.backward(gy, g_x, k > 0, [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)])
             continue
-        # (B, coefficients, D, H, W)
-        maps = torch.empty_like(sweep.lam.unsqueeze(1).expand(-1, 4 + (u is not None) + (skip is not None), -1, -1, -1))
+        maps = torch.empty_like(sweep.maps)
         g_u, g_skip = None if u is None else maps[:, 4], None if skip is None else maps[:, -1]
         sweep.backward(gy, g_x, k > 0, [maps[:, :3], maps[:, 3], g_u, g_skip])
-        weights = torch.cat([gates[:, k], *(t[k, None] for t in (lam, u, skip) if t is not None)]).float()
-        g_proxy = g_proxy + torch.einsum("bcdhw,cds->bshw", maps, weights)
-        g_weights = torch.einsum("bcdhw,bshw->cds", maps, proxy.float())
+        g_z, g_weights = sweep.contract(maps)
+        g_proxy += g_z
         results[0][:, k] = g_weights[:3]
         for result, gradient in zip((r for r in results[1:] if r is not None), g_weights[3:], strict=True):
             result[k] = gradient

@@ -78,17 +78,89 @@ def _halves(h):
 
 
 @triton.jit
-def _shifts(p, Q: tl.constexpr, dtype: tl.constexpr):
-    """Matrices (P, P) that give every row of a tile its predecessor's, and its successor's value; Q rows a picture."""
+def _first(v, T: tl.constexpr):
+    """Channels or proxy channels (N,) along the first axis of tiles."""
+    return v[:, None] if T == 1 else v[None, :, None]
+
+
+@triton.jit
+def _second(v, T: tl.constexpr):
+    """Proxy channels (N,) along the second axis of tiles."""
+    return v[None, :] if T == 1 else v[None, None, :]
+
+
+@triton.jit
+def _rows_first(v, T: tl.constexpr):
+    """What belongs to rows, (16,) or (T, 16), along the first axis of tiles."""
+    return v[:, None] if T == 1 else v[:, :, None]
+
+
+@triton.jit
+def _rows_second(v, T: tl.constexpr):
+    """What belongs to rows, (16,) or (T, 16), along the second axis of tiles."""
+    return v[None, :] if T == 1 else v[:, None, :]
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, M: tl.constexpr, T: tl.constexpr):
+    """A tile (N, M), or T of them."""
+    return tl.zeros([N, M] if T == 1 else [T, N, M], tl.float32)
+
+
+@triton.jit
+def _shifts(Q: tl.constexpr, dtype: tl.constexpr):
+    """Matrices (16, 16) that give every row its predecessor's, and its successor's value; Q rows a picture."""
+    p = tl.arange(0, 16)
     before = (p[:, None] + 1 == p[None, :]) & (p[None, :] % Q != 0)
     after = (p[:, None] == p[None, :] + 1) & (p[:, None] % Q != 0)
     return before.to(tl.float32).to(dtype), after.to(tl.float32).to(dtype)
 
 
 @triton.jit
+def _around(down, up):
+    """`down[i - 1]` and `up[i + 1]` of tiles (T, C, 16), 0 at the ends.
+
+    A thread holds pairs of rows, of which one has its neighbour there. The other's comes from another thread, maybe of
+    another warp, in one exchange.
+    """
+    T: tl.constexpr = down.shape[0]
+    C: tl.constexpr = down.shape[1]
+    down_even, down_odd = tl.split(tl.reshape(down, [T, C, 8, 2]))
+    up_even, up_odd = tl.split(tl.reshape(up, [T, C, 8, 2]))
+    # (2, C / 8, T, 8 pairs, 8 channels), an order in which the threads of a warp access neighbouring words.
+    sent = tl.permute(tl.reshape(tl.join(down_odd, up_even), [T, C // 8, 8, 8, 2]), [4, 1, 0, 3, 2])
+    n = tl.arange(0, 16 * T * C)
+    is_down = n < 8 * T * C
+    end = n // 8 % (8 * T) == tl.where(is_down, 0, 8 * T - 1)
+    source = tl.where(end, n, tl.where(is_down, n - 8, n + 8))
+    received = tl.where(end, 0.0, tl.gather(tl.reshape(sent, [16 * T * C]), source, 0))
+    received = tl.reshape(received, [2, C // 8, T, 8, 8])
+    above_even, below_odd = tl.split(tl.reshape(tl.permute(received, [2, 1, 4, 3, 0]), [T, C, 8, 2]))
+    above, below = tl.join(above_even, down_even), tl.join(up_odd, below_odd)
+    return tl.reshape(above, [T, C, 16]), tl.reshape(below, [T, C, 16])
+
+
+@triton.jit
+def _settle(x, EXACT: tl.constexpr):
+    """A float32 tile (T, C, 16), laid out as the tensor cores leave it: by a product with zeros.
+
+    What has passed loads or an exchange only, the compiler would keep in their layout, and move every result of it
+    through shared memory where tensor cores want it.
+    """
+    T: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    if EXACT:
+        return x
+    return _dot_add(tl.zeros([T, C, 16], tl.bfloat16), tl.zeros([T, 16, 16], tl.bfloat16), x)
+
+
+@triton.jit
 def _neighbours(h, before, after, EXACT: tl.constexpr):
-    """`h[i - 1]` and `h[i + 1]` of a tile (C, P): rows move by products with shift matrices."""
-    if EXACT or h.dtype == tl.bfloat16:
+    """`h[i - 1]` and `h[i + 1]`: rows of one tile (C, 16) move by products with shift matrices."""
+    if len(h.shape) == 3:
+        h = h.to(tl.float32)
+        return _around(h, h)
+    elif EXACT or h.dtype == tl.bfloat16:
         return _dot(h, before), _dot(h, after)
     else:
         high, low = _halves(h)
@@ -119,9 +191,23 @@ def _mix(w0, w1, w2, z, no_left, no_right, h, before, after, EXACT: tl.constexpr
 
 
 @triton.jit
+def _weights(pointer, T: tl.constexpr):
+    """Weights (C, R), once for each of T tiles."""
+    w = tl.load(pointer)
+    return w if T == 1 else tl.broadcast_to(w[None], [T, w.shape[0], w.shape[1]])
+
+
+@triton.jit
+def _positions(T: tl.constexpr):
+    """Rows of a tile (16,), or of T tiles (T, 16)."""
+    p = tl.arange(0, 16)
+    return p if T == 1 else tl.arange(0, T)[:, None] * 16 + p[None, :]
+
+
+@triton.jit
 def _rows_of_tile(n, batch, rows, tiles, halo, P: tl.constexpr, Q: tl.constexpr):
     """Of the P rows of the n-th tile: picture, row, whether it exists and whether it is the tile's own."""
-    p = tl.arange(0, P)
+    p = _positions(P // 16)
     tile = n % tiles
     b = (n // tiles * (P // Q) + p // Q).to(tl.int64)
     i = tile * (Q - 2 * halo) - halo + p % Q
@@ -150,8 +236,8 @@ def line_scan_proxy_fwd_kernel(
     """Outputs of up to four sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
 
     Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
-    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, P). KEEP is for chunks of one or two
-    lines; G is the number of sweeps that walk together in others.
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. KEEP is
+    for chunks of one or two lines; G is the number of sweeps that walk together in others.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
@@ -159,45 +245,46 @@ def line_scan_proxy_fwd_kernel(
     block = tl.program_id(0) % blocks
     segment = tl.program_id(0) // blocks % segments
     b, i, inside, own = _rows_of_tile(tl.program_id(0) // (blocks * segments), batch, rows, tiles, halo, P, Q)
-    p = tl.arange(0, P)
-    before, after = _shifts(p, Q, low)
-    zero = tl.zeros([C, P], tl.float32)
-    no_left = tl.where(((i > 0) | (rows == 1))[None, :], zero, _CLOSED)
-    no_right = tl.where((i < rows - 1)[None, :], zero, _CLOSED)
+    T: tl.constexpr = P // 16
+    p = _positions(T)
+    before, after = _shifts(Q, low)
+    zero = _zeros(C, 16, T)
+    no_left = tl.where(_rows_second((i > 0) | (rows == 1), T), zero, _CLOSED)
+    no_right = tl.where(_rows_second(i < rows - 1, T), zero, _CLOSED)
     c = block * C + tl.arange(0, C)
     s = tl.arange(0, R)
-    mask = inside[None, :] & (c < channels)[:, None]
-    own_mask = own[None, :] & (c < channels)[:, None]
-    z_mask = inside[None, :] & (s % HALF < S)[:, None]
+    mask = _rows_second(inside, T) & _first(c < channels, T)
+    own_mask = _rows_second(own, T) & _first(c < channels, T)
+    z_mask = _rows_second(inside, T) & _first(s % HALF < S, T)
 
     first = (segment * chunk).to(tl.int64)
     tt = tt.to(tl.int64)
     steps = tl.minimum(chunk, lines - segment * chunk)
-    target = (b * pixels + to + i * ti + first * tt)[None, :]
-    # (R, P): with half precision each number twice, for the two halves of a weight
-    z_ptr = z + target * S + (s % HALF)[:, None]
-    y_ptr = y + target * channels + c[:, None]
+    target = _rows_second(b * pixels + to + i * ti + first * tt, T)
+    # (R, 16) or (T, R, 16): with half precision each number twice, for the two halves of a weight
+    z_ptr = z + target * S + _first(s % HALF, T)
+    y_ptr = y + target * channels + _first(c, T)
     # w (sweeps, 6, w_width, R)
     w_j = R * w_width
     w += c[:, None] * R + s[None, :]
-    x += b[None, :] * pixels * channels + c[:, None]
+    x += _rows_second(b, T) * pixels * channels + _first(c, T)
     if KEEP:
-        more = tl.arange(0, 1)[None, :] + 1 < steps
+        more = _second(tl.arange(0, 1), T) + 1 < steps
         z0, z1 = tl.load(z_ptr, z_mask, 0.0), tl.load(z_ptr + tt * S, z_mask & more, 0.0)
         y0 = zero
         y1 = zero
         at, across = _sweep_pixels(0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-        x_ptr = x + at[None, :] * channels
+        x_ptr = x + _rows_second(at, T) * channels
         x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
         for k in range(sweeps):
             w_k = w + k * 6 * w_j
-            w0, w1, w2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
-            w3, w4, w5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
+            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
             xa, xb = x0.to(tl.float32), x1.to(tl.float32)
             # The next sweep's maps are read while this one computes.
             k_next = tl.minimum(k + 1, sweeps - 1)
             at, across = _sweep_pixels(k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-            x_ptr = x + at[None, :] * channels
+            x_ptr = x + _rows_second(at, T) * channels
             x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
             h = _dot(w3, z0) * xa
             y0 += _dot(w4, z0) * h + _dot(w5, z0) * xa
@@ -214,21 +301,21 @@ def line_scan_proxy_fwd_kernel(
     else:
         # Contiguity is understated, so that threads access what they hold and exchange nothing.
         scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + tl.max_contiguous(
-            tl.arange(0, C)[:, None] * P + p[None, :], [1, 2]
+            _first(tl.arange(0, C), T) * P + _rows_second(p, T), [1, 2] if T == 1 else [1, 1, 2]
         )
         for k in range(0, sweeps, G):
             w_k = w + k * 6 * w_j
-            w0, w1, w2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
-            w3, w4, w5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
+            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
             at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-            x_ptr = x + at[None, :] * channels
+            x_ptr = x + _rows_second(at, T) * channels
             xn = tl.load(x_ptr, mask, 0.0)
             if G == 2:
                 w_k += 6 * w_j
-                v0, v1, v2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
-                v3, v4, v5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
+                v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+                v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
                 at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-                x2_ptr = x + at[None, :] * channels
+                x2_ptr = x + _rows_second(at, T) * channels
                 x2n = tl.load(x2_ptr, mask, 0.0)
             zn = tl.load(z_ptr, z_mask, 0.0)
             h = zero
@@ -277,8 +364,12 @@ def _proxy_line_gradients(
         ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
         total = al + am + ar
         share = _inverse(tl.maximum(total, _MIN_TOTAL))
+        if len(h.shape) == 3:
+            h = _settle(h.to(tl.float32), EXACT)
         above, below = _neighbours(h, before, after, EXACT)
         h = h.to(tl.float32)
+        if len(h.shape) == 3:
+            above, below = _settle(above, EXACT), _settle(below, EXACT)
         mixed = (al * above + am * h + ar * below) * share
         state += mixed
         mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
@@ -288,7 +379,10 @@ def _proxy_line_gradients(
         g_m = sm * (h - mean) * (1 - am)
         g_r = sr * (below - mean) * (1 - ar)
         carry = sm
-        if EXACT:
+        if len(sr.shape) == 3:
+            from_above, from_below = _around(sr, sl)
+            carry = sm + from_above + from_below
+        elif EXACT:
             carry = _dot_add(sr, before, _dot_add(sl, after, carry))
         elif ONCE:
             carry = _dot_add(sr.to(tl.bfloat16), before, _dot_add(sl.to(tl.bfloat16), after, carry))
@@ -302,7 +396,7 @@ def _proxy_line_gradients(
 
 @triton.jit
 def _weights_gradient(g, z, gw, TWICE: tl.constexpr):
-    """Adds what a coefficient's gradient (C, P) makes of the gradient (C, V) of its weights."""
+    """Adds what a coefficient's gradient (C, 16) makes of the gradient (C, V) of its weights."""
     if TWICE:
         high, low = _halves(g)
         return _dot_add(high, z, _dot_add(low, z, gw))
@@ -311,20 +405,24 @@ def _weights_gradient(g, z, gw, TWICE: tl.constexpr):
 
 
 @triton.jit
-def _proxy_gradient(g, v, gz, TWICE: tl.constexpr):
-    """Adds what coefficients' gradients (C, P) and weights (C, V) make of the proxy's gradient (P, V)."""
-    if TWICE:
-        high, low = _halves(g)
-        return _dot_add(tl.trans(high), v, _dot_add(tl.trans(low), v, gz))
-    else:
-        return _dot_add(tl.trans(g.to(v.dtype)), v, gz)
+def _turned(g):
+    """Rows first, channels second."""
+    return tl.trans(g) if len(g.shape) == 2 else tl.trans(g, 0, 2, 1)
 
 
 @triton.jit
-def _add(pointer, value, mask, more):
-    """Stores `value`, added to what is there already if `more` (1, 1)."""
-    value += tl.load(pointer, mask & more, 0.0).to(tl.float32)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
+def _proxy_gradient(g, v, gz, TWICE: tl.constexpr):
+    """Adds what coefficients' gradients (C, 16) and weights (C, V) make of the proxy's gradient (16, V)."""
+    if TWICE:
+        high, low = _halves(g)
+        return _dot_add(_turned(high), v, _dot_add(_turned(low), v, gz))
+    else:
+        return _dot_add(_turned(g.to(v.dtype)), v, gz)
+
+
+@triton.jit
+def _sum_of_tiles(gw):
+    return gw if len(gw.shape) == 2 else tl.sum(gw, 0)
 
 
 @kernel(do_not_specialize=[
@@ -336,15 +434,12 @@ def line_scan_proxy_bwd_kernel(
     groups, per, span, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ADD_GX: tl.constexpr,
-    PARTIAL: tl.constexpr, APART: tl.constexpr,
+    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from one block of C channels of some groups: `span` chunks of P rows each, `per` groups a tile of rows.
+    """Gradients from one sweep over one block of C channels of some groups.
 
-    A program takes all sweeps, or if APART one. So that no two programs write to one place, gz has a leading axis of
-    channel blocks, if APART of sweeps and blocks, gw one of workers and gx, if PARTIAL, one of sweeps. Otherwise a
-    group holds all that its sweeps read, and they add to one gx. ADD and ADD_GX add to what earlier launches left in gz
-    and gx.
+    A group is `span` chunks of P rows each, `per` groups a tile of rows. So that no two programs write to one place,
+    gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
@@ -354,150 +449,126 @@ def line_scan_proxy_bwd_kernel(
     kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
-    worker = tl.program_id(0) // blocks
-    first_sweep, sweeps = 0, K
-    if APART:
-        first_sweep, sweeps, worker = worker % K, 1, worker // K
-    p = tl.arange(0, P)
-    before, after = _shifts(p, Q, low)
+    k = tl.program_id(0) // blocks % K
+    worker = tl.program_id(0) // (blocks * K)
+    T: tl.constexpr = P // 16
+    p = _positions(T)
+    before, after = _shifts(Q, low)
     c = block * C + tl.arange(0, C)
-    c_mask = (c < channels)[:, None]
+    c_mask = _first(c < channels, T)
+    gw_mask = (c < channels)[:, None]
     s = tl.arange(0, R)
-    s_mask = (s % HALF < S)[:, None]
+    s_mask = _first(s % HALF < S, T)
     sv = tl.arange(0, V)
     sg = tl.arange(0, HALF)
     tt = tt.to(tl.int64)
-    zero = tl.zeros([C, P], tl.float32)
-    no = tl.zeros([1, 1], tl.int1)
+    zero = _zeros(C, 16, T)
     # w (K, 6, w_width, R), v (K, 6, w_width, V), gw (workers, K, 6, w_width, V)
     w_j, v_j = R * w_width, V * w_width
     w += c[:, None] * R + s[None, :]
     # Contiguity is understated here and below, so that threads access what they hold and exchange nothing.
     gw += worker.to(tl.int64) * (K * 6) * v_j + tl.max_contiguous(c[:, None] * V + sv[None, :], [1, 2])
     v += c[:, None] * V + sv[None, :]
-    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + tl.arange(0, C)[:, None] + p[None, :] * C
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _first(tl.arange(0, C), T) + _rows_second(p, T) * C
+    w_k, v_k = w + k * 6 * w_j, v + k * 6 * v_j
+    w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+    w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
+    v0, v1, v2 = _weights(v_k, T), _weights(v_k + v_j, T), _weights(v_k + 2 * v_j, T)
+    v3, v4, v5 = _weights(v_k + 3 * v_j, T), _weights(v_k + 4 * v_j, T), _weights(v_k + 5 * v_j, T)
+    gw0 = _zeros(C, V, T)
+    gw1, gw2, gw3, gw4, gw5 = gw0, gw0, gw0, gw0, gw0
+    gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
+    gx += k * batch.to(tl.int64) * pixels * channels
     for group in range(worker, groups, workers):
         b, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
         start = group % per * span
-        has_left = ((i > 0) | (rows == 1))[None, :]
-        has_right = (i < rows - 1)[None, :]
-        mask = inside[None, :] & c_mask
-        own_mask = own[None, :] & c_mask
-        z_mask = inside[None, :] & s_mask
-        own_z_mask = own[:, None] & (sv % HALF < S)[None, :]
-        gz_mask = own[:, None] & (sg < S)[None, :]
+        has_left = _rows_second((i > 0) | (rows == 1), T)
+        has_right = _rows_second(i < rows - 1, T)
+        mask = _rows_second(inside, T) & c_mask
+        own_mask = _rows_second(own, T) & c_mask
+        z_mask = _rows_second(inside, T) & s_mask
+        own_z_mask = _rows_first(own, T) & _second(sv % HALF < S, T)
+        gz_mask = _rows_first(own, T) & _second(sg < S, T)
         target = b * pixels + to + i * ti
-        z_row = z + target[None, :] * S + (s % HALF)[:, None]
-        own_z_row = z + target[:, None] * S + (sv % HALF)[None, :]
-        gy_row = gy + target[None, :] * channels + c[:, None]
-        gz_row = gz + tl.max_contiguous(
-            (((first_sweep * blocks + block) * batch).to(tl.int64) * pixels + target[:, None]) * S + sg[None, :], [1, 2]
-        )
-        for k in range(first_sweep, first_sweep + sweeps):
-            w_k, v_k = w + k * 6 * w_j, v + k * 6 * v_j
-            w0, w1, w2 = tl.load(w_k), tl.load(w_k + w_j), tl.load(w_k + 2 * w_j)
-            w3, w4, w5 = tl.load(w_k + 3 * w_j), tl.load(w_k + 4 * w_j), tl.load(w_k + 5 * w_j)
-            v0, v1, v2 = tl.load(v_k), tl.load(v_k + v_j), tl.load(v_k + 2 * v_j)
-            v3, v4, v5 = tl.load(v_k + 3 * v_j), tl.load(v_k + 4 * v_j), tl.load(v_k + 5 * v_j)
-            gw0 = tl.zeros([C, V], tl.float32)
-            gw1, gw2, gw3, gw4, gw5 = gw0, gw0, gw0, gw0, gw0
-            again = no | ADD | (k > first_sweep)
-            source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, 0)
-            source = (b * pixels + source)[None, :] * channels + c[:, None]
-            x_row, gx_row = x + source, gx + source
-            if PARTIAL:
-                gx_row += k * (batch.to(tl.int64) * pixels * channels)
-            gx_mask = own_mask if PARTIAL else own_mask & again
-            # What was written in the last sweep may be read by other threads in this one.
-            tl.debug_barrier()
-            for segment in range(start, tl.minimum(start + span, segments)):
-                first = (segment * chunk).to(tl.int64)
-                steps = tl.minimum(chunk, lines - segment * chunk)
-                z_ptr, own_z_ptr = z_row + first * tt * S, own_z_row + first * tt * S
-                gy_ptr, gz_ptr = gy_row + first * tt * channels, gz_row + first * tt * S
-                x_ptr, gx_ptr = x_row + first * st * channels, gx_row + first * st * channels
-                carry = zero
+        z_row = z + _rows_second(target, T) * S + _first(s % HALF, T)
+        own_z_row = z + _rows_first(target, T) * S + _second(sv % HALF, T)
+        gy_row = gy + _rows_second(target, T) * channels + _first(c, T)
+        gz_row = gz + tl.max_contiguous(_rows_first(target, T) * S + _second(sg, T), [1, 2] if T == 1 else [1, 1, 2])
+        source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, 0)
+        source = _rows_second(b * pixels + source, T) * channels + _first(c, T)
+        x_row, gx_row = x + source, gx + source
+        for segment in range(start, tl.minimum(start + span, segments)):
+            first = (segment * chunk).to(tl.int64)
+            steps = tl.minimum(chunk, lines - segment * chunk)
+            z_ptr, own_z_ptr = z_row + first * tt * S, own_z_row + first * tt * S
+            gy_ptr, gz_ptr = gy_row + first * tt * channels, gz_row + first * tt * S
+            x_ptr, gx_ptr = x_row + first * st * channels, gx_row + first * st * channels
+            carry = zero
+            if not KEEP:
+                # What other threads read of the last group's states is overwritten.
+                tl.debug_barrier()
+                h = zero
+                no_left, no_right = tl.where(has_left, zero, _CLOSED), tl.where(has_right, zero, _CLOSED)
+                zn, xn = tl.load(z_ptr, z_mask, 0.0), tl.load(x_ptr, mask, 0.0)
+                for t in range(steps):
+                    zt, xt = zn, xn.to(tl.float32)
+                    t_next = tl.minimum(t + 1, steps - 1)
+                    zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
+                    xn = tl.load(x_ptr + t_next * st * channels, mask, 0.0)
+                    h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+                    tl.store(scratch + t * (P * C), h.to(scratch.dtype.element_ty))
+                tl.debug_barrier()
+                h_next = tl.load(scratch + tl.maximum(steps - 2, 0) * (P * C))
+            for n in range(steps):
+                t = steps - 1 - n
+                zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
+                own_z = tl.load(own_z_ptr + t * tt * S, own_z_mask, 0.0)
+                xt = tl.load(x_ptr + t * st * channels, mask, 0.0)
+                xt = xt.to(tl.float32) if KEEP or T > 1 else _hold(xt)
+                gyt = tl.load(gy_ptr + t * tt * channels, mask, 0.0).to(tl.float32)
+                if T > 1:
+                    xt, gyt = _settle(xt, EXACT), _settle(gyt, EXACT)
                 if not KEEP:
-                    h = zero
-                    no_left, no_right = tl.where(has_left, zero, _CLOSED), tl.where(has_right, zero, _CLOSED)
-                    zn, xn = tl.load(z_ptr, z_mask, 0.0), tl.load(x_ptr, mask, 0.0)
-                    for t in range(steps):
-                        zt, xt = zn, xn.to(tl.float32)
-                        t_next = tl.minimum(t + 1, steps - 1)
-                        zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
-                        xn = tl.load(x_ptr + t_next * st * channels, mask, 0.0)
-                        h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
-                        tl.store(scratch + t * (P * C), h.to(scratch.dtype.element_ty))
-                    tl.debug_barrier()
-                    h_next = tl.load(scratch + tl.maximum(steps - 2, 0) * (P * C))
-                    last = (steps - 1).to(tl.int64)
-                    if ADD_GX or not PARTIAL:
-                        gx_next = tl.load(gx_ptr + last * st * channels, gx_mask, 0.0)
-                    gz_next = tl.load(gz_ptr + last * tt * S, gz_mask & again, 0.0)
-                for n in range(steps):
-                    t = steps - 1 - n
-                    zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
-                    own_z = tl.load(own_z_ptr + t * tt * S, own_z_mask, 0.0)
-                    xt = tl.load(x_ptr + t * st * channels, mask, 0.0)
-                    xt = xt.to(tl.float32) if KEEP else _hold(xt)
-                    gyt = tl.load(gy_ptr + t * tt * channels, mask, 0.0).to(tl.float32)
-                    gx_before = zero
+                    # Read one line before it is needed.
+                    state = tl.where(t > 0, h_next, 0.0)
+                    h_next = tl.load(scratch + tl.maximum(t - 2, 0) * (P * C))
+                g_z = _zeros(16, V, T)
+                if V > HALF:
+                    z_high, z_low = _halves(own_z.to(tl.float32))
+                    own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
+                # In a long chunk the first line is one of many: states of 0 cost less than a branch.
+                if t > 0 or not KEEP:
                     if KEEP:
-                        if ADD_GX or not PARTIAL:
-                            gx_before = tl.load(gx_ptr + t * st * channels, gx_mask, 0.0).to(tl.float32)
-                    else:
-                        # The states, and what is added to, are read one line before they are needed.
-                        state = tl.where(no | (t > 0), h_next, 0.0)
-                        h_next = tl.load(scratch + tl.maximum(t - 2, 0) * (P * C))
-                        t_next = tl.maximum(t - 1, 0)
-                        gz_before = gz_next
-                        gz_next = tl.load(gz_ptr + t_next * tt * S, gz_mask & again, 0.0)
-                        if ADD_GX or not PARTIAL:
-                            gx_before = gx_next.to(tl.float32)
-                            gx_next = tl.load(gx_ptr + t_next * st * channels, gx_mask, 0.0)
-                    g_z = tl.zeros([P, V], tl.float32)
-                    if V > HALF:
-                        z_high, z_low = _halves(own_z.to(tl.float32))
-                        own_z = tl.where((sv < HALF)[None, :], z_high, z_low)
-                    # In a long chunk the first line is one of many: states of 0 cost less than a branch.
-                    if t > 0 or not KEEP:
-                        if KEEP:
-                            state = _dot(w3, tl.load(z_ptr, z_mask, 0.0)) * tl.load(x_ptr, mask, 0.0).to(tl.float32)
-                            state = state.to(kept)
-                        g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                            zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                            False, EXACT, KEEP and not TWICE)  # fmt: skip
-                        gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
-                        gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
-                        gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
-                        g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
-                        g_z = _proxy_gradient(g2, v2, g_z, TWICE)
-                    else:
-                        g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                            zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                            True, EXACT, KEEP and not TWICE)  # fmt: skip
-                    gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
-                    gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
-                    gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
-                    g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
-                    g_z = _proxy_gradient(g5, v5, g_z, TWICE)
-                    tl.store(gx_ptr + t * st * channels, (g_x + gx_before).to(gx.dtype.element_ty), own_mask)
-                    if V > HALF:
-                        g_z = tl.sum(tl.reshape(g_z, [P, 2, HALF]), 1)
-                    if not KEEP:
-                        tl.store(gz_ptr + t * tt * S, g_z + gz_before, gz_mask)
-                    elif APART and not ADD:
-                        tl.store(gz_ptr + t * tt * S, g_z.to(gz.dtype.element_ty), gz_mask)
-                    else:
-                        _add(gz_ptr + t * tt * S, g_z, gz_mask, again)
-            gw_k = gw + k * 6 * v_j
-            again = no | (group > worker)
-            _add(gw_k, gw0, c_mask, again)
-            _add(gw_k + v_j, gw1, c_mask, again)
-            _add(gw_k + 2 * v_j, gw2, c_mask, again)
-            _add(gw_k + 3 * v_j, gw3, c_mask, again)
-            _add(gw_k + 4 * v_j, gw4, c_mask, again)
-            _add(gw_k + 5 * v_j, gw5, c_mask, again)
+                        state = _dot(w3, tl.load(z_ptr, z_mask, 0.0)) * tl.load(x_ptr, mask, 0.0).to(tl.float32)
+                        state = state.to(kept)
+                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                        zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                        False, EXACT, KEEP and not TWICE)  # fmt: skip
+                    gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
+                    gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
+                    gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
+                    g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
+                    g_z = _proxy_gradient(g2, v2, g_z, TWICE)
+                else:
+                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                        zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                        True, EXACT, KEEP and not TWICE)  # fmt: skip
+                gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
+                gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
+                gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
+                g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
+                g_z = _proxy_gradient(g5, v5, g_z, TWICE)
+                tl.store(gx_ptr + t * st * channels, g_x.to(gx.dtype.element_ty), own_mask)
+                if V > HALF:
+                    g_z = tl.sum(tl.reshape(g_z, [16, 2, HALF] if T == 1 else [T, 16, 2, HALF]), 1 if T == 1 else 2)
+                tl.store(gz_ptr + t * tt * S, g_z.to(gz.dtype.element_ty), gz_mask)
+    gw += k * 6 * v_j
+    tl.store(gw, _sum_of_tiles(gw0), gw_mask)
+    tl.store(gw + v_j, _sum_of_tiles(gw1), gw_mask)
+    tl.store(gw + 2 * v_j, _sum_of_tiles(gw2), gw_mask)
+    tl.store(gw + 3 * v_j, _sum_of_tiles(gw3), gw_mask)
+    tl.store(gw + 4 * v_j, _sum_of_tiles(gw4), gw_mask)
+    tl.store(gw + 5 * v_j, _sum_of_tiles(gw5), gw_mask)
 
 
 @kernel
@@ -606,7 +677,7 @@ class _Launch:
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
         self.batch, self.channels, self.height, self.width = self.x.shape
         self.k, self.rank = len(self.directions), proxy.shape[1]
-        self.exact = self.x.dtype != proxy.dtype or self.x.dtype == torch.float32
+        self.exact, self.most = _is_exact(self.x, proxy), _most_rows(self.x, proxy)
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
         half = max(8, next_power_of_2(self.rank))
         self.R = max(16, half) if self.exact else 2 * half
@@ -644,13 +715,18 @@ class _Launch:
         turned = self.aligned and direction in ("down", "up")
         rows, lines = (self.width, self.height) if turned else (self.height, self.width)
         chunk = min(self.chunk or lines, lines)
-        P, halo = _tile(rows, chunk)
+        P, halo = _tile(rows, chunk, self.most)
         Q = min(P, next_power_of_2(rows)) if halo == 0 else P
         return P, Q, rows, lines, chunk, cdiv(rows, Q - 2 * halo), cdiv(lines, chunk), halo
 
-    def _registers(self, few: bool) -> dict:
-        """Limits of registers: with 168 a thread, three warps fit a scheduler, with more two."""
-        return dict(maxnreg=168 if few and not self.exact else 255) if torch.version.cuda is not None else {}
+    def _resources(self, P: int, light: bool) -> tuple[int, dict]:
+        """Programs that run at a time, and options of their launch: with 168 registers, three warps fit a scheduler."""
+        registers = 128 if P == 256 else 168 if light and not self.exact else 255
+        warps = 4 * {128: 4, 168: 3, 255: 2}[registers]
+        options = dict(num_warps=P // 16)
+        if torch.version.cuda is not None:
+            options["maxnreg"] = registers
+        return warps * 16 // P * processors(self.x), options
 
     def _sources(self, directions: list[str]) -> list[int]:
         frames = [v for d in directions for v in frame(d, self.height, self.width)]
@@ -663,7 +739,8 @@ class _Launch:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             programs = self.blocks * cdiv(self.batch * Q, P) * tiles * segments
             keep = chunk <= 2
-            together = 2 if len(directions) % 2 == 0 and not keep else 1
+            # Two sweeps need more registers than a thread of 16 warps can have.
+            together = 2 if len(directions) % 2 == 0 and not keep and P < 256 else 1
             scratch = y
             if not keep and len(directions) > together:
                 scratch = y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
@@ -672,7 +749,7 @@ class _Launch:
                 lines, chunk, tiles, segments, halo, self.w_width, len(directions), *target,
                 *self._sources(directions),
                 S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, KEEP=keep, ADD=k > 0,
-                num_warps=P // 16, num_stages=2, **self._registers(few=True),
+                num_stages=2, **self._resources(P, light=True)[1],
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
@@ -681,11 +758,12 @@ class _Launch:
         gy = _pixels(gy)
         pixels = self.height * self.width
         groups = list(self.groups())
-        # So that nothing has to be added in memory by two programs: one gradient of the proxy a block of channels and
-        # program's sweeps, and one of x a sweep where different programs run sweeps over one pixel. The sums are taken
-        # in float32.
-        gz = gx = turned_gx = None
+        # So that nothing has to be added in memory: one gradient of the proxy a sweep and block of channels, and one of
+        # x a sweep. The sums are taken in float32.
         rounded = torch.bfloat16 if self.w.dtype == torch.bfloat16 else torch.float32
+        gz = gy.new_empty(self.k, self.blocks, self.batch, pixels, self.rank, dtype=rounded)
+        gx = gy.new_empty(self.k, *self.x.shape, dtype=self.x.dtype)
+        turned_gx = None
         g_gates, *others = (t.new_empty(t.shape) for t in self.weights)
         for k, directions, x, target in groups:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
@@ -694,34 +772,21 @@ class _Launch:
             per = cdiv(segments, self.SPAN) if keep else segments
             span = cdiv(segments, per)
             groups = cdiv(self.batch * Q, P) * tiles * per
-            in_place = x is self.x
-            # Short chunks need nothing of their sweep's other chunks.
-            apart = len(directions) if keep else 1
-            if gz is None:
-                dtype = rounded if apart > 1 else torch.float32
-                gz = x.new_empty(apart * self.blocks, self.batch, pixels, self.rank, dtype=dtype)
-            # Several programs may add to a pixel of gx in one launch.
-            partial = not in_place or (len(directions) > 1 and (keep or tiles * per > 1))
-            if gx is None or not in_place:
-                gx = x.new_empty(len(directions) if partial else 1, *x.shape)
-            # As many programs as run at a time, and all with as much to do.
-            warps = 12 if keep and not self.exact else 8
-            slots = max(1, warps * 16 // P * processors(x) // (self.blocks * apart))
-            workers = cdiv(groups, max(1, cdiv(groups, slots)))
+            slots, options = self._resources(P, light=P == 16 and (keep or self.V < self.R))
+            workers = _workers(groups, self.blocks * len(directions), slots)
             part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
             scratch = part
             if not keep:
-                scratch = x.new_empty(self.blocks * workers, chunk, P, self.C, dtype=rounded)
-            line_scan_proxy_bwd_kernel[(self.blocks * apart * workers,)](
-                x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels, pixels,
-                rows, lines, chunk, tiles, segments, halo, self.w_width, groups, per, span, workers, *target,
+                scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=rounded)
+            line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
+                x, self.proxy, self.w[k:], self.v[k:], gy, gx[k:], gz[k:], part, scratch, self.batch, self.channels,
+                pixels, rows, lines, chunk, tiles, segments, halo, self.w_width, groups, per, span, workers, *target,
                 *self._sources(directions),
                 K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
-                ADD=k > 0, ADD_GX=k > 0 and in_place, PARTIAL=partial, APART=apart > 1, num_warps=P // 16,
-                **self._registers(few=keep),
+                **options,
             )  # fmt: skip
-            if not in_place:
-                turned = from_map_frame(_map(gx[0], self.height).float(), self.directions[k])
+            if x is not self.x:
+                turned = from_map_frame(_map(gx[k], self.height).float(), self.directions[k])
                 turned_gx = turned if turned_gx is None else turned_gx + turned
             line_scan_unpack_kernel[(6 * len(directions), self.blocks)](
                 part, g_gates[:, k:], *(t[k:] for t in others), self.channels, self.w_width, workers,
@@ -730,7 +795,7 @@ class _Launch:
             )  # fmt: skip
         if turned_gx is None:
             turned_gx = _map(_sum(gx, gx.dtype) if len(gx) > 1 else gx[0], self.height)
-        return [turned_gx, g_gates, *others, _map(_sum(gz, self.proxy.dtype), self.height)]
+        return [turned_gx, g_gates, *others, _map(_sum(gz.flatten(0, 1), self.proxy.dtype), self.height)]
 
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -740,6 +805,19 @@ def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
     total = maps.new_empty(maps.shape[1:], dtype=dtype)
     line_scan_sum_kernel[(cdiv(total.numel(), 1024),)](maps, total, len(maps), total.numel(), AT_ONCE=4, BLOCK=1024)
     return total
+
+
+def _is_exact(x: Tensor, proxy: Tensor) -> bool:
+    """Whether products are float32's."""
+    return x.dtype != proxy.dtype or x.dtype == torch.float32
+
+
+def _most_rows(x: Tensor, proxy: Tensor) -> int:
+    """Rows of the largest tiles that all GPUs have the shared memory for."""
+    half = max(8, next_power_of_2(proxy.shape[1]))
+    if _is_exact(x, proxy):
+        return 1024 // max(16, half)
+    return (2048 if x.dtype == torch.bfloat16 else 1024) // half
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -752,15 +830,32 @@ def _map(x: Tensor, height: int) -> Tensor:
     return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
-def _tile(rows: int, chunk: int) -> tuple[int, int] | None:
-    """Rows of a tile and how many of them it shares with the next, or None where lines are too long for tiles.
+def _tile(rows: int, chunk: int, most: int) -> tuple[int, int] | None:
+    """Rows of a tile, no more than `most`, and how many it shares with the next; None where lines are too long for it.
 
     Every line after the first of a chunk spoils one row more at a tile's ends.
     """
-    options = [(P, 0) for P in (16, 32, 64) if rows <= P]
-    options += [(P, chunk - 1) for P in (16, 32, 64) if rows > P and P - 2 * (chunk - 1) >= P // 2]
-    # Shifting rows is a product with a P x P matrix.
+    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
+    options = [(P, 0) for P in sizes if rows <= P]
+    options += [(P, chunk - 1) for P in sizes if rows > P and P - 2 * (chunk - 1) >= P // 2]
+    # In larger tiles more warps wait for each other.
     return min(options, key=lambda o: cdiv(rows, o[0] - 2 * o[1]) * o[0] * (128 + o[0]), default=None)
+
+
+def _workers(groups: int, each: int, slots: int) -> int:
+    """Programs that share `groups` equal pieces of work, where `each` such teams run in `slots` places at a time.
+
+    The least that take about the shortest time, one wave of programs after the other.
+    """
+    best, shortest = 1, None
+    for waves in range(1, 17):
+        most = min(groups, max(1, waves * slots // each))
+        share = cdiv(groups, max(1, most))
+        workers = cdiv(groups, max(1, share))
+        time = cdiv(each * workers, slots) * share
+        if shortest is None or time < 0.97 * shortest:
+            best, shortest = workers, time
+    return best
 
 
 def processors(x: Tensor) -> int:
@@ -773,7 +868,8 @@ def suits(args: tuple) -> bool:
     if proxy is None or u is None or skip is None or not normalize or not 1 <= proxy.shape[1] <= 32:
         return False
     sizes = {x.shape[2:], x.shape[:1:-1] if aligned else x.shape[2:]}
-    return all(_tile(rows, min(chunk or lines, lines)) is not None for rows, lines in sizes)
+    most = _most_rows(x, proxy)
+    return all(_tile(rows, min(chunk or lines, lines), most) is not None for rows, lines in sizes)
 
 
 def forward(*args) -> Tensor:
