@@ -176,13 +176,21 @@ def _weights(keys, extra, L: tl.constexpr):
 
 
 @triton.jit
-def _totals(xs, ys, decay, L: tl.constexpr):
-    """Sums of a segment seen from its right edge, and from its left edge."""
-    rx, ry, lx, ly = xs[0], ys[0], xs[L - 1], ys[L - 1]
+def _from_right(xs, ys, decay, L: tl.constexpr):
+    """Sums of a segment seen from its right edge."""
+    x, y = xs[0], ys[0]
     for t in tl.static_range(1, L):
-        rx, ry = rx * decay + xs[t], ry * decay + ys[t]
-        lx, ly = lx * decay + xs[L - 1 - t], ly * decay + ys[L - 1 - t]
-    return rx, ry, lx, ly
+        x, y = x * decay + xs[t], y * decay + ys[t]
+    return x, y
+
+
+@triton.jit
+def _from_left(xs, ys, decay, L: tl.constexpr):
+    """Sums of a segment seen from its left edge."""
+    x, y = xs[L - 1], ys[L - 1]
+    for t in tl.static_range(1, L):
+        x, y = x * decay + xs[L - 1 - t], y * decay + ys[L - 1 - t]
+    return x, y
 
 
 @triton.jit
@@ -242,7 +250,9 @@ def _near_attend(w, place, keys, values, past, future, ONE: tl.constexpr, L: tl.
     for t in tl.static_range(L):
         weighted += (weights[t] * values[t],)
     left, right = _edges(w, place, L, W)
-    around = _surroundings(_totals(weighted, weights, tl.exp(-w), L), before, after, left, right, segment, W)
+    decay = tl.exp(-w)
+    totals = _from_right(weighted, weights, decay, L) + _from_left(weighted, weights, decay, L)
+    around = _surroundings(totals, before, after, left, right, segment, W)
     return weights, around, (before, after), top, over
 
 
@@ -274,7 +284,9 @@ def _near_sums(
     weighted = ()
     for t in tl.static_range(L):
         weighted += (weights[t] * values[t],)
-    _near_store(totals_ptr, _totals(weighted, weights, tl.exp(-w), L), top, w, place, channels, L, W)
+    decay = tl.exp(-w)
+    totals = _from_right(weighted, weights, decay, L) + _from_left(weighted, weights, decay, L)
+    _near_store(totals_ptr, totals, top, w, place, channels, L, W)
 
 
 @triton.jit
@@ -321,7 +333,7 @@ def _near_gradients(
 
     Returns:
         Exponentials of the keys; values; g, the outputs' gradients over the denominators; h, these times the outputs;
-        the last three of `_near_attend`; sums for the gradients of w and u; the future sums of all tokens summed as a
+        both's sums from the edges; the last three of `_near_attend`; sums for the gradients of w and u; the future sums of all tokens summed as a
         future seen from the left edge, and the past ones from the right edge: times the gradients' past and future
         sums they give what the decay gets from pairs with tokens outside.
     """
@@ -364,13 +376,14 @@ def _near_gradients(
         qn, qd = qn * decay + pn, qd * decay + pd
         px, py = px * decay + g, py * decay + h
         pn, pd = pn * decay + weights[t] * values[t], pd * decay + weights[t]
-    return weights, values, gs, hs, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
+    totals = (px, py) + _from_left(gs, hs, decay, L)
+    return weights, values, gs, hs, totals, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
 
 
 @triton.jit
 def _near_grads(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -383,21 +396,21 @@ def _near_grads(
     gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     totals_ptr += (b * spans + span) * 6 * channels + channel
-    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+    weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, gate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_gt, GATED, False, False, L, W,
     )  # fmt: skip
-    _near_store(totals_ptr, _totals(gs, hs, tl.exp(-w), L), -(top + over), w, place, channels, L, W)
+    _near_store(totals_ptr, totals, -(top + over), w, place, channels, L, W)
 
 
 @triton.jit
 def _near_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
-    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
@@ -412,7 +425,7 @@ def _near_inputs(
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
     part = _part(place, spans, channels, BLOCK)
-    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+    weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
     )  # fmt: skip
@@ -424,7 +437,7 @@ def _near_inputs(
         before, after = (pm * grad_past[1], pm * grad_past[2]), (fm * grad_future[1], fm * grad_future[2])
     decay, bonus = tl.exp(-w), tl.exp(u)
     left, right = _edges(w, place, L, W)
-    px, py, fx, fy = _surroundings(_totals(gs, hs, decay, L), before, after, left, right, segment, W)
+    px, py, fx, fy = _surroundings(totals, before, after, left, right, segment, W)
     gw += (qn * fx - qd * fy) + (hn * px - hd * py)
     if not ONE:
         # Sums from outside and the gradients' do not have the same exponent: these pairs are taken out, ...
@@ -632,8 +645,8 @@ def _far_gradients(
 
 @triton.jit
 def _far_grads(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -656,8 +669,8 @@ def _far_grads(
 
 @triton.jit
 def _far_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
@@ -722,13 +735,13 @@ def bi_wkv_sums_kernel(
     program = tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
-            stride_vb, stride_vt, stride_vc, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_sums(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
-            stride_vb, stride_vt, stride_vc, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK,
         )  # fmt: skip
 
 
@@ -783,15 +796,15 @@ def bi_wkv_fwd_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
-            stride_yt, GATED, ONE, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
+            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_outputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
-            stride_yt, GATED, ONE, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
+            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
@@ -809,15 +822,15 @@ def bi_wkv_grads_kernel(
     program = tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
-            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
-            stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
+            channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_grads(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
-            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
-            stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
+            channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
         )  # fmt: skip
 
 
@@ -838,22 +851,22 @@ def bi_wkv_bwd_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
-            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+            stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
-            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+            stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
-# Most tokens of a segment and most segments of a span; channels of a program.
-_TOKENS, _SEGMENTS, _BLOCK = 16, 16, 16
+# Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
+_TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
 # Registers of a thread, so that a multiprocessor has three programs at a time and two of those with gradients.
 _REGISTERS, _SUM_REGISTERS, _GRAD_REGISTERS = 80, 128, 128
 
@@ -863,6 +876,8 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     batch, length, channels = k.shape
     block = min(_BLOCK, 1 << (channels.bit_length() - 1))
     segments = min(_SEGMENTS, next_power_of_2(cdiv(length, _TOKENS)))
+    if length > segments * _TOKENS:
+        segments = min(segments, _SPLIT_SEGMENTS)
     spans = cdiv(length, segments * _TOKENS)
     tokens = cdiv(length, segments * spans)
     spans = cdiv(length, segments * tokens)
