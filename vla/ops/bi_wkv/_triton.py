@@ -333,9 +333,9 @@ def _near_gradients(
 
     Returns:
         Exponentials of the keys; values; g, the outputs' gradients over the denominators; h, these times the outputs;
-        both's sums from the edges; the last three of `_near_attend`; sums for the gradients of w and u; the future sums of all tokens summed as a
-        future seen from the left edge, and the past ones from the right edge: times the gradients' past and future
-        sums they give what the decay gets from pairs with tokens outside.
+        both's sums from the edges; the last three of `_near_attend`; sums for the gradients of w and u; the future sums
+        of all tokens summed as a future seen from the left edge, and the past ones from the right edge: times the
+        gradients' past and future sums they give what the decay gets from pairs with tokens outside.
     """
     b, span, segment, start, extra, channel, mask = place
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
@@ -874,6 +874,7 @@ _REGISTERS, _SUM_REGISTERS, _GRAD_REGISTERS = 80, 128, 128
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     """Spans and sizes, programs, and options of the kernels."""
     batch, length, channels = k.shape
+    length, channels = int(length), int(channels)  # a compiler's symbols have no `bit_length`
     block = min(_BLOCK, 1 << (channels.bit_length() - 1))
     segments = min(_SEGMENTS, next_power_of_2(cdiv(length, _TOKENS)))
     if length > segments * _TOKENS:
@@ -895,7 +896,7 @@ def _scale(k: Tensor, per_sequence: bool) -> float:
 def _states(k: Tensor) -> Tensor:
     """Room for two states of every span, of its past and its future, (B, spans, 2, 3, C)."""
     (spans, _, channels), _, _ = _plan(k)
-    return k.new_empty((len(k), spans, 2, 3, channels), dtype=torch.float32)
+    return k.new_empty((k.shape[0], spans, 2, 3, channels), dtype=torch.float32)
 
 
 def _exchange(w: Tensor, scale: float, totals: Tensor, outside: Tensor, options: dict) -> None:
