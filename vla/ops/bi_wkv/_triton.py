@@ -793,6 +793,7 @@ def bi_wkv_fwd_kernel(
 
     k, v, gate, y (B, T, C); outside (B, spans, 2, 3, C); w, u (C,).
     """
+    # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
@@ -848,6 +849,7 @@ def bi_wkv_bwd_kernel(
     k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
     w, u (C,).
     """
+    # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
@@ -867,8 +869,9 @@ def bi_wkv_bwd_kernel(
 
 # Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
 _TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
-# Registers of a thread, so that a multiprocessor has three programs at a time and two of those with gradients.
-_REGISTERS, _SUM_REGISTERS, _GRAD_REGISTERS = 80, 128, 128
+# Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
+# gradients.
+_REGISTERS, _GRAD_REGISTERS = 80, 128
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -993,7 +996,7 @@ def backward(
         totals, grad_outside = torch.empty_like(outside), torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
             w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
-            maxnreg=_SUM_REGISTERS, **options,
+            maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
     parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
