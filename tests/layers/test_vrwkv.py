@@ -116,6 +116,41 @@ def test_block_in_any_network(options, memory_format, size):
     assert_close("contiguous", block(x), block(x.contiguous()), 1e-5)
 
 
+@pytest.mark.parametrize("norm_layer", ["layernorm2d", "batchnorm2d"])
+def test_layer_scale_after_norms(norm_layer):
+    """The same values and gradients where a hook keeps norm and scale apart."""
+    torch.manual_seed(0)
+    block = VRWKVBlock(8, post_norm=True, layer_scale=0.5, norm_layer=norm_layer).double()
+    for scale in (block.ls1, block.ls2):
+        torch.nn.init.normal_(scale.gamma)
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    actual = [block(x), *torch.autograd.grad(block(x).sin().sum(), leaves)]
+    for scale in (block.ls1, block.ls2):
+        scale.register_forward_hook(lambda *_: None)
+    expected = [block(x), *torch.autograd.grad(block(x).sin().sum(), leaves)]
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(str(i), one, other, 1e-9)
+
+
+def test_layer_scale_keeps_no_map():
+    x = torch.randn(2, 16, 8, 8)
+
+    def kept(**options) -> int:
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        block = VRWKVBlock(16, post_norm=True, **options)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(x)
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    assert kept() < kept(layer_scale=0.5) < kept() + x.nbytes
+
+
 def test_one_token_attends_to_itself():
     """A single pixel: the attention's output is its value."""
     mixer = SpatialMix(8, shift=0).double()

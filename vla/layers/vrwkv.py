@@ -6,11 +6,12 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale2d
 from torch import Tensor, nn
 
 from ..ops import bi_wkv, q_shift, q_shift_mix, squared_relu, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
-from .norm import LayerNorm, autocast_dtype, normalize
+from .norm import LayerNorm, LayerNorm2d, autocast_dtype, normalize
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
 
@@ -423,8 +424,18 @@ class VRWKVBlock(ResidualBlock):
         )
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
-        y = self.norm1(self.mixer(x, grid)) if self.post_norm else self.mixer(self.norm1(x), grid)
-        x, y = self.between(x, self.drop_path1(self.ls1(y)))
+        if self.post_norm:
+            y = self.mixer(x, grid)
+            if isinstance(self.norm1, LayerNorm2d) and isinstance(self.ls1, LayerScale2d):
+                y = self.norm1.scaled(y, self.ls1)
+            else:
+                y = self.ls1(self.norm1(y))
+        else:
+            y = self.ls1(self.mixer(self.norm1(x), grid))
+        x, y = self.between(x, self.drop_path1(y))
         y = self.mlp(y, grid)
-        y = self.norm2(y) if self.post_norm else y
-        return x + self.drop_path2(self.ls2(y))
+        if self.post_norm and isinstance(self.norm2, LayerNorm2d) and isinstance(self.ls2, LayerScale2d):
+            y = self.norm2.scaled(y, self.ls2)
+        else:
+            y = self.ls2(self.norm2(y) if self.post_norm else y)
+        return x + self.drop_path2(y)

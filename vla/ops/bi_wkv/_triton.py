@@ -12,6 +12,8 @@ so that one exponent serves all of it and the recurrences are linear. That hangs
 token's sums have their own exponent, and inside a segment all pairs of tokens are formed: right for any w and u.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ FAR_LIMIT = tl.constexpr(44.0)
 
 
 @triton.jit
-def _place(spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """Where a program works.
 
     A sequence's last segments begin early instead of ending late, so that loads need no mask, and so does the last
@@ -41,7 +43,6 @@ def _place(spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.
         segment before (W, 1); channels (1, C); which of these are not another program's too.
     """
     blocks = tl.cdiv(channels, BLOCK)
-    program = tl.program_id(0)
     b = (program // blocks // spans).to(tl.int64)
     span = program // blocks % spans
     segment = tl.arange(0, W)[:, None]
@@ -61,12 +62,12 @@ def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
 
 @triton.jit
 def _begin(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
     stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
-    place = _place(spans, length, channels, L, W, BLOCK)
+    place = _place(program, spans, length, channels, L, W, BLOCK)
     b, span, segment, start, extra, channel, mask = place
     w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     centre = w * 0
@@ -134,8 +135,8 @@ def _part(place, spans, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _is_near(w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    first = tl.program_id(0) % tl.cdiv(channels, BLOCK) * BLOCK
+def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    first = program % tl.cdiv(channels, BLOCK) * BLOCK
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
     w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
@@ -175,13 +176,21 @@ def _weights(keys, extra, L: tl.constexpr):
 
 
 @triton.jit
-def _totals(xs, ys, decay, L: tl.constexpr):
-    """Sums of a segment seen from its right edge, and from its left edge."""
-    rx, ry, lx, ly = xs[0], ys[0], xs[L - 1], ys[L - 1]
+def _from_right(xs, ys, decay, L: tl.constexpr):
+    """Sums of a segment seen from its right edge."""
+    x, y = xs[0], ys[0]
     for t in tl.static_range(1, L):
-        rx, ry = rx * decay + xs[t], ry * decay + ys[t]
-        lx, ly = lx * decay + xs[L - 1 - t], ly * decay + ys[L - 1 - t]
-    return rx, ry, lx, ly
+        x, y = x * decay + xs[t], y * decay + ys[t]
+    return x, y
+
+
+@triton.jit
+def _from_left(xs, ys, decay, L: tl.constexpr):
+    """Sums of a segment seen from its left edge."""
+    x, y = xs[L - 1], ys[L - 1]
+    for t in tl.static_range(1, L):
+        x, y = x * decay + xs[L - 1 - t], y * decay + ys[L - 1 - t]
+    return x, y
 
 
 @triton.jit
@@ -241,7 +250,9 @@ def _near_attend(w, place, keys, values, past, future, ONE: tl.constexpr, L: tl.
     for t in tl.static_range(L):
         weighted += (weights[t] * values[t],)
     left, right = _edges(w, place, L, W)
-    around = _surroundings(_totals(weighted, weights, tl.exp(-w), L), before, after, left, right, segment, W)
+    decay = tl.exp(-w)
+    totals = _from_right(weighted, weights, decay, L) + _from_left(weighted, weights, decay, L)
+    around = _surroundings(totals, before, after, left, right, segment, W)
     return weights, around, (before, after), top, over
 
 
@@ -259,13 +270,12 @@ def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: t
 
 @triton.jit
 def _near_sums(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
-    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, CENTRE, L, W, BLOCK,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -274,25 +284,27 @@ def _near_sums(
     weighted = ()
     for t in tl.static_range(L):
         weighted += (weights[t] * values[t],)
-    _near_store(totals_ptr, _totals(weighted, weights, tl.exp(-w), L), top, w, place, channels, L, W)
+    decay = tl.exp(-w)
+    totals = _from_right(weighted, weights, decay, L) + _from_left(weighted, weights, decay, L)
+    _near_store(totals_ptr, totals, top, w, place, channels, L, W)
 
 
 @triton.jit
 def _near_outputs(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, False, L, W, BLOCK,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
-    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, 0.0, L)
+    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
     gates = _load_gates(gate_ptr, stride_gt, GATED, L)
     weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
     pn, pd, fn, fd = around
@@ -304,7 +316,7 @@ def _near_outputs(
         fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     for t in tl.static_range(L):
         own, weighted = weights[t] * bonus, weights[t] * values[t]
-        y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own))
+        y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own)) + centre
         if GATED:
             y *= _sigmoid(gates[t].to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
@@ -321,9 +333,9 @@ def _near_gradients(
 
     Returns:
         Exponentials of the keys; values; g, the outputs' gradients over the denominators; h, these times the outputs;
-        the last three of `_near_attend`; sums for the gradients of w and u; the future sums of all tokens summed as a
-        future seen from the left edge, and the past ones from the right edge: times the gradients' past and future
-        sums they give what the decay gets from pairs with tokens outside.
+        both's sums from the edges; the last three of `_near_attend`; sums for the gradients of w and u; the future sums
+        of all tokens summed as a future seen from the left edge, and the past ones from the right edge: times the
+        gradients' past and future sums they give what the decay gets from pairs with tokens outside.
     """
     b, span, segment, start, extra, channel, mask = place
     keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
@@ -364,18 +376,19 @@ def _near_gradients(
         qn, qd = qn * decay + pn, qd * decay + pd
         px, py = px * decay + g, py * decay + h
         pn, pd = pn * decay + weights[t] * values[t], pd * decay + weights[t]
-    return weights, values, gs, hs, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
+    totals = (px, py) + _from_left(gs, hs, decay, L)
+    return weights, values, gs, hs, totals, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
 
 
 @triton.jit
 def _near_grads(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
         stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
@@ -383,24 +396,24 @@ def _near_grads(
     gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     totals_ptr += (b * spans + span) * 6 * channels + channel
-    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+    weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, gate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_gt, GATED, False, False, L, W,
     )  # fmt: skip
-    _near_store(totals_ptr, _totals(gs, hs, tl.exp(-w), L), -(top + over), w, place, channels, L, W)
+    _near_store(totals_ptr, totals, -(top + over), w, place, channels, L, W)
 
 
 @triton.jit
 def _near_inputs(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
-    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
         stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
@@ -412,7 +425,7 @@ def _near_inputs(
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
     part = _part(place, spans, channels, BLOCK)
-    weights, values, gs, hs, outside, top, over, gw, gu, around = _near_gradients(
+    weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
     )  # fmt: skip
@@ -424,7 +437,7 @@ def _near_inputs(
         before, after = (pm * grad_past[1], pm * grad_past[2]), (fm * grad_future[1], fm * grad_future[2])
     decay, bonus = tl.exp(-w), tl.exp(u)
     left, right = _edges(w, place, L, W)
-    px, py, fx, fy = _surroundings(_totals(gs, hs, decay, L), before, after, left, right, segment, W)
+    px, py, fx, fy = _surroundings(totals, before, after, left, right, segment, W)
     gw += (qn * fx - qd * fy) + (hn * px - hd * py)
     if not ONE:
         # Sums from outside and the gradients' do not have the same exponent: these pairs are taken out, ...
@@ -528,12 +541,17 @@ def _far_around(keys, x, y, t, extra, w, around, L: tl.constexpr):
 
 @triton.jit
 def _far_attend(states, k, v, u):
-    """Output of a token, the inverse of its denominator, and the exponent of that."""
+    """Output of a token, the inverse of its denominator, the exponent of that, and what the bonus's gradient needs.
+
+    That is the token's own weight times the distance of its value from the output, from the others' distances: for a
+    weight near 1 that of the output would be its rounding.
+    """
     pm, pn, pd, fm, fn, fd = states
     top = tl.maximum(tl.maximum(pm, fm), k + u)
     past, future, own = tl.exp(pm - top), tl.exp(fm - top), tl.exp((k - top) + u)
     inverse = 1.0 / (past * pd + future * fd + own)
-    return (past * pn + future * fn + own * v) * inverse, inverse, top
+    apart = (past * (v * pd - pn) + future * (v * fd - fn)) * inverse
+    return (past * pn + future * fn + own * v) * inverse, inverse, top, own * apart
 
 
 @triton.jit
@@ -545,13 +563,13 @@ def _far_keys(k_ptr, extra, stride_kt: tl.constexpr, L: tl.constexpr, P: tl.cons
 
 @triton.jit
 def _far_sums(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
-    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, CENTRE, L, W, BLOCK,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -562,27 +580,28 @@ def _far_sums(
 
 @triton.jit
 def _far_outputs(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, False, L, W, BLOCK,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     y_ptr = _sequence(y_ptr, place, stride_yb, stride_yt, 1)
     w, u = w + 0.0 * segment, u + 0.0 * segment
-    keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P)
+    keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P) - centre
     ones = values * 0 + 1.0
     around = _far_surroundings(_far_totals(keys, values, ones, w, extra, L), past, future, w, segment, L, W)
     for t in range(L):
         states = _far_around(keys, values, ones, t, extra, w, around, L)
-        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32)
-        y, inverse, top = _far_attend(states, k, v, u)
+        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        y, inverse, top, apart = _far_attend(states, k, v, u)
+        y += centre
         if GATED:
             y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
@@ -598,17 +617,17 @@ def _far_gradients(
 
     Returns:
         Keys and values; what the segment sees around it; g, the outputs' gradients over the denominators, h, these
-        times the outputs, and minus the denominators' exponents, (P, W, C).
+        times the outputs, minus the denominators' exponents, and the tokens' parts of the gradient of u, (P, W, C).
     """
     b, span, segment, start, extra, channel, mask = place
     keys, values = _far_keys(k_ptr, extra, stride_kt, L, P), _far_load(v_ptr, stride_vt, L, P) - centre
     ones, i = values * 0 + 1.0, tl.arange(0, P)[:, None, None]
     around = _far_surroundings(_far_totals(keys, values, ones, w, extra, L), past, future, w, segment, L, W)
-    gs, hs, minus = values * 0, values * 0, values * 0 + NOTHING
+    gs, hs, minus, gus = values * 0, values * 0, values * 0 + NOTHING, values * 0
     for t in range(L):
         states = _far_around(keys, values, ones, t, extra, w, around, L)
         k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
-        y, inverse, top = _far_attend(states, k, v, u)
+        y, inverse, top, apart = _far_attend(states, k, v, u)
         gy = tl.load(gy_ptr + t * stride_gyt).to(tl.float32)
         if GATED:
             s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
@@ -620,18 +639,19 @@ def _far_gradients(
         here = (i == t) & (t >= extra)[None]
         g = gy * inverse
         gs, hs, minus = tl.where(here, g, gs), tl.where(here, g * y, hs), tl.where(here, -top, minus)
-    return keys, values, around, gs, hs, minus
+        gus = tl.where(here, g * apart, gus)
+    return keys, values, around, gs, hs, minus, gus
 
 
 @triton.jit
 def _far_grads(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
-    stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
+    stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
         stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
@@ -639,7 +659,7 @@ def _far_grads(
     gy_ptr = _sequence(gy_ptr, place, stride_gyb, stride_gyt, stride_gyc)
     gate_ptr = _sequence(gate_ptr, place, stride_gb, stride_gt, stride_gc)
     totals_ptr += (b * spans + span) * 6 * channels + channel
-    keys, values, around, gs, hs, minus = _far_gradients(
+    keys, values, around, gs, hs, minus, gus = _far_gradients(
         w + 0.0 * segment, u + 0.0 * segment, place, k_ptr, v_ptr, gy_ptr, gate_ptr, gate_ptr, past, future, centre,
         stride_kt, stride_vt, stride_gyt, stride_gt, stride_gt, GATED, False, L, P, W,
     )  # fmt: skip
@@ -649,15 +669,15 @@ def _far_grads(
 
 @triton.jit
 def _far_inputs(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-    grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
-        w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+        program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
         stride_vt, stride_vc, True, L, W, BLOCK,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
@@ -670,14 +690,14 @@ def _far_inputs(
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
     part = _part(place, spans, channels, BLOCK)
     w, u = w + 0.0 * segment, u + 0.0 * segment
-    keys, values, around, gs, hs, minus = _far_gradients(
+    keys, values, around, gs, hs, minus, gus = _far_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, L, P, W,
     )  # fmt: skip
     grad_around = _far_surroundings(
         _far_totals(minus, gs, hs, w, extra, L), grad_past, grad_future, w, segment, L, W
     )  # fmt: skip
-    gw, gu = w * 0, w * 0
+    gw = w * 0
     i = tl.arange(0, P)[:, None, None]
     for t in range(L):
         pm, pn, pd, fm, fn, fd = _far_around(keys, values, values * 0 + 1.0, t, extra, w, around, L)
@@ -687,16 +707,15 @@ def _far_inputs(
         meet = tl.exp(pm + gfm - w) * (pn * fx - pd * fy) + tl.exp(fm + gpm - w) * (fn * px - fd * py)
         gw -= tl.where(valid, meet, 0.0)
         k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
-        g, h = tl.sum(tl.where(i == t, gs, 0.0), 0), tl.sum(tl.where(i == t, hs, 0.0), 0)
+        g, gu = tl.sum(tl.where(i == t, gs, 0.0), 0), tl.sum(tl.where(i == t, gus, 0.0), 0)
         own = tl.where(valid, tl.exp((k + tl.max(tl.where(i == t, minus, NOTHING), 0)) + u), 0.0)
         before, after = tl.exp(gpm + k), tl.exp(gfm + k)
         gv = before * px + after * fx + own * g
-        gk = before * (v * px - py) + after * (v * fx - fy) + own * (v * g - h)
-        gu += own * (v * g - h)
+        gk = before * (v * px - py) + after * (v * fx - fy) + gu
         tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
         tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
     tl.store(gw_ptr + part, tl.sum(gw, 0)[None] * scale, mask=mask)
-    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
+    tl.store(gu_ptr + part, tl.sum(tl.sum(gus, 0), 0)[None] * scale, mask=mask)
 
 
 # Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
@@ -706,63 +725,61 @@ def _far_inputs(
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_sums_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
-    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States of every span, seen from its right edge and from its left edge.
 
     k, v (B, T, C); totals (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
+    program = tl.program_id(0)
+    if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
-            stride_vb, stride_vt, stride_vc, CENTRE, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_sums(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc,
-            stride_vb, stride_vt, stride_vc, CENTRE, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK,
         )  # fmt: skip
 
 
-@kernel
+@kernel(do_not_specialize=["spans"])
 def bi_wkv_outside_kernel(
-    w_ptr, scale, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    w_ptr, scale, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """States of all spans before each and of all after it, seen from its edges, from what each span has.
 
-    A program takes one side of one block of channels of a sequence, W times P spans at a time.
+    A program walks one side of one block of channels of a sequence, and loads P spans at a time. The largest exponent
+    of a state is kept as that of a span and as the number of spans since: aged span by span it would drift.
 
     totals, outside (B, spans, 2, 3, C); w (C,).
     """
     blocks = tl.cdiv(channels, BLOCK)
     side, block = tl.program_id(0) % 2, tl.program_id(0) // 2 % blocks
-    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)[None]
-    first = (tl.program_id(0) // 2 // blocks).to(tl.int64) * spans
-    totals_ptr += side * 3 * channels + channel
-    outside_ptr += side * 3 * channels + channel
-    group, i = tl.arange(0, W)[:, None], tl.arange(0, P)[:, None, None]
-    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN + 0.0 * group
-    m, x, y = w * 0 + NOTHING, w * 0, w * 0
-    for begin in range(0, spans, W * P):
-        # In the order in which they are met.
-        span = begin + group[None] * P + i
-        exists = span < spans
-        pointer = totals_ptr[None] + (first + tl.where(side == 0, span, spans - 1 - span)) * 6 * channels
-        tm, tx = tl.load(pointer, exists, NOTHING), tl.load(pointer + channels, exists, 0.0)
-        ty = tl.load(pointer + 2 * channels, exists, 0.0)
-        zero = w * 0
-        gm, gx, gy = _side(tm, tx, ty, P - 1 - i, w, zero + NOTHING, 0, zero, zero)
-        between = (group[None] - tl.arange(0, W)[:, None, None] - 1) * P
-        sm, sx, sy = _side(gm[:, None], gx[:, None], gy[:, None], between, w, m, group * P, x, y)
-        for t in range(P):
-            here = begin + group * P + t
-            om, ox, oy = _side(tm, tx, ty, t - 1 - i, w, sm, t, sx, sy)
-            out = outside_ptr + (first + tl.where(side == 0, here, spans - 1 - here)) * 6 * channels
-            _store_state(out, om, ox, oy, channels, here < spans)
-        between = (W - 1 - group) * P
-        m, x, y = _side(gm, gx, gy, between, w, m, W * P, x, y)
+    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)
+    # The side's first span, and how far it is to the next.
+    first = (tl.program_id(0) // 2 // blocks).to(tl.int64) * spans + tl.where(side == 0, 0, spans - 1)
+    step = tl.where(side == 0, 6, -6) * channels
+    totals_ptr += (6 * first + 3 * side) * channels + channel
+    outside_ptr += (6 * first + 3 * side) * channels + channel
+    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN
+    m, age, x, y = w * 0 + NOTHING, w * 0, w * 0, w * 0
+    for begin in range(0, spans, P):
+        totals = ()
+        for i in tl.static_range(P):
+            pointer = totals_ptr + tl.minimum(begin + i, spans - 1) * step
+            totals += (_load_state(pointer, channels),)
+        for i in tl.static_range(P):
+            tm, tx, ty = totals[i]
+            _store_state(outside_ptr + (begin + i) * step, m - age * w, x, y, channels, begin + i < spans)
+            age += 1
+            gap = (m - tm) - age * w
+            small = tl.exp(-tl.abs(gap))
+            keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
+            m, age = tl.where(gap > 0, m, tm), tl.where(gap > 0, age, 0.0)
+            x, y = keep * x + add * tx, keep * y + add * ty
 
 
 @kernel(do_not_specialize=["spans", "length"])
@@ -776,17 +793,19 @@ def bi_wkv_fwd_kernel(
 
     k, v, gate, y (B, T, C); outside (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
+    # From the last on: what the pass before has read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
-            stride_yt, GATED, ONE, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
+            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_outputs(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
-            stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc, stride_yb,
-            stride_yt, GATED, ONE, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
+            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
+            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
@@ -801,17 +820,18 @@ def bi_wkv_grads_kernel(
 
     k, v, gy, gate (B, T, C); outside, totals (B, spans, 2, 3, C); w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
+    program = tl.program_id(0)
+    if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
-            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
-            stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
+            channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_grads(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
-            stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc,
-            stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
+            channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
         )  # fmt: skip
 
 
@@ -829,33 +849,39 @@ def bi_wkv_bwd_kernel(
     k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
     w, u (C,).
     """
-    if _is_near(w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
+    # From the last on: what the pass before has read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
-            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+            stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
         )  # fmt: skip
     else:
         _far_inputs(
-            w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
-            grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt,
-            stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb, stride_gkt,
-            stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
+            stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
         )  # fmt: skip
 
 
-# Most tokens of a segment and most segments of a span; channels of a program.
-_TOKENS, _SEGMENTS, _BLOCK = 16, 16, 16
-# Registers of a thread, so that a multiprocessor has three programs at a time and two of those with gradients.
+# Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
+_TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
+# Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
+# gradients.
 _REGISTERS, _GRAD_REGISTERS = 80, 128
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     """Spans and sizes, programs, and options of the kernels."""
     batch, length, channels = k.shape
+    length, channels = int(length), int(channels)  # a compiler's symbols have no `bit_length`
     block = min(_BLOCK, 1 << (channels.bit_length() - 1))
     segments = min(_SEGMENTS, next_power_of_2(cdiv(length, _TOKENS)))
+    if length > segments * _TOKENS:
+        segments = min(segments, _SPLIT_SEGMENTS)
     spans = cdiv(length, segments * _TOKENS)
     tokens = cdiv(length, segments * spans)
     spans = cdiv(length, segments * tokens)
@@ -870,28 +896,42 @@ def _scale(k: Tensor, per_sequence: bool) -> float:
     return 1.0 / k.shape[1] if per_sequence else 1.0
 
 
-def _outside(w: Tensor, scale: float, totals: Tensor, options: dict) -> Tensor:
-    """States outside of each span from those of each, (B, spans, 2, 3, C)."""
+def _states(k: Tensor) -> Tensor:
+    """Room for two states of every span, of its past and its future, (B, spans, 2, 3, C)."""
+    (spans, _, channels), _, _ = _plan(k)
+    return k.new_empty((k.shape[0], spans, 2, 3, channels), dtype=torch.float32)
+
+
+def _exchange(w: Tensor, scale: float, totals: Tensor, outside: Tensor, options: dict) -> None:
+    """Fills in the states outside of each span from those that the spans have."""
     batch, spans, _, _, channels = totals.shape
-    outside = torch.empty_like(totals)
-    groups = min(16, next_power_of_2(cdiv(spans, 8)))
-    block = options["BLOCK"]
+    block = min(32, 1 << (channels.bit_length() - 1))
     bi_wkv_outside_kernel[(2 * batch * cdiv(channels, block),)](
-        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"],
-        P=min(8, next_power_of_2(spans)), W=groups, BLOCK=block, num_warps=max(1, groups * block // 32),
+        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"], P=8, BLOCK=block, num_warps=1
     )  # fmt: skip
-    return outside
 
 
-def _around(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, centre: bool) -> Tensor:
-    """States outside of each span."""
+def _fill_outside(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, outside: Tensor) -> None:
+    """Fills in the states outside of each span from keys and values."""
     sizes, programs, options = _plan(k)
-    totals = k.new_empty(len(k), sizes[0], 2, 3, sizes[2], dtype=torch.float32)
+    totals = torch.empty_like(outside)
     bi_wkv_sums_kernel[(programs,)](
-        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), CENTRE=centre,
-        maxnreg=_REGISTERS, **options,
-    )  # fmt: skip
-    return _outside(w, scale, totals, options)
+        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_REGISTERS, **options
+    )
+    _exchange(w, scale, totals, outside, options)
+
+
+def _is_unserved(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, official_split: int | None) -> bool:
+    """Whether there are no kernels for these arguments, but PyTorch's operators."""
+    return official_split is not None or state_dtype(w, u, k, v, gate) == torch.float64
+
+
+def to_save(w, u, k, v, gate, official_split, per_sequence) -> list[Tensor]:
+    """The states outside of each span: 6 numbers per channel and up to 256 tokens."""
+    if _is_unserved(w, u, k, v, gate, official_split):
+        return []
+    outside = _states(k)
+    return [outside] if outside.shape[1] > 1 else []
 
 
 def forward(
@@ -902,8 +942,9 @@ def forward(
     gate: Tensor | None,
     official_split: int | None,
     per_sequence: bool,
+    saved: Sequence[Tensor] = (),
 ) -> Tensor:
-    if official_split is not None or state_dtype(w, u, k, v, gate) == torch.float64:
+    if _is_unserved(w, u, k, v, gate, official_split):
         return _torch.forward(w, u, k, v, gate, official_split, per_sequence)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if y.numel() == 0:
@@ -911,10 +952,14 @@ def forward(
     w, u, scale = w.contiguous(), u.contiguous(), _scale(k, per_sequence)
     sizes, programs, options = _plan(k)
     one = sizes[0] == 1
+    outside = w
+    if not one:
+        (outside,) = saved or (_states(k),)
+        _fill_outside(w, u, scale, k, v, outside)
     gated = y if gate is None else gate
     bi_wkv_fwd_kernel[(programs,)](
-        w, u, scale, k, v, gated, y, w if one else _around(w, u, scale, k, v, False), *sizes, *k.stride(), *v.stride(),
-        *gated.stride(), *y.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_REGISTERS, **options,
+        w, u, scale, k, v, gated, y, outside, *sizes, *k.stride(), *v.stride(), *gated.stride(), *y.stride()[:2],
+        GATED=gate is not None, ONE=one, maxnreg=_REGISTERS, **options,
     )  # fmt: skip
     return y
 
@@ -928,8 +973,9 @@ def backward(
     gate: Tensor | None,
     official_split: int | None,
     per_sequence: bool,
+    saved: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    if official_split is not None or state_dtype(w, u, k, v, gate) == torch.float64:
+    if _is_unserved(w, u, k, v, gate, official_split):
         return _torch.backward(grads, w, u, k, v, gate, official_split, per_sequence)
     gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     ggate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -942,13 +988,17 @@ def backward(
     gated, ggated = (gk, gk) if gate is None else (gate, ggate)
     inputs = (*k.stride(), *v.stride(), *gy.stride(), *gated.stride())
     if not one:
-        outside = _around(w, u, scale, k, v, True)
-        totals = torch.empty_like(outside)
+        if saved:
+            (outside,) = saved
+        else:
+            outside = _states(k)
+            _fill_outside(w, u, scale, k, v, outside)
+        totals, grad_outside = torch.empty_like(outside), torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
             w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
             maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
-        grad_outside = _outside(w, scale, totals, options)
+        _exchange(w, scale, totals, grad_outside, options)
     parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
         w, u, scale, k, v, gy, gated, gk, gv, ggated, *parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
