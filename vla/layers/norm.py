@@ -168,16 +168,18 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
         x = x + branch
         return x, self(x)
 
-    def scaled(self, x: Tensor, scale: timm.layers.LayerScale2d) -> Tensor:
-        """The norm times a learned scale per channel, as a norm with the products of both's parameters.
 
-        The scale by itself would be a pass over memory, and would keep the norm for its backward.
-        """
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if not (has_hooks(self) or has_hooks(scale)):
-                weight, bias = self.weight * scale.gamma, self.bias * scale.gamma
-                return normalize(x.permute(0, 2, 3, 1), weight, bias, self.eps, self.narrow).permute(0, 3, 1, 2)
-        return scale(self(x))
+def norm_and_scale(norm: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
+    """A norm, then a learned scale per channel: of map norms as one with the products of both's parameters.
+
+    The scale by itself would be a pass over memory, and would keep the norm for its backward.
+    """
+    if not (isinstance(norm, LayerNorm2d) and isinstance(scale, timm.layers.LayerScale2d)):
+        return scale(norm(x))
+    if has_hooks(norm) or has_hooks(scale):
+        return scale(norm(x))
+    weight, bias = norm.weight * scale.gamma, norm.bias * scale.gamma
+    return normalize(x.permute(0, 2, 3, 1), weight, bias, norm.eps, norm.narrow).permute(0, 3, 1, 2)
 
 
 def narrow(norm: nn.Module) -> nn.Module:

@@ -6,12 +6,11 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale2d
 from torch import Tensor, nn
 
 from ..ops import bi_wkv, q_shift, q_shift_mix, squared_relu, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
-from .norm import LayerNorm, LayerNorm2d, autocast_dtype, normalize
+from .norm import LayerNorm, autocast_dtype, norm_and_scale, normalize
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
 
@@ -424,18 +423,18 @@ class VRWKVBlock(ResidualBlock):
         )
 
     def forward(self, x: Tensor, grid: Grid = None) -> Tensor:
-        if self.post_norm:
-            y = self.mixer(x, grid)
-            if isinstance(self.norm1, LayerNorm2d) and isinstance(self.ls1, LayerScale2d):
-                y = self.norm1.scaled(y, self.ls1)
-            else:
-                y = self.ls1(self.norm1(y))
-        else:
+        if not self.post_norm:
             y = self.ls1(self.mixer(self.norm1(x), grid))
+        elif torch.jit.is_scripting():
+            y = self.ls1(self.norm1(self.mixer(x, grid)))
+        else:
+            y = norm_and_scale(self.norm1, self.ls1, self.mixer(x, grid))
         x, y = self.between(x, self.drop_path1(y))
         y = self.mlp(y, grid)
-        if self.post_norm and isinstance(self.norm2, LayerNorm2d) and isinstance(self.ls2, LayerScale2d):
-            y = self.norm2.scaled(y, self.ls2)
+        if not self.post_norm:
+            y = self.ls2(y)
+        elif torch.jit.is_scripting():
+            y = self.ls2(self.norm2(y))
         else:
-            y = self.ls2(self.norm2(y) if self.post_norm else y)
+            y = norm_and_scale(self.norm2, self.ls2, y)
         return x + self.drop_path2(y)

@@ -328,7 +328,7 @@ def line_scan_proxy_fwd_kernel(
                 xn = tl.load(x_ptr + t_next * across * channels, mask, 0.0)
                 out = zero
                 if k > 0:
-                    out = tl.load(scratch + t * (P * C))
+                    out = tl.load(scratch + t * (P * C)).to(tl.float32)
                 h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
                 out += _dot(w4, zt) * h + _dot(w5, zt) * xt
                 if G == 2:
