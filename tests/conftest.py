@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
+    """Skips a test that asks for Triton's kernels where these cannot run."""
     try:
         return (yield)
     except RuntimeError as error:

@@ -174,9 +174,8 @@ def norm_and_scale(norm: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
 
     The scale by itself would be a pass over memory, and would keep the norm for its backward.
     """
-    if not (isinstance(norm, LayerNorm2d) and isinstance(scale, timm.layers.LayerScale2d)):
-        return scale(norm(x))
-    if has_hooks(norm) or has_hooks(scale):
+    known = isinstance(norm, LayerNorm2d) and isinstance(scale, timm.layers.LayerScale2d)
+    if not known or has_hooks(norm) or has_hooks(scale):
         return scale(norm(x))
     weight, bias = norm.weight * scale.gamma, norm.bias * scale.gamma
     return normalize(x.permute(0, 2, 3, 1), weight, bias, norm.eps, norm.narrow).permute(0, 3, 1, 2)

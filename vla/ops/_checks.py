@@ -18,6 +18,22 @@ def check_ndim(op: str, name: str, tensor: Tensor, ndims: tuple[int, ...], patte
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern}")
 
 
+def check_map(op: str, x: Tensor) -> None:
+    """Raises `ValueError` unless x is a map with something in each picture."""
+    check_ndim(op, "x", x, (4,), "(B, D, H, W)")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
+
+
+def check_directions(op: str, directions: list[str], known: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless there are `directions`, all of them `known`."""
+    for direction in directions:
+        if direction not in known:
+            raise ValueError(f"{op}: unknown direction {direction!r}, expected one of {', '.join(known)}")
+    if not directions:
+        raise ValueError(f"{op}: directions is empty, expected at least one of {', '.join(known)}")
+
+
 def check_float(op: str, **tensors: Tensor | None) -> None:
     """Raises `TypeError` unless every given tensor is real floating point."""
     for name, tensor in tensors.items():

@@ -236,3 +236,22 @@ def sum_parts(parts: Tensor) -> Tensor:
     sums = parts.new_empty(size)
     sum_parts_kernel[(cdiv(size, 8),)](parts, sums, count, size, BLOCK_P=128, BLOCK=8)
     return sums
+
+
+@kernel
+def sum_maps_kernel(maps, total, count, size, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum (size,) of maps (count, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    way = tl.cast(size, tl.int64)
+    value = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            n = first + j
+            value += tl.load(maps + n * way + at, (n < count) & (at < size), 0.0).to(tl.float32)
+    tl.store(total + at, value.to(total.dtype.element_ty), at < size)
+
+
+def sum_maps(maps: Tensor, total: Tensor) -> None:
+    """Writes the sum of a few large maps, over the first dimension and taken in float32 in a fixed order."""
+    size = total.numel()
+    sum_maps_kernel[(cdiv(size, 1024),)](maps, total, len(maps), size, AT_ONCE=4, BLOCK=1024)

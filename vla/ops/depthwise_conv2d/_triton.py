@@ -9,14 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat
+from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat, sum_parts
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
 # Columns of a map up to which strips of 7 are the faster also with GELU, which leaves fewer registers.
 WIDE = 28
-# Sums, and parts of one at a time, of the program that adds up the gradients of the kernels.
-SUM_BLOCK, SUM_BLOCK_P = 8, 128
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
 
@@ -379,32 +377,6 @@ def depthwise_conv2d_bwd_kernel(
         tl.store(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
 
 
-@kernel(do_not_specialize=["parts_count", "g_weight_size", "g_bias_size"])
-def depthwise_conv2d_sum_kernel(
-    parts,
-    g_weight,
-    g_bias,
-    parts_count,
-    g_weight_size,
-    g_bias_size,
-    BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sums of the partial sums, in a fixed order."""
-    size = g_weight_size + g_bias_size
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    sums = tl.zeros((BLOCK_P, BLOCK), tl.float32)
-    for first in range(0, parts_count, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)[:, None]
-        sums += tl.load(parts + part.to(tl.int64) * size + entry, (part < parts_count) & (entry < size), 0.0)
-    total = tl.sum(sums, 0)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(g_weight + entry, total.to(g_weight.dtype.element_ty), entry < g_weight_size)
-    if g_bias is not None:
-        is_bias = (entry >= g_weight_size) & (entry < size)
-        tl.store(g_bias + entry - g_weight_size, total.to(g_bias.dtype.element_ty), is_bias)
-
-
 def _last(x: Tensor) -> Tensor:
     """The map itself if the channels of a pixel are neighbours in memory, else a channels-last copy."""
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
@@ -532,16 +504,5 @@ def backward(
         BLOCK_C=block_c,
         num_warps=1,
     )
-    g_weight, g_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
-    depthwise_conv2d_sum_kernel[(cdiv(parts.shape[1], SUM_BLOCK),)](
-        parts,
-        g_weight,
-        g_bias,
-        parts.shape[0],
-        weight.numel(),
-        parts.shape[1] - weight.numel(),
-        BLOCK_P=SUM_BLOCK_P,
-        BLOCK=SUM_BLOCK,
-        num_warps=4,
-    )
-    return [gx, g_weight, g_bias]
+    sums, size = sum_parts(parts), weight.numel()
+    return [gx, sums[:size].view(weight.shape), None if bias is None else sums[size:]]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_shape
+from .._checks import check_directions, check_float, check_map, check_ndim, check_shape
 from .._registry import Operator
 from .frames import DIRECTIONS
 
@@ -24,18 +24,12 @@ def _infer(
     normalize: bool,
     aligned: bool,
 ) -> Tensor:
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"{_OP}: unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+    check_directions(_OP, directions, DIRECTIONS)
     k = len(directions)
-    if k == 0:
-        raise ValueError(f"{_OP}: directions is empty, expected at least one of {', '.join(DIRECTIONS)}")
     if chunk < 0:
         raise ValueError(f"{_OP}: chunk is {chunk}, expected a number of lines, or 0 for whole sweeps")
-    check_ndim(_OP, "x", x, (4,), "(B, D, H, W)")
+    check_map(_OP, x)
     batch, channels, height, width = x.shape
-    if channels == 0 or height == 0 or width == 0:
-        raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
     if proxy is None:
         wanted, pattern = (k, channels, height, width), "K, D, H, W)"
         check_shape(_OP, "gates", gates, (batch, 3, *wanted), "(B, 3, " + pattern)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_maps
 from .frames import from_map_frame, to_map_frame
 
 # The least sum of sigmoids that divides them.
@@ -572,19 +572,6 @@ def line_scan_proxy_bwd_kernel(
 
 
 @kernel
-def line_scan_sum_kernel(maps, total, count, size, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum (size,) of maps (count, size)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    way = tl.cast(size, tl.int64)
-    value = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, count, AT_ONCE):
-        for j in tl.static_range(AT_ONCE):
-            n = first + j
-            value += tl.load(maps + n * way + at, (n < count) & (at < size), 0.0).to(tl.float32)
-    tl.store(total + at, value.to(total.dtype.element_ty), at < size)
-
-
-@kernel
 def line_scan_pack_kernel(
     gates, lam, u, skip, w, v, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     EXACT: tl.constexpr, C: tl.constexpr,
@@ -803,7 +790,7 @@ def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
     if maps[0].numel() < _LARGE:
         return maps.sum(0, dtype=torch.float32)
     total = maps.new_empty(maps.shape[1:], dtype=dtype)
-    line_scan_sum_kernel[(cdiv(total.numel(), 1024),)](maps, total, len(maps), total.numel(), AT_ONCE=4, BLOCK=1024)
+    sum_maps(maps, total)
     return total
 
 

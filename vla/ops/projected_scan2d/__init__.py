@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_shape
+from .._checks import check_directions, check_float, check_map, check_ndim, check_shape
 from .._registry import Operator
 from ..scan2d.order import DIRECTIONS
 
@@ -23,16 +23,9 @@ def _infer(
     delta_softplus: bool,
     per_line: bool,
 ) -> Tensor:
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"{_OP}: unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-    check_ndim(_OP, "x", x, (4,), "(B, D, H, W)")
-    _, d, height, width = x.shape
-    if d == 0 or height == 0 or width == 0:
-        raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
-    k = len(directions)
-    if k == 0:
-        raise ValueError(f"{_OP}: directions is empty, expected at least one of {', '.join(DIRECTIONS)}")
+    check_directions(_OP, directions, DIRECTIONS)
+    check_map(_OP, x)
+    k, d = len(directions), x.shape[1]
     check_ndim(_OP, "A", A, (3,), "(K, D, N)")
     n = A.shape[2]
     check_shape(_OP, "A", A, (k, d, n), "(K, D, N)")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_shape
+from .._checks import check_directions, check_float, check_map, check_ndim, check_shape
 from .._registry import Operator
 from .order import DIRECTIONS, cross_merge, cross_scan
 
@@ -26,16 +26,10 @@ def _infer(
     grouped: bool,
     per_line: bool,
 ) -> Tensor:
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"{_OP}: unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-    check_ndim(_OP, "x", x, (4,), "(B, D, H, W)")
+    check_directions(_OP, directions, DIRECTIONS)
+    check_map(_OP, x)
     batch, channels, height, width = x.shape
-    if channels == 0 or height == 0 or width == 0:
-        raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
     k = len(directions)
-    if k == 0:
-        raise ValueError(f"{_OP}: directions is empty, expected at least one of {', '.join(DIRECTIONS)}")
     if grouped and channels % k != 0:
         raise ValueError(f"{_OP}: x has {channels} channels, expected a multiple of the {k} grouped directions")
     d = channels // k if grouped else channels

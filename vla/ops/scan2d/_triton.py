@@ -23,6 +23,7 @@ from .._triton import (
     product_precision,
     settle,
     softplus2,
+    sum_maps,
 )
 
 # Whether a launch sums up over directions before another one, or after it.
@@ -736,18 +737,6 @@ def scan2d_merge_kernel(
     tl.store(g_C_ptr + row * C_row + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
-@kernel
-def scan2d_add_kernel(maps_ptr, sum_ptr, count, size, BLOCK: tl.constexpr):
-    """Adds maps, (count, size)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(maps_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        maps_ptr += size
-    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
-
-
 class Config(NamedTuple):
     """How a kernel cuts its work.
 
@@ -1101,7 +1090,7 @@ def backward(
         scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, alone=grouped or apart, APART=apart, KEPT=bool(saved)
     )
     if apart:
-        scan2d_add_kernel[(cdiv(gx.numel(), 1024),)](maps, gx, count, gx.numel(), BLOCK=1024)
+        sum_maps(maps, gx)
 
     rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
     block = max(1, 2048 // columns)
