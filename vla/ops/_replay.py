@@ -26,6 +26,7 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     )
 )
+_CASTS = (_aten._to_copy.default, _aten.to.dtype)
 # What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
@@ -60,26 +61,64 @@ class _Allocation:
 
     def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
         new = slots[0].new_empty_strided(self.size, self.stride, dtype=self.dtype)
-        slots.append(new)
-        pointers.append(new.data_ptr())
-
-    def skip(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        slots.append(None)
-        pointers.append(None)
+        slots[self.slot] = new
+        pointers[self.slot] = new.data_ptr()
 
 
 class _Call:
-    """An operator of PyTorch; all its results take slots."""
+    """An operator of PyTorch; all its results take slots, from `slot` on."""
 
-    def __init__(self, function: Callable, arguments: tuple[tuple, dict]):
-        self.function, self.arguments = function, arguments
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, slot: int):
+        self.function, self.args, self.kwargs, self.slot = function, list(args), kwargs, slot
+        self.views = [(i, x) for i, x in enumerate(args) if type(x) is _View]
+        self.trees = [(i, x) for i, x in enumerate(args) if isinstance(x, (tuple, list))]
 
     def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        args, kwargs = _fill(self.arguments, slots)
-        results = self.function(*args, **kwargs)
-        for new in (results,) if isinstance(results, Tensor) else results:
-            slots.append(new)
-            pointers.append(new.data_ptr())
+        args = self.args.copy()
+        for i, view in self.views:
+            args[i] = view.of(slots)
+        for i, tree in self.trees:
+            args[i] = _fill(tree, slots)
+        results = self.function(*args, **(_fill(self.kwargs, slots) if self.kwargs else {}))
+        for i, new in enumerate((results,) if isinstance(results, Tensor) else results, self.slot):
+            slots[i] = new
+            pointers[i] = new.data_ptr()
+
+
+class _Casts:
+    """Several tensors in another dtype, by one launch instead of one for each.
+
+    Args:
+        casts: The calls that cast one tensor each.
+        copies: What they returned, all of one dtype.
+    """
+
+    # Numbers of 16 bits in the 16 bytes that tensors have to start at multiples of.
+    ALIGNMENT = 8
+
+    def __init__(self, casts: list[_Call], copies: list[Tensor]):
+        self.dtype = copies[0].dtype
+        # Where they can be, the copies are parts of one new tensor.
+        self.size = 0
+        self.parts, self.others = [], []
+        for cast, copy in zip(casts, copies, strict=True):
+            is_part = copy.is_contiguous() and copy.numel() % self.ALIGNMENT == 0
+            (self.parts if is_part else self.others).append((cast.views[0][1], cast.slot))
+            self.size += copy.numel() if is_part else 0
+        self.targets = [slot for _, slot in self.parts + self.others]
+
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        sources = [view.of(slots) for view, _ in self.parts]
+        flat = slots[0].new_empty(self.size, dtype=self.dtype)
+        copies = list(torch._C._nn.unflatten_dense_tensors(flat, sources))
+        for view, _ in self.others:
+            source = view.of(slots)
+            sources.append(source)
+            copies.append(torch.empty_like(source, dtype=self.dtype))
+        torch._foreach_copy_(copies, sources)
+        for slot, copy in zip(self.targets, copies, strict=True):
+            slots[slot] = copy
+            pointers[slot] = copy.data_ptr()
 
 
 class Recording(TorchDispatchMode):
@@ -99,6 +138,7 @@ class Recording(TorchDispatchMode):
         self.complete = True
         self.launches = False
         self.steps: list = []
+        self._given = len(tensors)
         self._slots: list[Tensor] = []
         self._used: set[int] = set()
         # With the tensors themselves: without, their `id` and memory could pass to others.
@@ -141,16 +181,20 @@ class Recording(TorchDispatchMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
             return out  # of constants alone, as `torch.promote_types`
+        owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
         fixed = isinstance(results, (list, tuple)) and all(isinstance(x, Tensor) for x in results)
-        if not fixed or _UNREPEATABLE.intersection(func.tags):
+        if fixed and all(x.untyped_storage()._cdata in owners for x in results):
+            if not func._schema.is_mutable:
+                for x in results:
+                    self._known.setdefault(id(x), (x, owners[x.untyped_storage()._cdata]))
+                return out
+            if any(owners[x.untyped_storage()._cdata] < self._given for x in results):
+                fixed = False
+        if not fixed or _is_unrepeatable(func, args, kwargs):
             self.complete = False
             return out
-        owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
-        if not func._schema.is_mutable and all(x.untyped_storage()._cdata in owners for x in results):
-            for x in results:
-                self._known.setdefault(id(x), (x, owners[x.untyped_storage()._cdata]))
-            return out
-        self.steps.append(_Call(func, tree_map_only(Tensor, self._view, (args, kwargs))))
+        args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
+        self.steps.append(_Call(func, args, kwargs, len(self._slots)))
         for x in results:
             self._add(x)
         return out
@@ -168,26 +212,55 @@ class Recording(TorchDispatchMode):
     def finish(self, outputs) -> Callable | None:
         """What repeats the function that returned `outputs`, None if that is not possible or not worth it."""
         outputs = tree_map_only(Tensor, self._view, outputs)
+        steps = []
+        if self.complete and self.launches:
+            unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
+            steps = self._with_casts_at_once([step for step in self.steps if step not in unused])
+        new = [None] * (len(self._slots) - self._given)
         # Their memory is no longer needed.
         self._slots.clear()
         self._known.clear()
-        if not self.complete or not self.launches:
+        if not steps:
             return None
-        unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
-        steps = [step.skip if step in unused else step.repeat for step in self.steps]
-        calls = any(isinstance(step, _Call) for step in self.steps)
-        return partial(_repeat_with_calls if calls else _repeat, steps, outputs)
+        calls = any(not hasattr(step, "launch") and not isinstance(step, _Allocation) for step in steps)
+        return partial(_repeat_with_calls if calls else _repeat, [step.repeat for step in steps], outputs, new)
+
+    def _with_casts_at_once(self, steps: list) -> list:
+        """The same steps, those that cast what the function was given joined and put first."""
+        casts: dict[torch.dtype, list[_Call]] = {}
+        rest = []
+        for step in steps:
+            group = casts.setdefault(self._slots[step.slot].dtype, []) if self._is_cast(step) else rest
+            group.append(step)
+        return [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()] + rest
+
+    def _is_cast(self, step) -> bool:
+        if not isinstance(step, _Call) or step.function not in _CASTS or len(step.views) != 1:
+            return False
+        view = step.views[0][1]
+        stride = self._slots[view.slot].stride() if view.stride is None else view.stride
+        return view.slot < self._given and stride == self._slots[step.slot].stride()
 
 
-def _repeat(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
+def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
+    if function is _aten.scaled_dot_product_attention.default:
+        return len(args) > 4 and args[4] > 0 or kwargs.get("dropout_p", 0) > 0
+    return bool(_UNREPEATABLE.intersection(function.tags))
+
+
+def _repeat(steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int):
+    tensors += new
+    pointers += new
     for step in steps:
         step(tensors, pointers, stream)
     return _fill(outputs, tensors)
 
 
-def _repeat_with_calls(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
+def _repeat_with_calls(
+    steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int
+):
     with full_precision(tensors[0].device):
-        return _repeat(steps, outputs, tensors, pointers, stream)
+        return _repeat(steps, outputs, new, tensors, pointers, stream)
 
 
 class full_precision(AbstractContextManager):  # noqa: N801
