@@ -81,7 +81,7 @@ def modules():
 def pretend_binaries(monkeypatch):
     if not ON_CPU:
         return
-    monkeypatch.setattr(_replay, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(_replay, "stream_of", lambda tensor: 0)
     kernels = {id(k): k for m in modules() for k in vars(m).values() if isinstance(k, Kernel)}
     for k in [*kernels.values(), sum_kernel]:
         monkeypatch.setattr(k, "jit", Jit(k.jit))
@@ -290,9 +290,9 @@ def test_operators(monkeypatch, function, make, options):
             if tensor is not None:
                 tensor.data.mul_(1 + torch.rand_like(tensor))
         results = []
-        for stream in (_replay._stream, lambda tensor: None):
+        for stream in (_replay.stream_of, lambda tensor: None):
             with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
-                patch.setattr(_replay, "_stream", stream)
+                patch.setattr(_replay, "stream_of", stream)
                 outputs = function(**leaves, **options)
                 outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
                 tensors = [t for t in leaves.values() if t is not None]

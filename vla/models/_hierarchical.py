@@ -7,6 +7,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers.repeat import Repeated
+
 
 class Stage(nn.Module):
     """Downsampling, blocks and, where the family has one, norm of one resolution.
@@ -33,7 +35,7 @@ class Stage(nn.Module):
         return self.norm(self.run_blocks(self.downsample(x)))
 
 
-class HierarchicalBackbone(nn.Module):
+class HierarchicalBackbone(Repeated):
     """A stem, stages, norms beside the trunk, and a classifier.
 
     The constructor of a family adds `stem`, `stages` (an `nn.Sequential` of `Stage`), `norms` (an `nn.ModuleList` with

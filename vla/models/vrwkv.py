@@ -16,6 +16,7 @@ from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
+from ..layers.repeat import Repeated
 from ..layers.vrwkv import Grid, VRWKVBlock, to_map, to_tokens
 from ._checkpoint import unwrap
 
@@ -31,7 +32,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     return to_tokens(resized)
 
 
-class VRWKV(nn.Module):
+class VRWKV(Repeated):
     """Vision-RWKV backbone and classifier, for images of any size.
 
     An image is padded with zeros at the bottom and on the right to a multiple of the patch size; the position embedding

@@ -27,6 +27,18 @@ _ALLOCATIONS = frozenset(
     )
 )
 _CASTS = (_aten._to_copy.default, _aten.to.dtype)
+# Operators that PyTorch makes of others without autocast's looking at these.
+_CAST_AS_ONE = frozenset(
+    (
+        _aten.linear.default,
+        _aten.matmul.default,
+        _aten.conv2d.default,
+        _aten.conv2d.padding,
+        _aten.layer_norm.default,
+        _aten.batch_norm.default,
+        _aten.scaled_dot_product_attention.default,
+    )
+)
 # What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
@@ -64,12 +76,15 @@ class _Allocation:
         slots[self.slot] = new
         pointers[self.slot] = new.data_ptr()
 
+    def slots(self) -> list[int]:
+        return [self.slot]
+
 
 class _Call:
-    """An operator of PyTorch; all its results take slots, from `slot` on."""
+    """An operator of PyTorch; all `count` tensors that it returns take slots, from `slot` on."""
 
-    def __init__(self, function: Callable, args: tuple, kwargs: dict, slot: int):
-        self.function, self.args, self.kwargs, self.slot = function, list(args), kwargs, slot
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, slot: int, count: int):
+        self.function, self.args, self.kwargs, self.slot, self.count = function, list(args), kwargs, slot, count
         self.views = [(i, x) for i, x in enumerate(args) if type(x) is _View]
         self.trees = [(i, x) for i, x in enumerate(args) if isinstance(x, (tuple, list))]
 
@@ -80,9 +95,14 @@ class _Call:
         for i, tree in self.trees:
             args[i] = _fill(tree, slots)
         results = self.function(*args, **(_fill(self.kwargs, slots) if self.kwargs else {}))
-        for i, new in enumerate((results,) if isinstance(results, Tensor) else results, self.slot):
+        results = (results,) if isinstance(results, Tensor) else [x for x in results if isinstance(x, Tensor)]
+        for i, new in enumerate(results, self.slot):
             slots[i] = new
             pointers[i] = new.data_ptr()
+
+    def slots(self) -> list[int]:
+        views = (x for x in tree_flatten((self.args, self.kwargs))[0] if type(x) is _View)
+        return [view.slot for view in views] + list(range(self.slot, self.slot + self.count))
 
 
 class _Casts:
@@ -119,6 +139,9 @@ class _Casts:
         for slot, copy in zip(self.targets, copies, strict=True):
             slots[slot] = copy
             pointers[slot] = copy.data_ptr()
+
+    def slots(self) -> list[int]:
+        return [view.slot for view, _ in self.parts + self.others] + self.targets
 
 
 class Recording(TorchDispatchMode):
@@ -172,29 +195,33 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in _CAST_AS_ONE and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if func in _ALLOCATIONS and out.device == self._slots[0].device:
             self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
             self._add(out)
             return out
-        results = [out] if isinstance(out, Tensor) else out
+        results = [x for x in out if isinstance(x, Tensor)] if isinstance(out, (list, tuple)) else [out]
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
             return out  # of constants alone, as `torch.promote_types`
         owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
-        fixed = isinstance(results, (list, tuple)) and all(isinstance(x, Tensor) for x in results)
-        if fixed and all(x.untyped_storage()._cdata in owners for x in results):
-            if not func._schema.is_mutable:
-                for x in results:
-                    self._known.setdefault(id(x), (x, owners[x.untyped_storage()._cdata]))
-                return out
-            if any(owners[x.untyped_storage()._cdata] < self._given for x in results):
-                fixed = False
-        if not fixed or _is_unrepeatable(func, args, kwargs):
+        if not all(isinstance(x, Tensor) for x in results) or not results:
+            self.complete = False
+            return out
+        storages = [x.untyped_storage()._cdata for x in results]
+        if not func._schema.is_mutable and all(storage in owners for storage in storages):
+            for x, storage in zip(results, storages, strict=True):
+                self._known.setdefault(id(x), (x, owners[storage]))
+            return out
+        # What the function was given is not its own to write to.
+        if _is_unrepeatable(func, args, kwargs) or any(owners.get(s, self._given) < self._given for s in storages):
             self.complete = False
             return out
         args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
-        self.steps.append(_Call(func, args, kwargs, len(self._slots)))
+        self.steps.append(_Call(func, args, kwargs, len(self._slots), len(results)))
         for x in results:
             self._add(x)
         return out
@@ -209,21 +236,36 @@ class Recording(TorchDispatchMode):
                 places.append((i, slot, x.storage_offset() * x.itemsize - base.storage_offset() * base.itemsize))
         return places
 
-    def finish(self, outputs) -> Callable | None:
-        """What repeats the function that returned `outputs`, None if that is not possible or not worth it."""
+    def finish(self, outputs, needs_launch: bool = True) -> Callable | None:
+        """What repeats the function that returned `outputs`, None if that is not possible.
+
+        Nor is it worth it without launches, unless the function does more than to call operators of PyTorch.
+        """
         outputs = tree_map_only(Tensor, self._view, outputs)
         steps = []
-        if self.complete and self.launches:
+        if self.complete and (self.launches or not needs_launch):
             unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
             steps = self._with_casts_at_once([step for step in self.steps if step not in unused])
+        calls = any(isinstance(step, (_Call, _Casts)) for step in steps)
         new = [None] * (len(self._slots) - self._given)
+        needed = {view.slot for view in tree_flatten(outputs)[0] if type(view) is _View}
+        steps = [(step.repeat, dead) for step, dead in zip(steps, self._dead_after(steps, needed), strict=True)]
         # Their memory is no longer needed.
         self._slots.clear()
         self._known.clear()
         if not steps:
             return None
-        calls = any(not hasattr(step, "launch") and not isinstance(step, _Allocation) for step in steps)
-        return partial(_repeat_with_calls if calls else _repeat, [step.repeat for step in steps], outputs, new)
+        return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
+
+    def _dead_after(self, steps: list, needed: set[int]) -> list[list[int]]:
+        """The slots whose memory no step after each one uses."""
+        dead = []
+        seen = needed | set(range(self._given))
+        for step in reversed(steps):
+            own = set(step.slots())
+            dead.append(sorted(own - seen))
+            seen |= own
+        return dead[::-1]
 
     def _with_casts_at_once(self, steps: list) -> list:
         """The same steps, those that cast what the function was given joined and put first."""
@@ -243,16 +285,22 @@ class Recording(TorchDispatchMode):
 
 
 def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
-    if function is _aten.scaled_dot_product_attention.default:
-        return len(args) > 4 and args[4] > 0 or kwargs.get("dropout_p", 0) > 0
+    """Whether a call may return something else for the same tensors, or another shape for others of the same layouts."""
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.name == "dropout_p":
+            return (args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)) > 0
+    if function is _aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return bool(_UNREPEATABLE.intersection(function.tags))
 
 
 def _repeat(steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int):
     tensors += new
     pointers += new
-    for step in steps:
+    for step, dead in steps:
         step(tensors, pointers, stream)
+        for slot in dead:
+            tensors[slot] = None
     return _fill(outputs, tensors)
 
 
@@ -288,7 +336,7 @@ def current() -> Recording | None:
     return mode if isinstance(mode, Recording) else None
 
 
-def _stream(tensor: Tensor) -> int | None:
+def stream_of(tensor: Tensor) -> int | None:
     """Where a launch with this tensor goes, None unless it is on the current GPU, where Triton launches."""
     device = tensor.get_device()
     if device < 0 or not tensor.is_cuda or device != torch.cuda.current_device():
@@ -321,7 +369,7 @@ class Replays:
             state: What else the function depends on.
             *args: Tensors and constants.
         """
-        stream = _stream(first)
+        stream = stream_of(first)
         if stream is None:
             return function(*args)
         layout, tensors, pointers = [state], [], []
