@@ -50,6 +50,9 @@ class HierarchicalBackbone(Repeated):
         drop_rate: Dropout rate before the classifier.
     """
 
+    # A recording keeps all maps; of one block that is little.
+    SMALL_TRAINING = 0
+
     def __init__(self, in_chans: int, num_classes: int, dims: tuple[int, ...], reduction: int, drop_rate: float):
         super().__init__()
         self.in_chans = in_chans

@@ -67,6 +67,9 @@ class VRWKV(Repeated):
         official_split: Compute what the released CUDA kernel does, see `vla.ops.bi_wkv`; version 1 only.
     """
 
+    # A recording keeps all maps; of one block that is little.
+    SMALL_TRAINING = 0
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

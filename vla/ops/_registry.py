@@ -169,9 +169,11 @@ class Operator:
         if self._is_observed(args):
             if torch.compiler.is_compiling():
                 return self._overload(*args)
-            if _replay.current() is not None:
-                return self._run(*args)
-            return transform(self, *args) if torch._C._are_functorch_transforms_active() else self._overload(*args)
+            if torch._C._are_functorch_transforms_active():
+                return transform(self, *args)
+            # A recording of more than this operator goes on with its launches.
+            if _replay.current() is None:
+                return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
     def _is_observed(self, args: tuple) -> bool:

@@ -156,8 +156,9 @@ class Recording(TorchDispatchMode):
         steps: In order, what has to be done, as objects with a method `repeat(slots, pointers, stream)`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]):
+    def __init__(self, tensors: Sequence[Tensor], is_random: bool = False):
         super().__init__()
+        self.is_random = is_random
         self.complete = True
         self.launches = False
         self.steps: list = []
@@ -166,20 +167,30 @@ class Recording(TorchDispatchMode):
         self._used: set[int] = set()
         # With the tensors themselves: without, their `id` and memory could pass to others.
         self._known: dict[int, tuple[Tensor, int]] = {}
+        # By memory, for what autograd makes new objects of; None where several tensors were given that share it.
+        self._owners: dict[int, int | None] = {}
         for tensor in tensors:
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
-        self._known.setdefault(id(tensor), (tensor, len(self._slots)))
+        slot, memory = len(self._slots), tensor.untyped_storage()._cdata
+        if self._known.setdefault(id(tensor), (tensor, slot))[1] == slot:
+            shared = slot < self._given and memory in self._owners
+            self._owners[memory] = None if shared else self._owners.get(memory, slot)
         self._slots.append(tensor)
+
+    def _owner(self, tensor: Tensor) -> int | None:
+        """Slot that holds the tensor or its memory, None for one that came from elsewhere."""
+        known = self._known.get(id(tensor))
+        return self._owners.get(tensor.untyped_storage()._cdata) if known is None else known[1]
 
     def _slot(self, tensor: Tensor) -> int | None:
         """Whose memory the tensor is of. None, and nothing can be repeated, for one that came from elsewhere."""
-        if id(tensor) not in self._known:
+        slot = self._owner(tensor)
+        if slot is None:
             self.complete = False
-            return None
-        slot = self._known[id(tensor)][1]
-        self._used.add(slot)
+        else:
+            self._used.add(slot)
         return slot
 
     def _view(self, tensor: Tensor) -> _View | None:
@@ -195,7 +206,7 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _CAST_AS_ONE and func._can_decompose():
+        if func not in _CAST_AS_ONE and self._is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -207,17 +218,18 @@ class Recording(TorchDispatchMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
             return out  # of constants alone, as `torch.promote_types`
-        owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
+        owners = {x.untyped_storage()._cdata: self._owner(x) for x in given}
         if not all(isinstance(x, Tensor) for x in results) or not results:
             self.complete = False
             return out
         storages = [x.untyped_storage()._cdata for x in results]
-        if not func._schema.is_mutable and all(storage in owners for storage in storages):
+        if not func._schema.is_mutable and all(owners.get(storage) is not None for storage in storages):
             for x, storage in zip(results, storages, strict=True):
                 self._known.setdefault(id(x), (x, owners[storage]))
             return out
         # What the function was given is not its own to write to.
-        if _is_unrepeatable(func, args, kwargs) or any(owners.get(s, self._given) < self._given for s in storages):
+        written = any(s in owners and (owners[s] is None or owners[s] < self._given) for s in storages)
+        if written or _is_unrepeatable(func, args, kwargs, self.is_random):
             self.complete = False
             return out
         args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
@@ -225,6 +237,11 @@ class Recording(TorchDispatchMode):
         for x in results:
             self._add(x)
         return out
+
+    def _is_composite(self, func: Callable) -> bool:
+        """Whether what runs is made of other operators."""
+        key = self._slots[0].device.type.upper()
+        return func._can_decompose() and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
     def places(self, arguments: list) -> list[tuple[int, int, int]]:
         """Where a launch has tensors among its arguments: (argument, slot, bytes after the slot's start)."""
@@ -244,28 +261,65 @@ class Recording(TorchDispatchMode):
         outputs = tree_map_only(Tensor, self._view, outputs)
         steps = []
         if self.complete and (self.launches or not needs_launch):
-            unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
-            steps = self._with_casts_at_once([step for step in self.steps if step not in unused])
-        calls = any(isinstance(step, (_Call, _Casts)) for step in steps)
+            steps = self._with_casts_at_once(self._without_unused(self.steps))
         new = [None] * (len(self._slots) - self._given)
-        needed = {view.slot for view in tree_flatten(outputs)[0] if type(view) is _View}
-        steps = [(step.repeat, dead) for step, dead in zip(steps, self._dead_after(steps, needed), strict=True)]
-        # Their memory is no longer needed.
-        self._slots.clear()
-        self._known.clear()
+        self._forget()
         if not steps:
             return None
+        calls = any(isinstance(step, (_Call, _Casts)) for step in steps)
+        steps = self._with_ends(steps, _slots_of(outputs))
         return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
 
-    def _dead_after(self, steps: list, needed: set[int]) -> list[list[int]]:
-        """The slots whose memory no step after each one uses."""
-        dead = []
+    def divide(self, grad: Tensor) -> None:
+        """What follows is the function's backward, which is given the gradient of what the function returned."""
+        self._division = len(self.steps), len(self._slots)
+        self._add(grad)
+
+    def finish_training(self, output: Tensor, grads: Sequence[Tensor | None]) -> "TrainingRepetition | None":
+        """What repeats a function and its backward, None if that is not possible or not worth it."""
+        output, grads = tree_map_only(Tensor, self._view, (output, list(grads)))
+        first = second = []
+        division, grad = self._division
+        grad_layout = (self._slots[grad].shape, self._slots[grad].stride())
+        if self.complete and self.launches:
+            first = self._with_casts_at_once(self._without_unused(self.steps[:division]))
+            second = self._without_unused(self.steps[division:])
+        count = len(self._slots)
+        self._forget()
+        if not first:
+            return None
+        used = {slot for step in second for slot in step.slots()} | _slots_of(grads)
+        kept = sorted(slot for slot in used if self._given <= slot < grad)
+        return TrainingRepetition(
+            self._with_ends(first, _slots_of(output) | set(kept)),
+            self._with_ends(second, _slots_of(grads)),
+            output,
+            grads,
+            kept,
+            grad,
+            grad_layout,
+            self._given,
+            count,
+        )
+
+    def _forget(self) -> None:
+        """Gives back memory that is no longer needed."""
+        self._slots.clear()
+        self._known.clear()
+        self._owners.clear()
+
+    def _without_unused(self, steps: list) -> list:
+        return [step for step in steps if not isinstance(step, _Allocation) or step.slot in self._used]
+
+    def _with_ends(self, steps: list, needed: set[int]) -> list[tuple[Callable, list[int]]]:
+        """What repeats each step, and the slots whose memory no other one after it needs."""
+        ends = []
         seen = needed | set(range(self._given))
         for step in reversed(steps):
             own = set(step.slots())
-            dead.append(sorted(own - seen))
+            ends.append((step.repeat, sorted(own - seen)))
             seen |= own
-        return dead[::-1]
+        return ends[::-1]
 
     def _with_casts_at_once(self, steps: list) -> list:
         """The same steps, those that cast what the function was given joined and put first."""
@@ -284,23 +338,75 @@ class Recording(TorchDispatchMode):
         return view.slot < self._given and stride == self._slots[step.slot].stride()
 
 
-def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
+def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict, is_random: bool) -> bool:
     """Whether a call may return something else for the same tensors, or another shape for others of the same layouts."""
     for i, argument in enumerate(function._schema.arguments):
-        if argument.name == "dropout_p":
+        if argument.name == "dropout_p" and not is_random:
             return (args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)) > 0
     if function is _aten.index.Tensor:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return bool(_UNREPEATABLE.intersection(function.tags))
+    tags = _UNREPEATABLE - {torch.Tag.nondeterministic_seeded} if is_random else _UNREPEATABLE
+    return bool(tags.intersection(function.tags))
+
+
+def _slots_of(tree) -> set[int]:
+    return {view.slot for view in tree_flatten(tree)[0] if type(view) is _View}
+
+
+class TrainingRepetition:
+    """Repeats a function of tensors and its backward.
+
+    Args:
+        first: Steps of the function, each with the slots that it is the last one to need.
+        second: Those of the backward.
+        output: What the function returns.
+        grads: What the backward returns.
+        kept: Slots of the function that the backward needs.
+        grad: Slot of the gradient of the output.
+        grad_layout: Its shape and strides.
+        given: Number of tensors that the function is given.
+        count: Number of slots.
+    """
+
+    def __init__(self, first, second, output, grads, kept, grad, grad_layout, given, count):
+        self.first, self.second, self.output, self.grads = first, second, output, grads
+        self.kept, self.grad, self.grad_layout, self.given, self.count = kept, grad, grad_layout, given, count
+
+    def forward(self, tensors: list[Tensor], pointers: list[int], stream: int) -> tuple[Tensor, list[Tensor]]:
+        """The output, and what the backward needs beside the same tensors."""
+        new = [None] * (self.count - self.given)
+        slots, pointers = tensors + new, pointers + new
+        with full_precision(tensors[0].device):
+            _run(self.first, slots, pointers, stream)
+        return _fill(self.output, slots), [slots[i] for i in self.kept]
+
+    def backward(self, tensors: list[Tensor], kept: list[Tensor], grad: Tensor, stream: int) -> list[Tensor | None]:
+        if (grad.shape, grad.stride()) != self.grad_layout or grad.data_ptr() % 16:
+            grad = grad.new_empty_strided(*self.grad_layout).copy_(grad)
+        slots = tensors + [None] * (self.count - self.given)
+        pointers = [x.data_ptr() for x in tensors] + [None] * (self.count - self.given)
+        for i, x in zip(self.kept, kept, strict=True):
+            slots[i] = x
+            pointers[i] = x.data_ptr()
+        slots[self.grad] = grad
+        pointers[self.grad] = grad.data_ptr()
+        del grad
+        with full_precision(tensors[0].device):
+            _run(self.second, slots, pointers, stream)
+        return _fill(self.grads, slots)
+
+
+def _run(steps: list[tuple[Callable, list[int]]], slots: list, pointers: list, stream: int) -> None:
+    for step, ends in steps:
+        step(slots, pointers, stream)
+        for slot in ends:
+            slots[slot] = None
 
 
 def _repeat(steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int):
     tensors += new
     pointers += new
-    for step, dead in steps:
-        step(tensors, pointers, stream)
-        for slot in dead:
-            tensors[slot] = None
+    _run(steps, tensors, pointers, stream)
     return _fill(outputs, tensors)
 
 
@@ -369,7 +475,7 @@ class Replays:
             state: What else the function depends on.
             *args: Tensors and constants.
         """
-        stream = stream_of(first)
+        stream = None if current() is not None else stream_of(first)
         if stream is None:
             return function(*args)
         layout, tensors, pointers = [state], [], []
