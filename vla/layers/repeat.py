@@ -117,7 +117,6 @@ class _Training(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         repetition, saved = ctx.repetition, ctx.saved_tensors
         tensors, kept = list(saved[: repetition.given]), list(saved[repetition.given :])
-        del saved
         grads = repetition.backward(tensors, kept, grad, _replay.stream_of(grad))
         return None, None, None, None, *(x for x in grads if x is not None)
 
@@ -130,16 +129,17 @@ class Repeated(nn.Module):
     a parameter, makes it start anew.
     """
 
-    # Numbers up to which a map may keep a GPU busy for less long than this takes the host, without and with gradients.
-    SMALL, SMALL_TRAINING = 2**20, 2**24
+    # Numbers in a map up to which a recording, which keeps all that is computed, has the memory for it, without and with
+    # gradients; and from which on a GPU is busy for longer than the host.
+    LIMITS = 2**24, 2**24
 
     def __call__(self, x, *args, **kwargs):
         if type(x) is not Tensor or kwargs or _is_observed():
             return super().__call__(x, *args, **kwargs)
         has_grad = torch.is_grad_enabled()
-        small = x.numel() <= (self.SMALL_TRAINING if has_grad else self.SMALL)
-        small = small and not (_is_backward_observed() if has_grad else self.training)
-        stream = _replay.stream_of(x) if small and all(type(a) in _CONSTANTS for a in args) else None
+        if x.numel() > self.LIMITS[has_grad] or (_is_backward_observed() if has_grad else self.training):
+            return super().__call__(x, *args)
+        stream = _replay.stream_of(x) if all(type(a) in _CONSTANTS for a in args) else None
         own = None if stream is None else self._repetitions()
         if own is None or not own.snapshot.is_all:
             return super().__call__(x, *args)

@@ -50,8 +50,8 @@ class HierarchicalBackbone(Repeated):
         drop_rate: Dropout rate before the classifier.
     """
 
-    # A recording keeps all maps; of one block that is little.
-    SMALL_TRAINING = 0
+    # Of images, see `Repeated`.
+    LIMITS = 2**20, 0
 
     def __init__(self, in_chans: int, num_classes: int, dims: tuple[int, ...], reduction: int, drop_rate: float):
         super().__init__()

@@ -67,8 +67,8 @@ class VRWKV(Repeated):
         official_split: Compute what the released CUDA kernel does, see `vla.ops.bi_wkv`; version 1 only.
     """
 
-    # A recording keeps all maps; of one block that is little.
-    SMALL_TRAINING = 0
+    # Of images, see `Repeated`.
+    LIMITS = 2**20, 0
 
     def __init__(
         self,
