@@ -161,6 +161,21 @@ def test_gradients(kind):
         assert kinds(block) == ["repetition"]
 
 
+def test_random_numbers_are_drawn_anew():
+    block = VRWKVBlock(8, drop_path=0.5)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        check_gradients(block, image(4, 8, 2, 3))
+    assert kinds(block) == ["repetition"]
+
+
+def test_batch_norm_counts_no_call_twice():
+    block = MambaVisionBlock(8, "attention", num_heads=2, norm_layer=nn.BatchNorm2d)
+    for i in range(4):
+        assert block.norm1.num_batches_tracked == i
+        gradients(block, image(), 0)
+
+
 EDITS = {
     "numbers": lambda block: block.mlp.fc1.weight.mul_(2),
     "data": lambda block: block.mlp.fc1.weight.data.mul_(2),

@@ -50,6 +50,8 @@ class _Snapshot:
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
             yield type(m).__module__.startswith(_PACKAGES) and "forward" not in m.__dict__
+            # Batch norm in training counts its calls, of which a recording is one more.
+            yield not (m.training and m._buffers)
         for t in self.tensors:
             yield type(t) in (Tensor, nn.Parameter)
 
@@ -180,6 +182,8 @@ class Repeated(nn.Module):
             # Random numbers are drawn when the call is made.
             with torch.random.fork_rng([x.device] if x.is_cuda else []):
                 return self._record(own, x, *args)
+        except torch.OutOfMemoryError:
+            return None
         finally:
             torch.set_autocast_cache_enabled(cached)
 

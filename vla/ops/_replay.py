@@ -207,8 +207,9 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in _CAST_AS_ONE and self._is_composite(func):
+            # As PyTorch does it; its decompositions in Python are others.
             with self:
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
         if func in _ALLOCATIONS and out.device == self._slots[0].device:
             self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
@@ -240,8 +241,11 @@ class Recording(TorchDispatchMode):
 
     def _is_composite(self, func: Callable) -> bool:
         """Whether what runs is made of other operators."""
-        key = self._slots[0].device.type.upper()
-        return func._can_decompose() and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+        own, composite = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+            for key in (self._slots[0].device.type.upper(), "CompositeImplicitAutograd")
+        )
+        return composite and not own
 
     def places(self, arguments: list) -> list[tuple[int, int, int]]:
         """Where a launch has tensors among its arguments: (argument, slot, bytes after the slot's start)."""
