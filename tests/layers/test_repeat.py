@@ -46,9 +46,7 @@ def ordinary(module: nn.Module, *args) -> Tensor:
 def kinds(module: nn.Module) -> list[str]:
     own = repeat._repetitions.get(module, {}).get(module.training)
     repetitions = (_replay.TrainingRepetition, partial)
-    return (
-        [] if own is None else ["repetition" if isinstance(k, repetitions) else k for k in own.known.values()]
-    )
+    return [] if own is None else ["repetition" if isinstance(k, repetitions) else k for k in own.known.values()]
 
 
 def make(kind: str = "attention") -> nn.Module:
@@ -180,7 +178,9 @@ EDITS = {
     "numbers": lambda block: block.mlp.fc1.weight.mul_(2),
     "data": lambda block: block.mlp.fc1.weight.data.mul_(2),
     "place of data": lambda block: setattr(block.mlp.fc1.weight, "data", torch.randn(32, 8)),
-    "layout of data": lambda block: setattr(block.mixer.attn.proj.weight, "data", block.mixer.attn.proj.weight.data.t()),
+    "layout of data": lambda block: setattr(
+        block.mixer.attn.proj.weight, "data", block.mixer.attn.proj.weight.data.t()
+    ),
     "parameter": lambda block: setattr(block.mlp.fc1, "weight", nn.Parameter(torch.randn(32, 8))),
     "part": lambda block: setattr(block.mlp, "act", nn.ReLU()),
     "attribute": lambda block: setattr(block.norm1, "eps", 1.0),

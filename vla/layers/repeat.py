@@ -131,8 +131,8 @@ class Repeated(nn.Module):
     a parameter, makes it start anew.
     """
 
-    # Numbers in a map up to which a recording, which keeps all that is computed, has the memory for it, without and with
-    # gradients; and from which on a GPU is busy for longer than the host.
+    # Numbers in a map, without and with gradients, up to which a recording has memory to keep all that it computes, and
+    # from which on a GPU takes longer than the host.
     LIMITS = 2**24, 2**24
 
     def __call__(self, x, *args, **kwargs):

@@ -8,6 +8,7 @@ repeat these with their own tensors.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,7 +27,6 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     )
 )
-_CASTS = (_aten._to_copy.default, _aten.to.dtype)
 # Operators that PyTorch makes of others without autocast's looking at these.
 _CAST_AS_ONE = frozenset(
     (
@@ -149,6 +149,7 @@ class Recording(TorchDispatchMode):
 
     Args:
         tensors: The function's tensors, each an object of its own. They are the first slots; new tensors are the next.
+        is_random: Repeat operators that draw random numbers, others each time.
 
     Attributes:
         complete: Whether all can be repeated.
@@ -215,14 +216,13 @@ class Recording(TorchDispatchMode):
             self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
             self._add(out)
             return out
-        results = [x for x in out if isinstance(x, Tensor)] if isinstance(out, (list, tuple)) else [out]
+        results = [x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, Tensor)]
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
-            return out  # of constants alone, as `torch.promote_types`
-        owners = {x.untyped_storage()._cdata: self._owner(x) for x in given}
-        if not all(isinstance(x, Tensor) for x in results) or not results:
-            self.complete = False
+        if not results:
+            # Constants make others, as for `torch.promote_types`.
+            self.complete &= not given
             return out
+        owners = {x.untyped_storage()._cdata: self._owner(x) for x in given}
         storages = [x.untyped_storage()._cdata for x in results]
         if not func._schema.is_mutable and all(owners.get(storage) is not None for storage in storages):
             for x, storage in zip(results, storages, strict=True):
@@ -295,15 +295,15 @@ class Recording(TorchDispatchMode):
         used = {slot for step in second for slot in step.slots()} | _slots_of(grads)
         kept = sorted(slot for slot in used if self._given <= slot < grad)
         return TrainingRepetition(
-            self._with_ends(first, _slots_of(output) | set(kept)),
-            self._with_ends(second, _slots_of(grads)),
-            output,
-            grads,
-            kept,
-            grad,
-            grad_layout,
-            self._given,
-            count,
+            first=self._with_ends(first, _slots_of(output) | set(kept)),
+            second=self._with_ends(second, _slots_of(grads)),
+            output=output,
+            grads=grads,
+            kept=kept,
+            grad=grad,
+            grad_layout=grad_layout,
+            given=self._given,
+            count=count,
         )
 
     def _forget(self) -> None:
@@ -335,7 +335,7 @@ class Recording(TorchDispatchMode):
         return [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()] + rest
 
     def _is_cast(self, step) -> bool:
-        if not isinstance(step, _Call) or step.function not in _CASTS or len(step.views) != 1:
+        if not isinstance(step, _Call) or step.function is not _aten._to_copy.default or len(step.views) != 1:
             return False
         view = step.views[0][1]
         stride = self._slots[view.slot].stride() if view.stride is None else view.stride
@@ -343,7 +343,7 @@ class Recording(TorchDispatchMode):
 
 
 def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict, is_random: bool) -> bool:
-    """Whether a call may return something else for the same tensors, or another shape for others of the same layouts."""
+    """Whether a call may return something else for the same tensors, or other shapes for others of their layouts."""
     for i, argument in enumerate(function._schema.arguments):
         if argument.name == "dropout_p" and not is_random:
             return (args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)) > 0
@@ -357,6 +357,7 @@ def _slots_of(tree) -> set[int]:
     return {view.slot for view in tree_flatten(tree)[0] if type(view) is _View}
 
 
+@dataclass
 class TrainingRepetition:
     """Repeats a function of tensors and its backward.
 
@@ -364,17 +365,23 @@ class TrainingRepetition:
         first: Steps of the function, each with the slots that it is the last one to need.
         second: Those of the backward.
         output: What the function returns.
-        grads: What the backward returns.
+        grads: What the backward returns, for each tensor that the function is given.
         kept: Slots of the function that the backward needs.
-        grad: Slot of the gradient of the output.
+        grad: Slot of the output's gradient.
         grad_layout: Its shape and strides.
         given: Number of tensors that the function is given.
         count: Number of slots.
     """
 
-    def __init__(self, first, second, output, grads, kept, grad, grad_layout, given, count):
-        self.first, self.second, self.output, self.grads = first, second, output, grads
-        self.kept, self.grad, self.grad_layout, self.given, self.count = kept, grad, grad_layout, given, count
+    first: list[tuple[Callable, list[int]]]
+    second: list[tuple[Callable, list[int]]]
+    output: _View
+    grads: list[_View | None]
+    kept: list[int]
+    grad: int
+    grad_layout: tuple[tuple[int, ...], tuple[int, ...]]
+    given: int
+    count: int
 
     def forward(self, tensors: list[Tensor], pointers: list[int], stream: int) -> tuple[Tensor, list[Tensor]]:
         """The output, and what the backward needs beside the same tensors."""
@@ -385,6 +392,7 @@ class TrainingRepetition:
         return _fill(self.output, slots), [slots[i] for i in self.kept]
 
     def backward(self, tensors: list[Tensor], kept: list[Tensor], grad: Tensor, stream: int) -> list[Tensor | None]:
+        """The gradients of all tensors, from that of the output and what `forward` has returned."""
         if (grad.shape, grad.stride()) != self.grad_layout or grad.data_ptr() % 16:
             grad = grad.new_empty_strided(*self.grad_layout).copy_(grad)
         slots = tensors + [None] * (self.count - self.given)
