@@ -256,6 +256,8 @@ def test_who_looks_on():
     with Mode():
         block(image())
     assert seen
+    with torch.device(image().device):
+        check(recorded(), image())
     assert isinstance(block(image().as_subclass(Marked)), Marked)
     stacked = torch.randn(3, 1, 8, 2, 3)
     torch.testing.assert_close(torch.vmap(block)(stacked), torch.stack([ordinary(block, x) for x in stacked]))

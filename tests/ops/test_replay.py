@@ -315,3 +315,21 @@ def test_every_kernel_can_be_recorded():
     for module in modules():
         for name, member in vars(module).items():
             assert isinstance(member, Kernel) == name.endswith("_kernel"), f"{module.__name__}.{name}"
+
+
+def test_what_is_done_to_many_tensors_takes_one_call():
+    replays = Replays()
+
+    def function(x, *weights):
+        weights = [-torch.exp(weight) for weight in weights]
+        return [add(x, weight) * weight.to(torch.bfloat16) for weight in weights], -x
+
+    for _ in range(4):
+        x, *weights = torch.randn(3, 16)
+        results, negated = call(replays, function, x, *weights)
+        expected, _ = function(x, *weights)
+        assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True)) and torch.equal(negated, -x)
+    assert kinds(replays) == ["replay"]
+    (repetition,) = replays._known.values()
+    steps = [step.__self__ for step, _ in repetition.args[0]]
+    assert [type(step).__name__ for step in steps].count("_CallOfMany") == 2

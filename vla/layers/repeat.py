@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import _registry, _replay
@@ -87,13 +88,19 @@ class _Repetitions:
 _repetitions: WeakKeyDictionary[nn.Module, dict[bool, _Repetitions | None]] = WeakKeyDictionary()
 
 
+def _has_function_mode() -> bool:
+    """Whether there is another mode than that of `torch.set_default_device`."""
+    count = torch._C._len_torch_function_stack()
+    return count > 1 or (count == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
+
+
 def _is_observed() -> bool:
     """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a hook on all modules looks on."""
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _has_function_mode()
         or torch._C._are_functorch_transforms_active()
         or _has_any_global_hook()
     )

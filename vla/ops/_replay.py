@@ -39,6 +39,8 @@ _CAST_AS_ONE = frozenset(
         _aten.scaled_dot_product_attention.default,
     )
 )
+# Operators of one tensor, and what does the same to many by one launch.
+_OF_MANY = {_aten.exp.default: torch._foreach_exp, _aten.neg.default: torch._foreach_neg}
 # What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
@@ -142,6 +144,24 @@ class _Casts:
 
     def slots(self) -> list[int]:
         return [view.slot for view, _ in self.parts + self.others] + self.targets
+
+
+class _CallOfMany:
+    """An operator of one tensor for several, by one launch instead of one for each."""
+
+    def __init__(self, calls: list[_Call]):
+        self.function = _OF_MANY[calls[0].function]
+        self.views = [call.views[0][1] for call in calls]
+        self.targets = [call.slot for call in calls]
+
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        results = self.function([view.of(slots) for view in self.views])
+        for slot, new in zip(self.targets, results, strict=True):
+            slots[slot] = new
+            pointers[slot] = new.data_ptr()
+
+    def slots(self) -> list[int]:
+        return [view.slot for view in self.views] + self.targets
 
 
 class Recording(TorchDispatchMode):
@@ -265,12 +285,12 @@ class Recording(TorchDispatchMode):
         outputs = tree_map_only(Tensor, self._view, outputs)
         steps = []
         if self.complete and (self.launches or not needs_launch):
-            steps = self._with_casts_at_once(self._without_unused(self.steps))
+            steps = self._joined(self._without_unused(self.steps))
         new = [None] * (len(self._slots) - self._given)
         self._forget()
         if not steps:
             return None
-        calls = any(isinstance(step, (_Call, _Casts)) for step in steps)
+        calls = any(isinstance(step, (_Call, _Casts, _CallOfMany)) for step in steps)
         steps = self._with_ends(steps, _slots_of(outputs))
         return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
 
@@ -286,7 +306,7 @@ class Recording(TorchDispatchMode):
         division, grad = self._division
         grad_layout = (self._slots[grad].shape, self._slots[grad].stride())
         if self.complete and self.launches:
-            first = self._with_casts_at_once(self._without_unused(self.steps[:division]))
+            first = self._joined(self._without_unused(self.steps[:division]))
             second = self._without_unused(self.steps[division:])
         count = len(self._slots)
         self._forget()
@@ -325,14 +345,23 @@ class Recording(TorchDispatchMode):
             seen |= own
         return ends[::-1]
 
-    def _with_casts_at_once(self, steps: list) -> list:
-        """The same steps, those that cast what the function was given joined and put first."""
+    def _joined(self, steps: list) -> list:
+        """The same steps, those that do alike to what the function was given joined and put first."""
         casts: dict[torch.dtype, list[_Call]] = {}
         rest = []
         for step in steps:
             group = casts.setdefault(self._slots[step.slot].dtype, []) if self._is_cast(step) else rest
             group.append(step)
-        return [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()] + rest
+        joined: list = [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()]
+        early = set(range(self._given))
+        for function in _OF_MANY:
+            calls = [step for step in rest if isinstance(step, _Call) and step.function is function]
+            calls = [call for call in calls if call.views[0][1].slot in early]
+            if len(calls) > 1:
+                early.update(call.slot for call in calls)
+                joined.append(_CallOfMany(calls))
+                rest = [step for step in rest if step not in calls]
+        return joined + rest
 
     def _is_cast(self, step) -> bool:
         if not isinstance(step, _Call) or step.function is not _aten._to_copy.default or len(step.views) != 1:
