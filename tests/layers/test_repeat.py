@@ -159,6 +159,22 @@ def test_gradients(kind):
         assert kinds(block) == ["repetition"]
 
 
+def test_checkpoints_and_hooks_on_saved_tensors():
+    block, x = VRWKVBlock(8), image()
+    for _ in range(3):
+        expected = gradients(block, x, 0)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        gradients(block, x, 0)
+    assert len(packed) > len(list(block.parameters()))
+    x = x.requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    grads = torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])
+    for a, e in zip([y, *grads], expected, strict=True):
+        assert torch.equal(a, e)
+
+
 def test_random_numbers_are_drawn_anew():
     block = VRWKVBlock(8, drop_path=0.5)
     for seed in range(8):

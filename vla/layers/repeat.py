@@ -106,9 +106,13 @@ def _is_observed() -> bool:
     )
 
 
+# Before torch 2.8 nobody can tell.
+_hooks_on_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: True)
+
+
 def _is_backward_observed() -> bool:
-    """Whether somebody wants to know of the nodes of the graph or of what they keep."""
-    return torch.is_anomaly_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    """Whether somebody wants to know of the nodes of the graph or of what they keep, as checkpoints do."""
+    return torch.is_anomaly_enabled() or _hooks_on_saved_tensors(False) is not None
 
 
 class _Training(torch.autograd.Function):

@@ -298,6 +298,8 @@ class Recording(TorchDispatchMode):
         """What follows is the function's backward, which is given the gradient of what the function returned."""
         self._division = len(self.steps), len(self._slots)
         self._add(grad)
+        # A checkpoint draws the same ones again.
+        self.is_random = False
 
     def finish_training(self, output: Tensor, grads: Sequence[Tensor | None]) -> "TrainingRepetition | None":
         """What repeats a function and its backward, None if that is not possible or not worth it."""
