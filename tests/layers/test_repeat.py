@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import timm
@@ -16,7 +15,7 @@ pytest.importorskip("triton")
 import vla  # noqa: E402, F401
 from tests.ops.test_replay import pretend_binaries  # noqa: E402, F401
 from vla.layers import GroupMambaBlock, GSPNBlock, MambaVisionBlock, VRWKVBlock, VSSBlock, repeat  # noqa: E402
-from vla.ops import _replay, use_backend  # noqa: E402
+from vla.ops import use_backend  # noqa: E402
 
 BLOCKS = {
     "vmamba": lambda: VSSBlock(8),
@@ -44,9 +43,8 @@ def ordinary(module: nn.Module, *args) -> Tensor:
 
 
 def kinds(module: nn.Module) -> list[str]:
-    own = repeat._repetitions.get(module, {}).get(module.training)
-    repetitions = (_replay.TrainingRepetition, partial)
-    return [] if own is None else ["repetition" if isinstance(k, repetitions) else k for k in own.known.values()]
+    own = repeat._repetitions.get(module)
+    return [] if own is None else ["repetition" if callable(known) else known for known in own.known.values()]
 
 
 def make(kind: str = "attention") -> nn.Module:
@@ -128,66 +126,6 @@ def test_one_autocast_for_many_calls(cached):
         check(block, image())
     with torch.no_grad():
         check(block, image())
-
-
-def gradients(module: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
-    torch.manual_seed(seed)
-    x = x.clone().requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16):
-        y = module(x)
-    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
-    return [y, *torch.autograd.grad(y.float().square().sum(), wanted, allow_unused=True)]
-
-
-def check_gradients(module: nn.Module, x: Tensor) -> None:
-    actual = gradients(module, x, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeat.Repeated, "__call__", nn.Module.__call__)
-        expected = gradients(module, x, 1)
-    for a, e in zip(actual, expected, strict=True):
-        assert (a is None and e is None) or (torch.equal(a, e) and a.dtype == e.dtype and a.stride() == e.stride())
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_gradients(kind):
-    block = make(kind).train()
-    for _ in range(2):
-        gradients(block, image(), 0)
-    for _ in range(2):
-        check_gradients(block, image())
-    if kind not in ("attention", "windows"):
-        assert kinds(block) == ["repetition"]
-
-
-def test_checkpoints_and_hooks_on_saved_tensors():
-    block, x = VRWKVBlock(8), image()
-    for _ in range(3):
-        expected = gradients(block, x, 0)
-    packed = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        gradients(block, x, 0)
-    assert len(packed) > len(list(block.parameters()))
-    x = x.requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16):
-        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-    grads = torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])
-    for a, e in zip([y, *grads], expected, strict=True):
-        assert torch.equal(a, e)
-
-
-def test_random_numbers_are_drawn_anew():
-    block = VRWKVBlock(8, drop_path=0.5)
-    for seed in range(8):
-        torch.manual_seed(seed)
-        check_gradients(block, image(4, 8, 2, 3))
-    assert kinds(block) == ["repetition"]
-
-
-def test_batch_norm_counts_no_call_twice():
-    block = MambaVisionBlock(8, "attention", num_heads=2, norm_layer=nn.BatchNorm2d)
-    for i in range(4):
-        assert block.norm1.num_batches_tracked == i
-        gradients(block, image(), 0)
 
 
 EDITS = {

@@ -9,10 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import _registry, _replay
 
@@ -51,16 +49,11 @@ class _Snapshot:
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
             yield type(m).__module__.startswith(_PACKAGES) and "forward" not in m.__dict__
-            # Batch norm in training counts its calls, of which a recording is one more.
-            yield not (m.training and m._buffers)
         for t in self.tensors:
             yield type(t) in (Tensor, nn.Parameter)
 
     def _layouts(self) -> list[tuple]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self.tensors]
-
-    def wants_grad(self) -> Iterator[bool]:
-        return (t.requires_grad for t in self.tensors)
 
     def holds(self) -> bool:
         """Whether all is still the same."""
@@ -84,8 +77,8 @@ class _Repetitions:
         self.known: dict[tuple, object] = {}
 
 
-# For training and evaluation each. None after the first call: some modules live for one.
-_repetitions: WeakKeyDictionary[nn.Module, dict[bool, _Repetitions | None]] = WeakKeyDictionary()
+# None after the first call: some modules live for one.
+_repetitions: WeakKeyDictionary[nn.Module, _Repetitions | None] = WeakKeyDictionary()
 
 
 def _has_function_mode() -> bool:
@@ -106,112 +99,56 @@ def _is_observed() -> bool:
     )
 
 
-# Before torch 2.8 nobody can tell.
-_hooks_on_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: True)
-
-
-def _is_backward_observed() -> bool:
-    """Whether somebody wants to know of the nodes of the graph or of what they keep, as checkpoints do."""
-    return torch.is_anomaly_enabled() or _hooks_on_saved_tensors(False) is not None
-
-
-class _Training(torch.autograd.Function):
-    """A repetition with its backward."""
-
-    @staticmethod
-    def forward(ctx, repetition: _replay.TrainingRepetition, tensors: list, pointers: list, stream: int, *wanted):
-        output, kept = repetition.forward(tensors, pointers, stream)
-        ctx.repetition = repetition
-        ctx.save_for_backward(*tensors, *kept)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        repetition, saved = ctx.repetition, ctx.saved_tensors
-        tensors, kept = list(saved[: repetition.given]), list(saved[repetition.given :])
-        grads = repetition.backward(tensors, kept, grad, _replay.stream_of(grad))
-        return None, None, None, None, *(x for x in grads if x is not None)
-
-
 class Repeated(nn.Module):
-    """Base class of modules whose work on small maps on a GPU is repeated from the third call with a layout on.
+    """Base class of modules whose evaluation on small maps on a GPU is repeated from the fourth call with a layout on.
 
-    That needs a module of parts of this package, timm and PyTorch, without hooks; modules in it may be repeated where
-    the whole is not. Numbers in parameters may change. Whatever else is changed, attributes, hooks, parts, the place of
-    a parameter, makes it start anew.
+    That needs a module of parts of this package, timm and PyTorch, without hooks, and no gradients; modules in it may
+    be repeated where the whole is not. Numbers in parameters may change. Whatever else is changed, attributes, hooks,
+    parts, the place of a parameter, makes it start anew.
     """
 
-    # Numbers in a map, without and with gradients, up to which a recording has memory to keep all that it computes, and
-    # from which on a GPU takes longer than the host.
-    LIMITS = 2**24, 2**24
+    # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
+    # longer than the host.
+    LIMIT = 2**24
 
     def __call__(self, x, *args, **kwargs):
-        if type(x) is not Tensor or kwargs or _is_observed():
+        if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
             return super().__call__(x, *args, **kwargs)
-        has_grad = torch.is_grad_enabled()
-        if x.numel() > self.LIMITS[has_grad] or (_is_backward_observed() if has_grad else self.training):
-            return super().__call__(x, *args)
-        stream = _replay.stream_of(x) if all(type(a) in _CONSTANTS for a in args) else None
+        is_small = x.numel() <= self.LIMIT and all(type(a) in _CONSTANTS for a in args)
+        stream = _replay.stream_of(x) if is_small else None
         own = None if stream is None else self._repetitions()
         if own is None or not own.snapshot.is_all:
             return super().__call__(x, *args)
         kind, pointer = x.device.type, x.data_ptr()
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        state = (autocast, _registry._override, has_grad and (x.requires_grad, *own.snapshot.wants_grad()))
-        layout = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16, state, *args)
+        layout = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16, autocast, _registry._override, *args)
         known = own.known.get(layout, 0)
+        if callable(known):
+            return known([x, *own.snapshot.tensors], [pointer, *own.snapshot.pointers], stream)
+        if known == 1:
+            return self._record(own, layout, x, *args)
         if known == 0:
             if len(own.known) >= _replay.Replays.LIMIT:
                 own.known.clear()
             own.known[layout] = 1
-        elif known == 1 and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            own.known[layout] = known = self._recorded(own, x, *args)
-        if known in (0, 1, None):
-            return super().__call__(x, *args)
-        tensors, pointers = [x, *own.snapshot.tensors], [pointer, *own.snapshot.pointers]
-        if has_grad:
-            wanted = [t for t, grad in zip(tensors, known.grads, strict=True) if grad is not None]
-            return _Training.apply(known, tensors, pointers, stream, *wanted)
-        return known(tensors, pointers, stream)
+        return super().__call__(x, *args)
 
     def _repetitions(self) -> _Repetitions | None:
         """Those of the module as it is now, None at the first call."""
-        both = _repetitions.setdefault(self, {})
-        own = both.get(self.training)
+        own = _repetitions.get(self)
         if own is None or not own.snapshot.holds():
-            is_first = own is not None or self.training not in both
-            both[self.training] = own = None if is_first else _Repetitions(self)
+            is_first = own is not None or self not in _repetitions
+            _repetitions[self] = own = None if is_first else _Repetitions(self)
         return own
 
-    def _recorded(self, own: _Repetitions, x: Tensor, *args):
-        """A repetition of the call, None if that is not possible."""
+    def _record(self, own: _Repetitions, layout: tuple, x: Tensor, *args):
         # What autocast has cast in an earlier call would come from nowhere.
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            # Random numbers are drawn when the call is made.
-            with torch.random.fork_rng([x.device] if x.is_cuda else []):
-                return self._record(own, x, *args)
-        except torch.OutOfMemoryError:
-            return None
+            with _replay.Recording([x, *own.snapshot.tensors]) as recording:
+                out = super().__call__(x, *args)
         finally:
             torch.set_autocast_cache_enabled(cached)
-
-    def _record(self, own: _Repetitions, x: Tensor, *args):
-        x = x.detach().requires_grad_(x.requires_grad and torch.is_grad_enabled())
-        tensors = [x, *own.snapshot.tensors]
-        with _replay.Recording(tensors, is_random=True) as recording:
-            out = super().__call__(x, *args)
-            if not torch.is_grad_enabled():
-                return recording.finish(out, needs_launch=False)
-            if not isinstance(out, Tensor) or not out.requires_grad or not recording.complete:
-                return None
-            with _disable_current_modes():
-                grad = torch.zeros_like(out.detach())
-            recording.divide(grad)
-            # As it is called outside of autocast, in this thread.
-            with _replay.full_precision(x.device), torch.autograd.set_multithreading_enabled(False):
-                wanted = [t for t in tensors if t.requires_grad]
-                grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-            return recording.finish_training(out, [next(grads) if t.requires_grad else None for t in tensors])
+        own.known[layout] = recording.finish(out, needs_launch=False)
+        return out

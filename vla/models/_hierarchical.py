@@ -51,7 +51,7 @@ class HierarchicalBackbone(Repeated):
     """
 
     # Of images, see `Repeated`.
-    LIMITS = 2**20, 0
+    LIMIT = 2**20
 
     def __init__(self, in_chans: int, num_classes: int, dims: tuple[int, ...], reduction: int, drop_rate: float):
         super().__init__()

@@ -68,7 +68,7 @@ class VRWKV(Repeated):
     """
 
     # Of images, see `Repeated`.
-    LIMITS = 2**20, 0
+    LIMIT = 2**20
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ repeat these with their own tensors.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -169,7 +168,6 @@ class Recording(TorchDispatchMode):
 
     Args:
         tensors: The function's tensors, each an object of its own. They are the first slots; new tensors are the next.
-        is_random: Repeat operators that draw random numbers, others each time.
 
     Attributes:
         complete: Whether all can be repeated.
@@ -177,9 +175,8 @@ class Recording(TorchDispatchMode):
         steps: In order, what has to be done, as objects with a method `repeat(slots, pointers, stream)`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], is_random: bool = False):
+    def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
-        self.is_random = is_random
         self.complete = True
         self.launches = False
         self.steps: list = []
@@ -188,7 +185,7 @@ class Recording(TorchDispatchMode):
         self._used: set[int] = set()
         # With the tensors themselves: without, their `id` and memory could pass to others.
         self._known: dict[int, tuple[Tensor, int]] = {}
-        # By memory, for what autograd makes new objects of; None where several tensors were given that share it.
+        # By memory, for new objects of the same tensors; None where several tensors were given that share it.
         self._owners: dict[int, int | None] = {}
         for tensor in tensors:
             self._add(tensor)
@@ -250,7 +247,7 @@ class Recording(TorchDispatchMode):
             return out
         # What the function was given is not its own to write to.
         written = any(s in owners and (owners[s] is None or owners[s] < self._given) for s in storages)
-        if written or _is_unrepeatable(func, args, kwargs, self.is_random):
+        if written or _is_unrepeatable(func, args, kwargs):
             self.complete = False
             return out
         args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
@@ -293,40 +290,6 @@ class Recording(TorchDispatchMode):
         calls = any(isinstance(step, (_Call, _Casts, _CallOfMany)) for step in steps)
         steps = self._with_ends(steps, _slots_of(outputs))
         return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
-
-    def divide(self, grad: Tensor) -> None:
-        """What follows is the function's backward, which is given the gradient of what the function returned."""
-        self._division = len(self.steps), len(self._slots)
-        self._add(grad)
-        # A checkpoint draws the same ones again.
-        self.is_random = False
-
-    def finish_training(self, output: Tensor, grads: Sequence[Tensor | None]) -> "TrainingRepetition | None":
-        """What repeats a function and its backward, None if that is not possible or not worth it."""
-        output, grads = tree_map_only(Tensor, self._view, (output, list(grads)))
-        first = second = []
-        division, grad = self._division
-        grad_layout = (self._slots[grad].shape, self._slots[grad].stride())
-        if self.complete and self.launches:
-            first = self._joined(self._without_unused(self.steps[:division]))
-            second = self._without_unused(self.steps[division:])
-        count = len(self._slots)
-        self._forget()
-        if not first:
-            return None
-        used = {slot for step in second for slot in step.slots()} | _slots_of(grads)
-        kept = sorted(slot for slot in used if self._given <= slot < grad)
-        return TrainingRepetition(
-            first=self._with_ends(first, _slots_of(output) | set(kept)),
-            second=self._with_ends(second, _slots_of(grads)),
-            output=output,
-            grads=grads,
-            kept=kept,
-            grad=grad,
-            grad_layout=grad_layout,
-            given=self._given,
-            count=count,
-        )
 
     def _forget(self) -> None:
         """Gives back memory that is no longer needed."""
@@ -373,70 +336,18 @@ class Recording(TorchDispatchMode):
         return view.slot < self._given and stride == self._slots[step.slot].stride()
 
 
-def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict, is_random: bool) -> bool:
+def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a call may return something else for the same tensors, or other shapes for others of their layouts."""
     for i, argument in enumerate(function._schema.arguments):
-        if argument.name == "dropout_p" and not is_random:
+        if argument.name == "dropout_p":
             return (args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)) > 0
     if function is _aten.index.Tensor:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    tags = _UNREPEATABLE - {torch.Tag.nondeterministic_seeded} if is_random else _UNREPEATABLE
-    return bool(tags.intersection(function.tags))
+    return bool(_UNREPEATABLE.intersection(function.tags))
 
 
 def _slots_of(tree) -> set[int]:
     return {view.slot for view in tree_flatten(tree)[0] if type(view) is _View}
-
-
-@dataclass
-class TrainingRepetition:
-    """Repeats a function of tensors and its backward.
-
-    Args:
-        first: Steps of the function, each with the slots that it is the last one to need.
-        second: Those of the backward.
-        output: What the function returns.
-        grads: What the backward returns, for each tensor that the function is given.
-        kept: Slots of the function that the backward needs.
-        grad: Slot of the output's gradient.
-        grad_layout: Its shape and strides.
-        given: Number of tensors that the function is given.
-        count: Number of slots.
-    """
-
-    first: list[tuple[Callable, list[int]]]
-    second: list[tuple[Callable, list[int]]]
-    output: _View
-    grads: list[_View | None]
-    kept: list[int]
-    grad: int
-    grad_layout: tuple[tuple[int, ...], tuple[int, ...]]
-    given: int
-    count: int
-
-    def forward(self, tensors: list[Tensor], pointers: list[int], stream: int) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what the backward needs beside the same tensors."""
-        new = [None] * (self.count - self.given)
-        slots, pointers = tensors + new, pointers + new
-        with full_precision(tensors[0].device):
-            _run(self.first, slots, pointers, stream)
-        return _fill(self.output, slots), [slots[i] for i in self.kept]
-
-    def backward(self, tensors: list[Tensor], kept: list[Tensor], grad: Tensor, stream: int) -> list[Tensor | None]:
-        """The gradients of all tensors, from that of the output and what `forward` has returned."""
-        if (grad.shape, grad.stride()) != self.grad_layout or grad.data_ptr() % 16:
-            grad = grad.new_empty_strided(*self.grad_layout).copy_(grad)
-        slots = tensors + [None] * (self.count - self.given)
-        pointers = [x.data_ptr() for x in tensors] + [None] * (self.count - self.given)
-        for i, x in zip(self.kept, kept, strict=True):
-            slots[i] = x
-            pointers[i] = x.data_ptr()
-        slots[self.grad] = grad
-        pointers[self.grad] = grad.data_ptr()
-        del grad
-        with full_precision(tensors[0].device):
-            _run(self.second, slots, pointers, stream)
-        return _fill(self.grads, slots)
 
 
 def _run(steps: list[tuple[Callable, list[int]]], slots: list, pointers: list, stream: int) -> None:
