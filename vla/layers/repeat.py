@@ -16,8 +16,9 @@ from ..ops import _registry, _replay
 
 __all__ = ["Repeated"]
 
-# Packages whose modules' results depend on attributes, parameters and inputs alone.
+# Types of arguments beside the map.
 _CONSTANTS = (tuple, type(None))
+# Packages whose modules' results depend on attributes, parameters and inputs alone.
 _PACKAGES = ("vla.layers.", "vla.models.", "timm.layers.", "torch.nn.modules.")
 
 
