@@ -91,7 +91,7 @@ def modules():
 def pretend_binaries(monkeypatch):
     if not ON_CPU:
         return
-    monkeypatch.setattr(_replay, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(_replay, "stream_of", lambda tensor: 0)
     kernels = {id(k): k for m in modules() for k in vars(m).values() if isinstance(k, Kernel)}
     for k in [*kernels.values(), sum_kernel]:
         monkeypatch.setattr(k, "jit", Jit(k.jit))
@@ -301,9 +301,9 @@ def test_operators(monkeypatch, function, make, options):
             if tensor is not None:
                 tensor.data.mul_(1 + torch.rand_like(tensor))
         results = []
-        for stream in (_replay._stream, lambda tensor: None):
+        for stream in (_replay.stream_of, lambda tensor: None):
             with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
-                patch.setattr(_replay, "_stream", stream)
+                patch.setattr(_replay, "stream_of", stream)
                 outputs = function(**leaves, **options)
                 outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
                 tensors = [t for t in leaves.values() if t is not None]
@@ -326,3 +326,21 @@ def test_every_kernel_can_be_recorded():
     for module in modules():
         for name, member in vars(module).items():
             assert isinstance(member, Kernel) == name.endswith("_kernel"), f"{module.__name__}.{name}"
+
+
+def test_what_is_done_to_many_tensors_takes_one_call():
+    replays = Replays()
+
+    def function(x, *weights):
+        weights = [-torch.exp(weight) for weight in weights]
+        return [add(x, weight) * weight.to(torch.bfloat16) for weight in weights], -x
+
+    for _ in range(4):
+        x, *weights = torch.randn(3, 16)
+        results, negated = call(replays, function, x, *weights)
+        expected, _ = function(x, *weights)
+        assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True)) and torch.equal(negated, -x)
+    assert kinds(replays) == ["replay"]
+    (repetition,) = replays._known.values()
+    steps = [step.__self__ for step, _ in repetition.args[0]]
+    assert [type(step).__name__ for step in steps].count("_CallOfMany") == 2

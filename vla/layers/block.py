@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from .mlp import Mlp
 from .norm import LayerNorm2d, narrow
+from .repeat import Repeated
 
 DEFAULT_NORM = LayerNorm2d
 # Norms by the names that released configurations have for them.
 NORMS = {"ln": DEFAULT_NORM, "ln2d": DEFAULT_NORM, "bn": nn.BatchNorm2d}
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Repeated):
     r"""A token mixer and an MLP, each with its norm and its residual connection.
 
         x = x + drop_path(layer_scale(mixer(norm(x))))

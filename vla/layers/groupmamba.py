@@ -17,7 +17,8 @@ from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import LARGE, LayerNorm2d, has_hooks, narrow, normalize
+from .hooks import has_hooks
+from .norm import LARGE, LayerNorm2d, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _ahead, mlp
-from .norm import LARGE, autocast_dtype, has_hooks
+from .hooks import has_hooks
+from .norm import LARGE, autocast_dtype
 
 __all__ = ["Mlp"]
 

@@ -6,14 +6,9 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
 from .. import ops
+from .hooks import has_hooks
 
 __all__ = ["LayerNorm", "LayerNorm2d", "autocast_dtype", "narrow", "normalize"]
 
@@ -26,13 +21,6 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
     else:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
-
-_HOOKS_OF_ALL_MODULES = (
-    _global_forward_pre_hooks,
-    _global_forward_hooks,
-    _global_backward_pre_hooks,
-    _global_backward_hooks,
-)
 
 # Numbers from which a map keeps a GPU busy for longer than an operator's forward and backward take the host, of which
 # PyTorch's own take less.
@@ -113,15 +101,6 @@ def add_normalize(
         return ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_result_dtype(x, narrow))
     x = x + branch
     return x, normalize(x, weight, bias, eps, narrow)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's `forward`, or something else."""
-    # Tools that move weights put a `forward` of their own on a module.
-    if "forward" in module.__dict__:
-        return True
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or any(_HOOKS_OF_ALL_MODULES)
 
 
 class LayerNorm(nn.LayerNorm):

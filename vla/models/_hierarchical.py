@@ -7,6 +7,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers.repeat import Repeated
 from ._ahead import Backbone
 
 
@@ -35,7 +36,7 @@ class Stage(nn.Module):
         return self.norm(self.run_blocks(self.downsample(x)))
 
 
-class HierarchicalBackbone(Backbone):
+class HierarchicalBackbone(Backbone, Repeated):
     """A stem, stages, norms beside the trunk, and a classifier.
 
     The constructor of a family adds `stem`, `stages` (an `nn.Sequential` of `Stage`), `norms` (an `nn.ModuleList` with
@@ -49,6 +50,9 @@ class HierarchicalBackbone(Backbone):
         reduction: Stride of the first stage; it doubles from stage to stage.
         drop_rate: Dropout rate before the classifier.
     """
+
+    # Of images, see `Repeated`.
+    LIMIT = 2**20
 
     def __init__(self, in_chans: int, num_classes: int, dims: tuple[int, ...], reduction: int, drop_rate: float):
         super().__init__()

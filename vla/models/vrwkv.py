@@ -16,6 +16,7 @@ from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 
 from ..layers.block import DEFAULT_NORM
+from ..layers.repeat import Repeated
 from ..layers.vrwkv import Grid, VRWKVBlock, to_map, to_tokens
 from ._ahead import Backbone
 from ._checkpoint import unwrap
@@ -32,7 +33,7 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     return to_tokens(resized)
 
 
-class VRWKV(Backbone):
+class VRWKV(Backbone, Repeated):
     """Vision-RWKV backbone and classifier, for images of any size.
 
     An image is padded with zeros at the bottom and on the right to a multiple of the patch size; the position embedding
@@ -66,6 +67,9 @@ class VRWKV(Backbone):
         drop_path_rate: Rate of stochastic depth in the last block; it grows linearly from 0.
         official_split: Compute what the released CUDA kernel does, see `vla.ops.bi_wkv`; version 1 only.
     """
+
+    # Of images, see `Repeated`.
+    LIMIT = 2**20
 
     def __init__(
         self,

@@ -167,8 +167,13 @@ class Operator:
         the kernels.
         """
         if self._is_observed(args):
-            transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-            return transform(self, *args) if transformed else self._overload(*args)
+            if torch.compiler.is_compiling():
+                return self._overload(*args)
+            if torch._C._are_functorch_transforms_active():
+                return transform(self, *args)
+            # A recording of more than this operator goes on with its launches.
+            if _replay.current() is None:
+                return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
 
     def _is_observed(self, args: tuple) -> bool:

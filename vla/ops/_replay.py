@@ -26,6 +26,20 @@ _ALLOCATIONS = frozenset(
         _aten.new_empty_strided.default,
     )
 )
+# Operators that PyTorch makes of others without autocast's looking at these.
+_CAST_AS_ONE = frozenset(
+    (
+        _aten.linear.default,
+        _aten.matmul.default,
+        _aten.conv2d.default,
+        _aten.conv2d.padding,
+        _aten.layer_norm.default,
+        _aten.batch_norm.default,
+        _aten.scaled_dot_product_attention.default,
+    )
+)
+# Operators of one tensor, and what does the same to many by one launch.
+_OF_MANY = {_aten.exp.default: torch._foreach_exp, _aten.neg.default: torch._foreach_neg}
 # What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
@@ -60,26 +74,93 @@ class _Allocation:
 
     def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
         new = slots[0].new_empty_strided(self.size, self.stride, dtype=self.dtype)
-        slots.append(new)
-        pointers.append(new.data_ptr())
+        slots[self.slot] = new
+        pointers[self.slot] = new.data_ptr()
 
-    def skip(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        slots.append(None)
-        pointers.append(None)
+    def slots(self) -> list[int]:
+        return [self.slot]
 
 
 class _Call:
-    """An operator of PyTorch; all its results take slots."""
+    """An operator of PyTorch; all `count` tensors that it returns take slots, from `slot` on."""
 
-    def __init__(self, function: Callable, arguments: tuple[tuple, dict]):
-        self.function, self.arguments = function, arguments
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, slot: int, count: int):
+        self.function, self.args, self.kwargs, self.slot, self.count = function, list(args), kwargs, slot, count
+        self.views = [(i, x) for i, x in enumerate(args) if type(x) is _View]
+        self.trees = [(i, x) for i, x in enumerate(args) if isinstance(x, (tuple, list))]
 
     def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        args, kwargs = _fill(self.arguments, slots)
-        results = self.function(*args, **kwargs)
-        for new in (results,) if isinstance(results, Tensor) else results:
-            slots.append(new)
-            pointers.append(new.data_ptr())
+        args = self.args.copy()
+        for i, view in self.views:
+            args[i] = view.of(slots)
+        for i, tree in self.trees:
+            args[i] = _fill(tree, slots)
+        results = self.function(*args, **(_fill(self.kwargs, slots) if self.kwargs else {}))
+        results = (results,) if isinstance(results, Tensor) else [x for x in results if isinstance(x, Tensor)]
+        for i, new in enumerate(results, self.slot):
+            slots[i] = new
+            pointers[i] = new.data_ptr()
+
+    def slots(self) -> list[int]:
+        views = (x for x in tree_flatten((self.args, self.kwargs))[0] if type(x) is _View)
+        return [view.slot for view in views] + list(range(self.slot, self.slot + self.count))
+
+
+class _Casts:
+    """Several tensors in another dtype, by one launch instead of one for each.
+
+    Args:
+        casts: The calls that cast one tensor each.
+        copies: What they returned, all of one dtype.
+    """
+
+    # Numbers of 16 bits in the 16 bytes that tensors have to start at multiples of.
+    ALIGNMENT = 8
+
+    def __init__(self, casts: list[_Call], copies: list[Tensor]):
+        self.dtype = copies[0].dtype
+        # Where they can be, the copies are parts of one new tensor.
+        self.size = 0
+        self.parts, self.others = [], []
+        for cast, copy in zip(casts, copies, strict=True):
+            is_part = copy.is_contiguous() and copy.numel() % self.ALIGNMENT == 0
+            (self.parts if is_part else self.others).append((cast.views[0][1], cast.slot))
+            self.size += copy.numel() if is_part else 0
+        self.targets = [slot for _, slot in self.parts + self.others]
+
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        sources = [view.of(slots) for view, _ in self.parts]
+        flat = slots[0].new_empty(self.size, dtype=self.dtype)
+        copies = list(torch._C._nn.unflatten_dense_tensors(flat, sources))
+        for view, _ in self.others:
+            source = view.of(slots)
+            sources.append(source)
+            copies.append(torch.empty_like(source, dtype=self.dtype))
+        torch._foreach_copy_(copies, sources)
+        for slot, copy in zip(self.targets, copies, strict=True):
+            slots[slot] = copy
+            pointers[slot] = copy.data_ptr()
+
+    def slots(self) -> list[int]:
+        return [view.slot for view, _ in self.parts + self.others] + self.targets
+
+
+class _CallOfMany:
+    """An operator of one tensor for several, by one launch instead of one for each."""
+
+    def __init__(self, calls: list[_Call]):
+        self.function = _OF_MANY[calls[0].function]
+        self.views = [call.views[0][1] for call in calls]
+        self.targets = [call.slot for call in calls]
+
+    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
+        results = self.function([view.of(slots) for view in self.views])
+        for slot, new in zip(self.targets, results, strict=True):
+            slots[slot] = new
+            pointers[slot] = new.data_ptr()
+
+    def slots(self) -> list[int]:
+        return [view.slot for view in self.views] + self.targets
 
 
 class Recording(TorchDispatchMode):
@@ -99,24 +180,35 @@ class Recording(TorchDispatchMode):
         self.complete = True
         self.launches = False
         self.steps: list = []
+        self._given = len(tensors)
         self._slots: list[Tensor] = []
         self._used: set[int] = set()
         # With the tensors themselves: without, their `id` and memory could pass to others.
         self._known: dict[int, tuple[Tensor, int]] = {}
+        # By memory, for new objects of the same tensors; None where several tensors were given that share it.
+        self._owners: dict[int, int | None] = {}
         for tensor in tensors:
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
-        self._known.setdefault(id(tensor), (tensor, len(self._slots)))
+        slot, memory = len(self._slots), tensor.untyped_storage()._cdata
+        if self._known.setdefault(id(tensor), (tensor, slot))[1] == slot:
+            shared = slot < self._given and memory in self._owners
+            self._owners[memory] = None if shared else self._owners.get(memory, slot)
         self._slots.append(tensor)
+
+    def _owner(self, tensor: Tensor) -> int | None:
+        """Slot that holds the tensor or its memory, None for one that came from elsewhere."""
+        known = self._known.get(id(tensor))
+        return self._owners.get(tensor.untyped_storage()._cdata) if known is None else known[1]
 
     def _slot(self, tensor: Tensor) -> int | None:
         """Whose memory the tensor is of. None, and nothing can be repeated, for one that came from elsewhere."""
-        if id(tensor) not in self._known:
+        slot = self._owner(tensor)
+        if slot is None:
             self.complete = False
-            return None
-        slot = self._known[id(tensor)][1]
-        self._used.add(slot)
+        else:
+            self._used.add(slot)
         return slot
 
     def _view(self, tensor: Tensor) -> _View | None:
@@ -132,28 +224,45 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in _CAST_AS_ONE and self._is_composite(func):
+            # As PyTorch does it; its decompositions in Python are others.
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
         if func in _ALLOCATIONS and out.device == self._slots[0].device:
             self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
             self._add(out)
             return out
-        results = [out] if isinstance(out, Tensor) else out
+        results = [x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, Tensor)]
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        if not given and not any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
-            return out  # of constants alone, as `torch.promote_types`
-        fixed = isinstance(results, (list, tuple)) and all(isinstance(x, Tensor) for x in results)
-        if not fixed or _UNREPEATABLE.intersection(func.tags):
+        if not results:
+            # Constants make others, as for `torch.promote_types`.
+            self.complete &= not given
+            return out
+        owners = {x.untyped_storage()._cdata: self._owner(x) for x in given}
+        storages = [x.untyped_storage()._cdata for x in results]
+        if not func._schema.is_mutable and all(owners.get(storage) is not None for storage in storages):
+            for x, storage in zip(results, storages, strict=True):
+                self._known.setdefault(id(x), (x, owners[storage]))
+            return out
+        # What the function was given is not its own to write to.
+        written = any(s in owners and (owners[s] is None or owners[s] < self._given) for s in storages)
+        if written or _is_unrepeatable(func, args, kwargs):
             self.complete = False
             return out
-        owners = {x.untyped_storage()._cdata: self._known[id(x)][1] for x in given if id(x) in self._known}
-        if not func._schema.is_mutable and all(x.untyped_storage()._cdata in owners for x in results):
-            for x in results:
-                self._known.setdefault(id(x), (x, owners[x.untyped_storage()._cdata]))
-            return out
-        self.steps.append(_Call(func, tree_map_only(Tensor, self._view, (args, kwargs))))
+        args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
+        self.steps.append(_Call(func, args, kwargs, len(self._slots), len(results)))
         for x in results:
             self._add(x)
         return out
+
+    def _is_composite(self, func: Callable) -> bool:
+        """Whether what runs is made of other operators."""
+        own, composite = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+            for key in (self._slots[0].device.type.upper(), "CompositeImplicitAutograd")
+        )
+        return composite and not own
 
     def places(self, arguments: list) -> list[tuple[int, int, int]]:
         """Where a launch has tensors among its arguments: (argument, slot, bytes after the slot's start)."""
@@ -165,29 +274,101 @@ class Recording(TorchDispatchMode):
                 places.append((i, slot, x.storage_offset() * x.itemsize - base.storage_offset() * base.itemsize))
         return places
 
-    def finish(self, outputs) -> Callable | None:
-        """What repeats the function that returned `outputs`, None if that is not possible or not worth it."""
+    def finish(self, outputs, needs_launch: bool = True) -> Callable | None:
+        """What repeats the function that returned `outputs`, None if that is not possible.
+
+        Nor is it worth it without launches, unless the function does more than to call operators of PyTorch.
+        """
         outputs = tree_map_only(Tensor, self._view, outputs)
-        # Their memory is no longer needed.
+        steps = []
+        if self.complete and (self.launches or not needs_launch):
+            steps = self._joined(self._without_unused(self.steps))
+        new = [None] * (len(self._slots) - self._given)
+        self._forget()
+        if not steps:
+            return None
+        calls = any(isinstance(step, (_Call, _Casts, _CallOfMany)) for step in steps)
+        steps = self._with_ends(steps, _slots_of(outputs))
+        return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
+
+    def _forget(self) -> None:
+        """Gives back memory that is no longer needed."""
         self._slots.clear()
         self._known.clear()
-        if not self.complete or not self.launches:
-            return None
-        unused = [step for step in self.steps if isinstance(step, _Allocation) and step.slot not in self._used]
-        steps = [step.skip if step in unused else step.repeat for step in self.steps]
-        calls = any(isinstance(step, _Call) for step in self.steps)
-        return partial(_repeat_with_calls if calls else _repeat, steps, outputs)
+        self._owners.clear()
+
+    def _without_unused(self, steps: list) -> list:
+        return [step for step in steps if not isinstance(step, _Allocation) or step.slot in self._used]
+
+    def _with_ends(self, steps: list, needed: set[int]) -> list[tuple[Callable, list[int]]]:
+        """What repeats each step, and the slots whose memory no other one after it needs."""
+        ends = []
+        seen = needed | set(range(self._given))
+        for step in reversed(steps):
+            own = set(step.slots())
+            ends.append((step.repeat, sorted(own - seen)))
+            seen |= own
+        return ends[::-1]
+
+    def _joined(self, steps: list) -> list:
+        """The same steps, those that do alike to what the function was given joined and put first."""
+        casts: dict[torch.dtype, list[_Call]] = {}
+        rest = []
+        for step in steps:
+            group = casts.setdefault(self._slots[step.slot].dtype, []) if self._is_cast(step) else rest
+            group.append(step)
+        joined: list = [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()]
+        early = set(range(self._given))
+        for function in _OF_MANY:
+            calls = [step for step in rest if isinstance(step, _Call) and step.function is function]
+            calls = [call for call in calls if call.views[0][1].slot in early]
+            if len(calls) > 1:
+                early.update(call.slot for call in calls)
+                joined.append(_CallOfMany(calls))
+                rest = [step for step in rest if step not in calls]
+        return joined + rest
+
+    def _is_cast(self, step) -> bool:
+        if not isinstance(step, _Call) or step.function is not _aten._to_copy.default or len(step.views) != 1:
+            return False
+        view = step.views[0][1]
+        stride = self._slots[view.slot].stride() if view.stride is None else view.stride
+        return view.slot < self._given and stride == self._slots[step.slot].stride()
 
 
-def _repeat(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
-    for step in steps:
-        step(tensors, pointers, stream)
+def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call may return something else for the same tensors, or other shapes for others of their layouts."""
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.name == "dropout_p":
+            return (args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)) > 0
+    if function is _aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return bool(_UNREPEATABLE.intersection(function.tags))
+
+
+def _slots_of(tree) -> set[int]:
+    return {view.slot for view in tree_flatten(tree)[0] if type(view) is _View}
+
+
+def _run(steps: list[tuple[Callable, list[int]]], slots: list, pointers: list, stream: int) -> None:
+    for step, ends in steps:
+        step(slots, pointers, stream)
+        for slot in ends:
+            slots[slot] = None
+
+
+def _repeat(steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int):
+    tensors += new
+    pointers += new
+    _run(steps, tensors, pointers, stream)
     return _fill(outputs, tensors)
 
 
-def _repeat_with_calls(steps: list[Callable], outputs, tensors: list[Tensor], pointers: list[int], stream: int):
+def _repeat_with_calls(
+    steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int
+):
     with full_precision(tensors[0].device):
-        return _repeat(steps, outputs, tensors, pointers, stream)
+        return _repeat(steps, outputs, new, tensors, pointers, stream)
 
 
 class full_precision(AbstractContextManager):  # noqa: N801
@@ -215,7 +396,7 @@ def current() -> Recording | None:
     return mode if isinstance(mode, Recording) else None
 
 
-def _stream(tensor: Tensor) -> int | None:
+def stream_of(tensor: Tensor) -> int | None:
     """Where a launch with this tensor goes, None unless it is on the current GPU, where Triton launches."""
     device = tensor.get_device()
     if device < 0 or not tensor.is_cuda or device != torch.cuda.current_device():
@@ -248,7 +429,7 @@ class Replays:
             state: What else the function depends on.
             *args: Tensors and constants.
         """
-        stream = _stream(first)
+        stream = None if current() is not None else stream_of(first)
         if stream is None:
             return function(*args)
         layout, tensors, pointers = [state], [], []

@@ -59,6 +59,9 @@ class _Launch:
         self.arguments = [*head, *(None if isinstance(x, Tensor) else x for x in arguments)]
         self.places = [(self.length + i, slot, offset) for i, slot, offset in places]
 
+    def slots(self) -> list[int]:
+        return [slot for _, slot, _ in self.places]
+
     def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
         arguments = self.arguments.copy()
         for i, slot, offset in self.places:

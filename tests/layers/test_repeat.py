@@ -1,0 +1,253 @@
+"""Repeated blocks against ordinary ones. On the CPU a compiled kernel is pretended by an interpreted one."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+import vla  # noqa: E402, F401
+from tests.ops.test_replay import pretend_binaries  # noqa: E402, F401
+from vla.layers import GroupMambaBlock, GSPNBlock, MambaVisionBlock, VRWKVBlock, VSSBlock, repeat  # noqa: E402
+from vla.ops import use_backend  # noqa: E402
+
+BLOCKS = {
+    "vmamba": lambda: VSSBlock(8),
+    "vmamba, gated": lambda: VSSBlock(8, layer_scale=0.5, gate=True, post_norm=True),
+    "mambavision": lambda: MambaVisionBlock(8),
+    "attention": lambda: MambaVisionBlock(8, "attention", num_heads=2),
+    "windows": lambda: MambaVisionBlock(8, "attention", num_heads=2, window_size=2),
+    "vrwkv": lambda: VRWKVBlock(8),
+    "vrwkv6": lambda: VRWKVBlock(8, version=6, head_dim=4),
+    "gspn": lambda: GSPNBlock(8, conv_kernel=3),
+    "groupmamba": lambda: GroupMambaBlock(8),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with use_backend("triton"):
+        yield
+
+
+def ordinary(module: nn.Module, *args) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeat.Repeated, "__call__", nn.Module.__call__)
+        return module(*args)
+
+
+def kinds(module: nn.Module) -> list[str]:
+    own = repeat._repetitions.get(module)
+    return [] if own is None else ["repetition" if callable(known) else known for known in own.known.values()]
+
+
+def make(kind: str = "attention") -> nn.Module:
+    """A block, without launches and so quick where that is not what a test is about."""
+    torch.manual_seed(0)
+    return BLOCKS[kind]().eval()
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape or (1, 8, 2, 3)).contiguous(memory_format=torch.channels_last)
+
+
+def check(module: nn.Module, x: Tensor, *args) -> None:
+    actual, expected = module(x, *args), ordinary(module, x, *args)
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride() and actual.dtype == expected.dtype
+
+
+def recorded(module: nn.Module | None = None, x: Tensor | None = None) -> nn.Module:
+    """A module of which a repetition is known."""
+    module = make() if module is None else module
+    for _ in range(3):
+        module(image() if x is None else x)
+    assert kinds(module)[-1] == "repetition"
+    return module
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Numbers of modules that have been called."""
+    calls = []
+    monkeypatch.setattr(nn.LayerNorm, "forward", counting(calls, nn.LayerNorm.forward))
+    return calls
+
+
+def counting(calls: list, function):
+    def wrapped(*args):
+        calls.append(None)
+        return function(*args)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks(kind, autocast):
+    block = make(kind)
+    with torch.inference_mode(), torch.autocast(image().device.type, torch.bfloat16, enabled=autocast):
+        recorded(block)
+        for _ in range(2):
+            check(block, image())
+
+
+@pytest.mark.parametrize("name", ["vrwkv_atto", "mambavision_atto"])
+def test_networks(name):
+    options = dict(img_size=32) if name == "vrwkv_atto" else {}
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    size = (1, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast(image().device.type, torch.bfloat16):
+        recorded(model, image(*size))
+        check(model, image(*size))
+
+
+@torch.no_grad()
+def test_layouts_have_their_own():
+    block = make()
+    for _ in range(4):
+        for x in (image(), image(2, 8, 2, 3), image().contiguous(), image().half().float()[:, :, :1], image().double()):
+            if x.dtype == torch.float32:
+                check(block, x)
+    assert kinds(block) == ["repetition"] * 4
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_one_autocast_for_many_calls(cached):
+    block = make()
+    with torch.no_grad(), torch.autocast(image().device.type, torch.bfloat16, cache_enabled=cached):
+        recorded(block)
+        check(block, image())
+    with torch.no_grad():
+        check(block, image())
+
+
+EDITS = {
+    "numbers": lambda block: block.mlp.fc1.weight.mul_(2),
+    "data": lambda block: block.mlp.fc1.weight.data.mul_(2),
+    "place of data": lambda block: setattr(block.mlp.fc1.weight, "data", torch.randn(32, 8)),
+    "layout of data": lambda block: setattr(
+        block.mixer.attn.proj.weight, "data", block.mixer.attn.proj.weight.data.t()
+    ),
+    "parameter": lambda block: setattr(block.mlp.fc1, "weight", nn.Parameter(torch.randn(32, 8))),
+    "part": lambda block: setattr(block.mlp, "act", nn.ReLU()),
+    "attribute": lambda block: setattr(block.norm1, "eps", 1.0),
+    "forward": lambda block: setattr(block.mlp, "forward", lambda x: 2 * x),
+    "hook": lambda block: block.mlp.register_forward_hook(lambda module, args, out: 2 * out),
+    "own hook": lambda block: block.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "parametrization": lambda block: nn.utils.parametrize.register_parametrization(block.mlp.fc1, "weight", nn.Tanh()),
+    "type": lambda block: block.double().float(),
+    "state": lambda block: block.load_state_dict(make_other().state_dict()),
+}
+
+
+def make_other() -> nn.Module:
+    return MambaVisionBlock(8, "attention", num_heads=2)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@torch.no_grad()
+def test_edits_take_effect(edit):
+    block = recorded()
+    x = image()
+    before = block(x)
+    EDITS[edit](block)
+    for _ in range(5):
+        check(block, x)
+    if edit != "type":
+        assert not torch.equal(block(x), before)
+
+
+@torch.no_grad()
+def test_hooks_that_are_taken_away():
+    block = recorded()
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module)):
+        block(image())
+    assert block in seen and block.mlp in seen
+    handle = block.mlp.register_forward_hook(lambda *args: seen.append(None))
+    for _ in range(4):
+        block(image())
+    assert seen.count(None) == 4
+    handle.remove()
+    check(recorded(block), image())
+
+
+def test_training_and_gradients():
+    block = make()
+    with torch.no_grad():
+        recorded(block)
+    x = image().requires_grad_()
+    block(x).sum().backward()
+    assert x.grad is not None and block.mlp.fc1.weight.grad is not None
+    with torch.no_grad():
+        block.train()
+        check(block, image())
+        block.eval()
+        check(block, image())
+        assert "repetition" in kinds(block)
+
+
+@torch.no_grad()
+def test_who_looks_on():
+    block = recorded()
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Marked(Tensor):
+        pass
+
+    with Mode():
+        block(image())
+    assert seen
+    with torch.device(image().device):
+        check(recorded(), image())
+    assert isinstance(block(image().as_subclass(Marked)), Marked)
+    stacked = torch.randn(3, 1, 8, 2, 3)
+    torch.testing.assert_close(torch.vmap(block)(stacked), torch.stack([ordinary(block, x) for x in stacked]))
+    traced = torch.jit.trace(block, image())
+    x = image()
+    torch.testing.assert_close(traced(x), block(x))
+
+
+@torch.no_grad()
+def test_parts_of_others_are_called(counted):
+    class Custom(nn.Linear):
+        pass
+
+    block = make()
+    block.mlp.fc1 = Custom(8, 32)
+    for _ in range(5):
+        check(block, image())
+    assert kinds(block) == []
+
+
+@torch.no_grad()
+def test_copies_have_their_own():
+    block = recorded()
+    other = copy.deepcopy(block)
+    other.mlp.fc1.weight.mul_(3)
+    for _ in range(4):
+        check(other, image())
+        check(block, image())
+    repeat._repetitions.pop(other)
+    assert kinds(copy.copy(block)) == []
+
+
+@torch.no_grad()
+def test_memory_is_given_back():
+    block = recorded()
+    alive = weakref.ref(block), weakref.ref(block.mlp.fc1.weight)
+    del block
+    gc.collect()
+    assert [a() for a in alive] == [None, None]

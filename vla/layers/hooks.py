@@ -1,0 +1,30 @@
+"""Whoever wants to know of a module's calls."""
+
+from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+_OF_ALL_MODULES = (
+    _global_forward_pre_hooks,
+    _global_forward_hooks,
+    _global_backward_pre_hooks,
+    _global_backward_hooks,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on the calls of all modules."""
+    return any(_OF_ALL_MODULES)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's `forward`, or something else."""
+    # Tools that move weights put a `forward` of their own on a module.
+    if "forward" in module.__dict__:
+        return True
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or has_global_hooks()

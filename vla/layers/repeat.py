@@ -1,0 +1,155 @@
+"""Blocks and networks that repeat, for one more map of a size, what they did for the last one.
+
+A small model in eager mode waits for the host, and most of what that does is to find out again what it has to do: calls
+of modules, layouts, casts of weights. So what operators do (`vla/ops/_replay.py`) whole modules do as well.
+"""
+
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+from ..ops import _registry, _replay
+from .hooks import has_global_hooks
+
+__all__ = ["Repeated"]
+
+# Types of arguments beside the map.
+_CONSTANTS = (tuple, type(None))
+# Packages whose modules' results depend on attributes, parameters and inputs alone.
+_PACKAGES = ("vla.layers.", "vla.models.", "timm.layers.", "torch.nn.modules.")
+
+
+class _Snapshot:
+    """What the results of a module depend on beside its input and the numbers in its parameters.
+
+    Attributes:
+        tensors: Parameters and buffers.
+        pointers: Where they are.
+        is_all: Whether there is nothing else.
+    """
+
+    def __init__(self, module: nn.Module):
+        # Not the modules themselves: the table of all snapshots would keep them alive.
+        modules = list(module.modules())
+        self.live = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
+        self.copies = [d.copy() for d in self.live]
+        self.hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+        ]
+        self.is_hooked = any(self.hooks)
+        self.tensors = [*module.parameters(), *module.buffers()]
+        self.layouts = self._layouts()
+        self.pointers = [t.data_ptr() for t in self.tensors]
+        self.is_all = not self.is_hooked and all(self._are_plain(modules))
+
+    def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
+        for m in modules:
+            yield type(m).__module__.startswith(_PACKAGES) and "forward" not in m.__dict__
+        for t in self.tensors:
+            yield type(t) in (Tensor, nn.Parameter)
+
+    def _layouts(self) -> list[tuple]:
+        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self.tensors]
+
+    def holds(self) -> bool:
+        """Whether all is still the same."""
+        try:
+            same = self.live == self.copies
+        except RuntimeError:  # says a comparison of tensors, which there is none of between the same ones
+            return False
+        return same and any(self.hooks) == self.is_hooked and self._layouts() == self.layouts
+
+
+class _Repetitions:
+    """Those of one module, as it is now.
+
+    Attributes:
+        snapshot: What they hold for.
+        known: By layout of the input the number of calls, then a repetition, or None if that is not possible.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.snapshot = _Snapshot(module)
+        self.known: dict[tuple, object] = {}
+
+
+# None after the first call: some modules live for one.
+_repetitions: WeakKeyDictionary[nn.Module, _Repetitions | None] = WeakKeyDictionary()
+
+
+def _has_function_mode() -> bool:
+    """Whether there is another mode than that of `torch.set_default_device`."""
+    count = torch._C._len_torch_function_stack()
+    return count > 1 or (count == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
+
+
+def _is_observed() -> bool:
+    """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a hook on all modules looks on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _has_function_mode()
+        or torch._C._are_functorch_transforms_active()
+        or has_global_hooks()
+    )
+
+
+class Repeated(nn.Module):
+    """Base class of modules whose evaluation on small maps on a GPU is repeated from the fourth call with a layout on.
+
+    That needs a module of parts of this package, timm and PyTorch, without hooks, and no gradients; modules in it may
+    be repeated where the whole is not. Numbers in parameters may change. Whatever else is changed, attributes, hooks,
+    parts, the place of a parameter, makes it start anew.
+    """
+
+    # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
+    # longer than the host.
+    LIMIT = 2**24
+
+    def __call__(self, x, *args, **kwargs):
+        if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
+            return super().__call__(x, *args, **kwargs)
+        is_small = x.numel() <= self.LIMIT and all(type(a) in _CONSTANTS for a in args)
+        stream = _replay.stream_of(x) if is_small else None
+        own = None if stream is None else self._repetitions()
+        if own is None or not own.snapshot.is_all:
+            return super().__call__(x, *args)
+        kind, pointer = x.device.type, x.data_ptr()
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        layout = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16, autocast, _registry._override, *args)
+        known = own.known.get(layout, 0)
+        if callable(known):
+            return known([x, *own.snapshot.tensors], [pointer, *own.snapshot.pointers], stream)
+        if known == 1:
+            return self._record(own, layout, x, *args)
+        if known == 0:
+            if len(own.known) >= _replay.Replays.LIMIT:
+                own.known.clear()
+            own.known[layout] = 1
+        return super().__call__(x, *args)
+
+    def _repetitions(self) -> _Repetitions | None:
+        """Those of the module as it is now, None at the first call."""
+        own = _repetitions.get(self)
+        if own is None or not own.snapshot.holds():
+            is_first = own is not None or self not in _repetitions
+            _repetitions[self] = own = None if is_first else _Repetitions(self)
+        return own
+
+    def _record(self, own: _Repetitions, layout: tuple, x: Tensor, *args):
+        # What autocast has cast in an earlier call would come from nowhere.
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with _replay.Recording([x, *own.snapshot.tensors]) as recording:
+                out = super().__call__(x, *args)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        own.known[layout] = recording.finish(out, needs_launch=False)
+        return out
