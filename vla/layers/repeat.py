@@ -83,9 +83,9 @@ _repetitions: WeakKeyDictionary[nn.Module, _Repetitions | None] = WeakKeyDiction
 
 
 def _has_function_mode() -> bool:
-    """Whether there is another mode than that of `torch.set_default_device`."""
-    count = torch._C._len_torch_function_stack()
-    return count > 1 or (count == 1 and type(torch._C._get_function_stack_at(0)) is not DeviceContext)
+    """Whether there is another mode than those of default devices."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _is_observed() -> bool:
