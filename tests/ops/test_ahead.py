@@ -7,8 +7,8 @@ from vla.ops._registry import MIN_TRITON
 
 pytest.importorskip("triton", minversion="{}.{}".format(*MIN_TRITON), reason="kernels need a newer Triton")
 
-SCRIPT = """
-import os, sys
+SETUP = """
+import os, sys, time
 
 os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
 import torch
@@ -28,6 +28,9 @@ device = Device(90)
 device.launcher_cls = None
 driver.set_active(device)
 torch.cuda.current_device = lambda: 0
+"""
+
+LAUNCHED = """
 with FakeTensorMode(), _ahead.compile_launches():
     call("cuda")
 hits = []
@@ -37,7 +40,28 @@ with Compiler((90,), (90,)).intercept(), use_backend("triton"), OnMeta():
 assert hits == 4 * [True], hits
 """
 
+FAILING = """
+def compile(*work):
+    {failure}
+
+compile.__module__, compile.__qualname__ = _ahead.__name__, "_compile"
+_ahead._compile, _ahead._PATIENCE = compile, 1
+start = time.monotonic()
+with FakeTensorMode(), _ahead.compile_launches():
+    call("cuda")
+assert time.monotonic() - start < 30
+"""
+
+
+def run(script: str, folder) -> None:
+    process = python("-c", SETUP + script, str(folder))
+    assert process.returncode == 0, process.stdout + process.stderr
+
 
 def test_what_is_compiled_ahead_is_what_is_launched(tmp_path):
-    process = python("-c", SCRIPT, str(tmp_path))
-    assert process.returncode == 0, process.stdout + process.stderr
+    run(LAUNCHED, tmp_path)
+
+
+@pytest.mark.parametrize("failure", ["os._exit(1)", "time.sleep(1000)", "raise MemoryError"])
+def test_a_compilation_that_fails_is_not_waited_for(failure, tmp_path):
+    run(FAILING.format(failure=failure), tmp_path)
