@@ -65,3 +65,23 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path):
 @pytest.mark.parametrize("failure", ["os._exit(1)", "time.sleep(1000)", "raise MemoryError"])
 def test_a_compilation_that_fails_is_not_waited_for(failure, tmp_path):
     run(FAILING.format(failure=failure), tmp_path)
+
+
+NAMES = """
+import sys
+
+from vla.ops._triton import Kernel, _hash
+from vla.ops.mlp import _triton as mlp
+from vla.ops.scan2d import _triton as scan2d
+
+kernels = {k.__name__: k for module in (mlp, scan2d) for k in vars(module).values() if type(k) is Kernel}
+for name in sorted(kernels, reverse=sys.argv[1] == "reverse"):
+    _hash(kernels[name].jit)
+print(*((name, kernels[name].jit.cache_key) for name in sorted(kernels)))
+"""
+
+
+def test_names_in_the_cache_hang_on_no_order():
+    first, second = (python("-c", NAMES, order) for order in ("forward", "reverse"))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout

@@ -185,7 +185,7 @@ def _begin(device: _Device) -> None:
 
 
 def _compile(launcher: Callable, module: str, name: str, args: list, kwargs: dict) -> None:
-    binary = getattr(importlib.import_module(module), name).jit.warmup(*args, grid=(1,), **kwargs)
+    binary = getattr(importlib.import_module(module), name).compile(*args, **kwargs)
     # Up to Triton 3.6, C code that is compiled too. Later ones ask for more of the GPU, but have nothing to compile.
     with suppress(Exception):
         launcher(binary.src, binary.metadata)
