@@ -3,6 +3,7 @@
 import pytest
 
 from tests.ops.test_aot import python
+from vla.ops import _ahead
 from vla.ops._registry import MIN_TRITON
 
 pytest.importorskip("triton", minversion="{}.{}".format(*MIN_TRITON), reason="kernels need a newer Triton")
@@ -65,6 +66,17 @@ def test_what_is_compiled_ahead_is_what_is_launched(tmp_path):
 @pytest.mark.parametrize("failure", ["os._exit(1)", "time.sleep(1000)", "raise MemoryError"])
 def test_a_compilation_that_fails_is_not_waited_for(failure, tmp_path):
     run(FAILING.format(failure=failure), tmp_path)
+
+
+def test_one_kernel_that_is_not_in_the_cache_sets_it_off(monkeypatch):
+    calls = []
+    for processors, expected in ((1, 0), (2, 1)):
+        monkeypatch.setattr(_ahead, "processors", lambda n=processors: n)
+        _ahead.at_compilation(lambda: calls.append(None))
+        for cache_hit in (True, False, False):
+            _ahead.listen(None, cache_hit=cache_hit)
+        assert len(calls) == expected
+    _ahead.at_compilation(None)
 
 
 NAMES = """
