@@ -199,6 +199,16 @@ def repeat(value, COUNT: tl.constexpr):
 
 
 @triton.jit
+def exists():
+    """True: LLVM knows that of every program, the stages of the compiler before it do not.
+
+    There, `if exists():` makes a region, out of which nothing is followed, and their time grows with the square of what
+    hangs together.
+    """
+    return tl.num_programs(0) > 0
+
+
+@triton.jit
 def leading(x):
     """The leading 11 bits of a float32 number, as many as TF32 has."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
