@@ -199,10 +199,10 @@ def repeat(value, COUNT: tl.constexpr):
 
 
 @triton.jit
-def exists():
+def always():
     """True: LLVM knows that of every program, the stages of the compiler before it do not.
 
-    There, `if exists():` makes a region, out of which nothing is followed, and their time grows with the square of what
+    There, `if always():` makes a region, out of which nothing is followed, and their time grows with the square of what
     hangs together.
     """
     return tl.num_programs(0) > 0

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, exists, kernel, next_power_of_2, repeat
+from .._triton import LOG2E, always, cdiv, kernel, next_power_of_2, repeat
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -344,7 +344,7 @@ def _near_gradients(
     weights, values, gys, ns, ds = zeros, zeros, zeros, zeros, zeros
     gates = repeat(zero.to(gate_ptr.dtype.element_ty), L if GATED else 0)
     pn, pd, hn, hd, top, over, outside = zero, zero, zero, zero, none, none, ((none, none), (none, none))
-    if exists():
+    if always():
         keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
         gys = _load(gy_ptr, stride_gyt, 0.0, L)
         gates = _load_gates(gate_ptr, stride_gt, GATED, L)
