@@ -24,7 +24,7 @@ from torch import Tensor
 # Most processes: each has to be forked, and there are not that many kernels.
 _PROCESSES = 16
 # Seconds without a new kernel after which the rest is given up.
-_PATIENCE = 60
+_PATIENCE = 120
 
 
 class _Thread(threading.local):
