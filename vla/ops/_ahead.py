@@ -5,11 +5,13 @@ is compiled by other processes into Triton's cache on disk. Threads would mostly
 source of a kernel in Python.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Seconds of waiting for a kernel after which it is given up.
+# Most processes: each has to be forked, and there are not that many kernels.
+_PROCESSES = 16
+# Seconds without a new kernel after which the rest is given up.
 _PATIENCE = 120
 
 
@@ -43,8 +47,10 @@ class Compilation:
 
         self._launcher = driver.active.launcher_cls
         # Forks, because to import PyTorch takes as long as to compile. They have one thread and stay off the GPU.
-        processes = multiprocessing.get_context("fork")
-        self._pool = processes.Pool(processors(), _begin, (_Device(driver.active.get_current_target()),))
+        context, others = multiprocessing.get_context("fork"), multiprocessing.active_children()
+        device = _Device(driver.active.get_current_target())
+        self._pool = context.Pool(min(processors(), _PROCESSES), _begin, (device,))
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
         self._results: dict[tuple, AsyncResult] = {}
 
     def add(self, kernel, *args, **kwargs) -> None:
@@ -56,9 +62,17 @@ class Compilation:
             self._results[key] = self._pool.apply_async(_compile, work)
 
     def finish(self) -> None:
-        """Returns when all is compiled. What could not be compiled fails again when it is launched."""
-        for result in self._results.values():
-            result.wait(_PATIENCE)
+        """Returns when all is compiled. What could not be compiled is compiled, or fails again, when it is launched."""
+        pending, last = list(self._results.values()), time.monotonic()
+        # With a process that dies, what it was about is lost.
+        while pending and all(process.is_alive() for process in self._processes):
+            pending[0].wait(1.0)
+            left = [result for result in pending if not result.ready()]
+            if len(left) < len(pending):
+                last = time.monotonic()
+            elif time.monotonic() - last > _PATIENCE:
+                break
+            pending = left
         self._pool.terminate()
 
 
@@ -162,6 +176,8 @@ def _begin(device: _Device) -> None:
     """First of all in a process that compiles."""
     from triton.runtime import driver
 
+    # It ends soon, and to look through what it shares with the program would copy all of that.
+    gc.disable()
     # Handlers of the program are not meant for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -169,7 +185,7 @@ def _begin(device: _Device) -> None:
 
 
 def _compile(launcher: Callable, module: str, name: str, args: list, kwargs: dict) -> None:
-    binary = getattr(importlib.import_module(module), name).jit.warmup(*args, grid=(1,), **kwargs)
+    binary = getattr(importlib.import_module(module), name).compile(*args, **kwargs)
     # Up to Triton 3.6, C code that is compiled too. Later ones ask for more of the GPU, but have nothing to compile.
     with suppress(Exception):
         launcher(binary.src, binary.metadata)

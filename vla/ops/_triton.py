@@ -1,5 +1,6 @@
 """How kernels are launched, and device functions that several operators' kernels share."""
 
+import dis
 from collections.abc import Callable
 from functools import partial, update_wrapper
 
@@ -20,11 +21,17 @@ class Kernel:
         update_wrapper(self, function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        _hash(self.jit)
         compilation = _ahead.current()
         if compilation is not None:
             return partial(compilation.add, self)
         recording = _replay.current()
         return self.jit[grid] if recording is None else partial(self._record, recording, grid)
+
+    def compile(self, *args, **kwargs):
+        """What would be launched with these arguments, compiled."""
+        _hash(self.jit)
+        return self.jit.warmup(*args, grid=(1,), **kwargs)
 
     def _record(self, recording: _replay.Recording, grid: tuple[int, ...], *args, **kwargs) -> None:
         with _disable_current_modes():
@@ -35,6 +42,20 @@ class Kernel:
         arguments = [*args, *(kwargs[name] for name in self.jit.arg_names[len(args) :])]
         recording.launches = True
         recording.steps.append(_Launch(binary, grid, arguments, recording.places(arguments)))
+
+
+def _hash(function) -> None:
+    """Gives a Triton function the name that it has in Triton's cache on disk.
+
+    Triton leaves the constants of a function that it calls out of that if this one has no name yet: what is compiled
+    would be found again only where kernels are launched in the same order.
+    """
+    if getattr(function, "hash", "") is None:  # not yet, and not interpreted
+        for instruction in dis.get_instructions(function.fn):
+            called = function.fn.__globals__.get(instruction.argval) if instruction.opname == "LOAD_GLOBAL" else None
+            if isinstance(called, triton.JITFunction):
+                _hash(called)
+        function.cache_key  # noqa: B018  sets it
 
 
 class _Launch:
@@ -178,6 +199,16 @@ def repeat(value, COUNT: tl.constexpr):
     for _ in tl.static_range(COUNT):
         out = out + (value,)
     return out
+
+
+@triton.jit
+def always():
+    """True: LLVM knows that of every program, the stages of the compiler before it do not.
+
+    There, `if always():` makes a region, out of which nothing is followed, and their time grows with the square of what
+    hangs together.
+    """
+    return tl.num_programs(0) > 0
 
 
 @triton.jit

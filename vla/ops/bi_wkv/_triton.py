@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+from .._triton import LOG2E, always, cdiv, kernel, next_power_of_2, repeat
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -338,19 +338,24 @@ def _near_gradients(
         gradients' past and future sums they give what the decay gets from pairs with tokens outside.
     """
     b, span, segment, start, extra, channel, mask = place
-    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
-    gys = _load(gy_ptr, stride_gyt, 0.0, L)
-    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
-    weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
-    pn, pd, fn, fd = around
     decay, bonus = tl.exp(-w), tl.exp(u)
-    zero = pn * 0
-    ns, ds, hn, hd = (), (), zero, zero
-    for i in tl.static_range(L):
-        weight = weights[L - 1 - i]
-        hn, hd = hn * decay + fn, hd * decay + fd
-        ns, ds = (fn,) + ns, (fd,) + ds
-        fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
+    none, zero = w * 0, tl.zeros([W, channel.shape[1]], tl.float32)
+    zeros = repeat(zero, L)
+    weights, values, gys, ns, ds = zeros, zeros, zeros, zeros, zeros
+    gates = repeat(zero.to(gate_ptr.dtype.element_ty), L if GATED else 0)
+    pn, pd, hn, hd, top, over, outside = zero, zero, zero, zero, none, none, ((none, none), (none, none))
+    if always():
+        keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
+        gys = _load(gy_ptr, stride_gyt, 0.0, L)
+        gates = _load_gates(gate_ptr, stride_gt, GATED, L)
+        weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
+        pn, pd, fn, fd = around
+        ns, ds = (), ()
+        for i in tl.static_range(L):
+            weight = weights[L - 1 - i]
+            hn, hd = hn * decay + fn, hd * decay + fd
+            ns, ds = (fn,) + ns, (fd,) + ds
+            fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     # Without the segment's first tokens if these belong to the segment before: there both sums only decay.
     hn, hd = hn - extra * ns[0], hd - extra * ds[0]
     qn, qd = -extra * tl.exp(w) * pn, -extra * tl.exp(w) * pd
