@@ -21,10 +21,12 @@ from torch import Tensor
 
 from .._checks import state_dtype
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+from ..selective_scan._triton_scan import prefetch
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 NOTHING = tl.constexpr(-1e37)
+PIECE = tl.constexpr(32)
 # |w| times the tokens of a span, and |u|, up to which a span is near; and how far a state from outside may stand above
 # a span's own terms: beyond, these are exp(-24) or less of every result, and only must not overflow.
 NEAR_LIMIT = tl.constexpr(16.0)
@@ -32,11 +34,13 @@ FAR_LIMIT = tl.constexpr(44.0)
 
 
 @triton.jit
-def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _place(
+    program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
+):
     """Where a program works.
 
     A sequence's last segments begin early instead of ending late, so that loads need no mask, and so does the last
-    block of channels.
+    block of channels. If EVEN, none does, and the compiler leaves out what deals with that.
 
     Returns:
         Sequence; span; segments (W, 1); the segments' first tokens (W, 1); how many of their tokens belong to the
@@ -50,6 +54,9 @@ def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, B
     start = tl.minimum(token, length - L)
     first = program % blocks * BLOCK
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)[None]
+    if EVEN:
+        channel = first + tl.arange(0, BLOCK)[None]
+        return b, span, segment, token, token * 0, channel, tl.full(channel.shape, True, tl.int1)
     return b, span, segment, start, tl.minimum(token - start, L), channel, channel >= first
 
 
@@ -64,10 +71,10 @@ def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
 def _begin(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
     stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
-    place = _place(program, spans, length, channels, L, W, BLOCK)
+    place = _place(program, spans, length, channels, L, W, BLOCK, EVEN)
     b, span, segment, start, extra, channel, mask = place
     w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     centre = w * 0
@@ -143,8 +150,32 @@ def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr,
 
 
 @triton.jit
+def _fetch(
+    pointer, program, spans, length, channels, stride_b, stride_t: tl.constexpr, stride_c, SPAN: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Has the second-level cache fetch the tokens of a program that runs later."""
+    blocks = tl.cdiv(channels, BLOCK)
+    b, span = (program // blocks // spans).to(tl.int64), program // blocks % spans
+    first = tl.minimum(program % blocks * BLOCK, channels - BLOCK)
+    pieces: tl.constexpr = max(1, BLOCK * pointer.dtype.element_ty.primitive_bitwidth // 8 // PIECE)
+    channel = (first + tl.arange(0, pieces) * (BLOCK // pieces))[None]
+    for begin in tl.static_range(0, SPAN, THREADS // pieces):
+        token = tl.minimum(span * SPAN + begin + tl.arange(0, THREADS // pieces), length - 1)[:, None]
+        prefetch(pointer + b * stride_b + token.to(tl.int64) * stride_t + channel.to(tl.int64) * stride_c)
+
+
+@triton.jit
+def _inverse(x):
+    """`1 / x` of a positive number."""
+    # By a square root: a division takes four times the instructions.
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return _inverse(1.0 + tl.exp2(x * -LOG2E))
 
 
 # Near.
@@ -272,10 +303,11 @@ def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: t
 def _near_sums(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -294,11 +326,11 @@ def _near_outputs(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -315,8 +347,8 @@ def _near_outputs(
         ns, ds = (fn,) + ns, (fd,) + ds
         fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     for t in tl.static_range(L):
-        own, weighted = weights[t] * bonus, weights[t] * values[t]
-        y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own)) + centre
+        weighted = weights[t] * values[t]
+        y = (pn + (ns[t] + bonus * weighted)) * _inverse(pd + (ds[t] + bonus * weights[t])) + centre
         if GATED:
             y *= _sigmoid(gates[t].to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
@@ -357,9 +389,9 @@ def _near_gradients(
     gs, hs = (), ()
     gw, gu, px, py = zero, zero, zero, zero
     for t in tl.static_range(L):
-        own = weights[t] * bonus
-        inverse = 1.0 / (pd + ds[t] + own)
-        y = (pn + ns[t] + own * values[t]) * inverse
+        weighted = weights[t] * values[t]
+        inverse = _inverse(pd + (ds[t] + bonus * weights[t]))
+        y = (pn + (ns[t] + bonus * weighted)) * inverse
         gy = gys[t]
         if GATED:
             s = _sigmoid(gates[t].to(tl.float32))
@@ -372,10 +404,10 @@ def _near_gradients(
         h = g * y
         gs, hs = gs + (g,), hs + (h,)
         gu += weights[t] * (g * values[t] - h)
-        gw += (g * qn - h * qd) + (ns[t] * px - ds[t] * py)
+        gw = gw + g * qn - h * qd + ns[t] * px - ds[t] * py
         qn, qd = qn * decay + pn, qd * decay + pd
         px, py = px * decay + g, py * decay + h
-        pn, pd = pn * decay + weights[t] * values[t], pd * decay + weights[t]
+        pn, pd = pn * decay + weighted, pd * decay + weights[t]
     totals = (px, py) + _from_left(gs, hs, decay, L)
     return weights, values, gs, hs, totals, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
 
@@ -385,11 +417,11 @@ def _near_grads(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -410,11 +442,11 @@ def _near_inputs(
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -565,11 +597,11 @@ def _far_keys(k_ptr, extra, stride_kt: tl.constexpr, L: tl.constexpr, P: tl.cons
 def _far_sums(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -583,11 +615,11 @@ def _far_outputs(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -648,11 +680,11 @@ def _far_grads(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -674,11 +706,11 @@ def _far_inputs(
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -726,22 +758,26 @@ def _far_inputs(
 def bi_wkv_sums_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """States of every span, seen from its right edge and from its left edge.
 
     k, v (B, T, C); totals (B, spans, 2, 3, C); w, u (C,).
     """
     program = tl.program_id(0)
+    if AHEAD:
+        later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -787,7 +823,7 @@ def bi_wkv_fwd_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a span.
 
@@ -795,17 +831,23 @@ def bi_wkv_fwd_kernel(
     """
     # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if AHEAD:
+        later = tl.maximum(program - AHEAD, 0)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
+        if GATED:
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
             stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK,
+            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
             stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK,
+            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -814,24 +856,31 @@ def bi_wkv_grads_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """States of the gradients of every span, seen from its right edge and from its left edge.
 
     k, v, gy, gate (B, T, C); outside, totals (B, spans, 2, 3, C); w, u (C,).
     """
     program = tl.program_id(0)
+    if AHEAD:
+        later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
+        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, W * L, W * BLOCK, BLOCK)
+        if GATED:
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
             channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
-            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
             channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
-            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -842,7 +891,7 @@ def bi_wkv_bwd_kernel(
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
@@ -851,19 +900,26 @@ def bi_wkv_bwd_kernel(
     """
     # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
+    if AHEAD:
+        later = tl.maximum(program - AHEAD, 0)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
+        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, W * L, W * BLOCK, BLOCK)
+        if GATED:
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
-            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_inputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
-            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -872,6 +928,14 @@ _TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
 # Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
 # gradients.
 _REGISTERS, _GRAD_REGISTERS = 80, 128
+
+
+_AHEAD = 512
+EVEN_ON = True
+
+
+def _ahead(k):
+    return _AHEAD if k.device.type in ("cuda", "meta") and torch.version.hip is None else 0
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -885,9 +949,11 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     spans = cdiv(length, segments * _TOKENS)
     tokens = cdiv(length, segments * spans)
     spans = cdiv(length, segments * tokens)
+    even = EVEN_ON and length == spans * segments * tokens and channels % block == 0
     options = dict(
-        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, num_warps=max(1, segments * block // 32)
-    )
+        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, EVEN=even, AHEAD=_ahead(k),
+        num_warps=max(1, segments * block // 32),
+    )  # fmt: skip
     return (spans, length, channels), batch * spans * cdiv(channels, block), options
 
 
