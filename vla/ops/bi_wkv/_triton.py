@@ -781,41 +781,54 @@ def bi_wkv_sums_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _join(m, last, x, y, w, m_next, last_next, x_next, y_next, w_next):
+    """Sums of two neighbouring runs of spans: exponent, the span that it is of, scaled sums, decay of a span."""
+    gap = (m - m_next) - (last_next - last) * w
+    small = tl.exp(-tl.abs(gap))
+    keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
+    m, last = tl.where(gap > 0, m, m_next), tl.where(gap > 0, last, last_next)
+    return m, last, keep * x + add * x_next, keep * y + add * y_next, w
+
+
 @kernel(do_not_specialize=["spans"])
 def bi_wkv_outside_kernel(
     w_ptr, scale, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """States of all spans before each and of all after it, seen from its edges, from what each span has.
 
-    A program walks one side of one block of channels of a sequence, and loads P spans at a time. The largest exponent
-    of a state is kept as that of a span and as the number of spans since: aged span by span it would drift.
+    A program scans one side of one block of channels of a sequence, P - 1 spans at a time. The largest exponent of a
+    state is kept as that of a span and as that span: aged span by span it would drift.
 
     totals, outside (B, spans, 2, 3, C); w (C,).
     """
     blocks = tl.cdiv(channels, BLOCK)
     side, block = tl.program_id(0) % 2, tl.program_id(0) // 2 % blocks
-    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)
+    channel = (tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK))[None]
     # The side's first span, and how far it is to the next.
     first = (tl.program_id(0) // 2 // blocks).to(tl.int64) * spans + tl.where(side == 0, 0, spans - 1)
     step = tl.where(side == 0, 6, -6) * channels
     totals_ptr += (6 * first + 3 * side) * channels + channel
     outside_ptr += (6 * first + 3 * side) * channels + channel
-    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN
-    m, age, x, y = w * 0 + NOTHING, w * 0, w * 0, w * 0
-    for begin in range(0, spans, P):
-        totals = ()
-        for i in tl.static_range(P):
-            pointer = totals_ptr + tl.minimum(begin + i, spans - 1) * step
-            totals += (_load_state(pointer, channels),)
-        for i in tl.static_range(P):
-            tm, tx, ty = totals[i]
-            _store_state(outside_ptr + (begin + i) * step, m - age * w, x, y, channels, begin + i < spans)
-            age += 1
-            gap = (m - tm) - age * w
-            small = tl.exp(-tl.abs(gap))
-            keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
-            m, age = tl.where(gap > 0, m, tm), tl.where(gap > 0, age, 0.0)
-            x, y = keep * x + add * tx, keep * y + add * ty
+    row = tl.arange(0, P)[:, None]
+    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN + tl.zeros([P, BLOCK], tl.float32)
+    # What the spans before have, in the first row; then a row for each span.
+    zero = tl.zeros([1, BLOCK], tl.float32)
+    m0, last0, x0, y0 = zero + NOTHING, zero, zero, zero
+    for begin in range(0, spans - 1, P - 1):
+        span = begin + row
+        given = (row > 0) & (span < spans)
+        pointer = totals_ptr + (span - 1) * step
+        m = tl.where(row == 0, m0, tl.load(pointer, given, NOTHING))
+        x = tl.where(row == 0, x0, tl.load(pointer + channels, given, 0.0))
+        y = tl.where(row == 0, y0, tl.load(pointer + 2 * channels, given, 0.0))
+        last = tl.where(row == 0, last0, (span - 1).to(tl.float32) + zero)
+        m, last, x, y, w = tl.associative_scan((m, last, x, y, w), 0, _join)
+        aged = m - ((span - 1).to(tl.float32) - last) * w
+        _store_state(outside_ptr + span * step, aged, x, y, channels, span < spans)
+        final = row == P - 1
+        m0, last0 = tl.sum(tl.where(final, m, 0.0), 0)[None], tl.sum(tl.where(final, last, 0.0), 0)[None]
+        x0, y0 = tl.sum(tl.where(final, x, 0.0), 0)[None], tl.sum(tl.where(final, y, 0.0), 0)[None]
 
 
 @kernel(do_not_specialize=["spans", "length"])
@@ -931,6 +944,7 @@ _REGISTERS, _GRAD_REGISTERS = 80, 128
 
 
 _AHEAD = 512
+_SPANS = 32
 EVEN_ON = True
 
 
@@ -971,9 +985,10 @@ def _states(k: Tensor) -> Tensor:
 def _exchange(w: Tensor, scale: float, totals: Tensor, outside: Tensor, options: dict) -> None:
     """Fills in the states outside of each span from those that the spans have."""
     batch, spans, _, _, channels = totals.shape
-    block = min(32, 1 << (channels.bit_length() - 1))
+    block = min(_BLOCK, 1 << (channels.bit_length() - 1))
     bi_wkv_outside_kernel[(2 * batch * cdiv(channels, block),)](
-        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"], P=8, BLOCK=block, num_warps=1
+        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"], P=_SPANS, BLOCK=block,
+        num_warps=4,
     )  # fmt: skip
 
 
