@@ -47,7 +47,7 @@ def layout(request, monkeypatch):
     return ROWS_RELATIVE if request.param else None
 
 
-@pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1)])
+@pytest.mark.parametrize("length, states", [(1, 3), (7, 1), (49, 1), (68, 3), (136, 1), (168, 2)])
 def test_against_naive(length, states, schedule):
     compare("triton", full, single(2, 6, length, states, groups=2), delta_softplus=True)
 

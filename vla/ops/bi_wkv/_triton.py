@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_parts
 from ..selective_scan._triton_scan import prefetch
 from . import _torch
 
@@ -134,11 +134,19 @@ def _load_outside(pointer, place, spans, channels, ONE: tl.constexpr):
 
 
 @triton.jit
-def _part(place, spans, channels, BLOCK: tl.constexpr):
-    """Where a program's parts of its channels' sums over all spans are, in (C, B * spans)."""
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _store_part(parts_ptr, gw, gu, outer, scale, place, spans, channels):
+    """Writes a program's parts of the gradients of w and u, sums over its segments (W, C), and what w's has besides."""
     b, span, segment, start, extra, channel, mask = place
-    parts = tl.num_programs(0) // tl.cdiv(channels, BLOCK)
-    return channel.to(tl.int64) * parts + (b * spans + span)
+    parts_ptr += (b * spans + span) * 2 * channels + channel + segment * 0
+    gw, gu = tl.reduce((gw, gu), 0, _add)
+    first = mask & (segment == 0)
+    tl.store(parts_ptr, (gw[None] + outer) * scale, mask=first)
+    tl.store(parts_ptr + channels, gu[None] * scale, mask=first)
 
 
 @triton.jit
@@ -437,7 +445,7 @@ def _near_grads(
 
 @triton.jit
 def _near_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
     outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -456,7 +464,6 @@ def _near_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    part = _part(place, spans, channels, BLOCK)
     weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
@@ -476,16 +483,15 @@ def _near_inputs(
         p, f = outside
         both = (p[0] * after[0] - p[1] * after[1]) + (f[0] * before[0] - f[1] * before[1])
         gw -= (L - extra) * tl.exp(w) * both
-    gw = -decay * tl.sum(gw, 0)[None]
+    gw, outer = -decay * gw, zero
     if not ONE:
         # ... and enter with the sum of their exponents, once for every token that they have between them.
         tokens = tl.minimum(W * L, length - span * (W * L))
         p, f = tl.exp(past[0] + grad_future[0] - w * (W * L)), tl.exp(future[0] + grad_past[0] - w * (W * L))
         p *= past[1] * grad_future[1] - past[2] * grad_future[2]
         f *= future[1] * grad_past[1] - future[2] * grad_past[2]
-        gw -= tokens * (p + f)
-    tl.store(gw_ptr + part, gw * scale, mask=mask)
-    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
+        outer = -tokens * (p + f)
+    _store_part(parts_ptr, gw, gu, outer, scale, place, spans, channels)
     xs, ys = (), ()
     for i in tl.static_range(L):
         g, h = gs[L - 1 - i], hs[L - 1 - i]
@@ -701,7 +707,7 @@ def _far_grads(
 
 @triton.jit
 def _far_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
     outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -720,7 +726,6 @@ def _far_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    part = _part(place, spans, channels, BLOCK)
     w, u = w + 0.0 * segment, u + 0.0 * segment
     keys, values, around, gs, hs, minus, gus = _far_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
@@ -746,8 +751,7 @@ def _far_inputs(
         gk = before * (v * px - py) + after * (v * fx - fy) + gu
         tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
         tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
-    tl.store(gw_ptr + part, tl.sum(gw, 0)[None] * scale, mask=mask)
-    tl.store(gu_ptr + part, tl.sum(tl.sum(gus, 0), 0)[None] * scale, mask=mask)
+    _store_part(parts_ptr, gw, tl.sum(gus, 0), 0.0, scale, place, spans, channels)
 
 
 # Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
@@ -899,7 +903,7 @@ def bi_wkv_grads_kernel(
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_bwd_kernel(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
@@ -908,7 +912,7 @@ def bi_wkv_bwd_kernel(
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
-    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
+    k, v, gy, gate, gk, gv, ggate (B, T, C); parts (B, spans, 2, C); outside, grad_outside (B, spans, 2, 3, C);
     w, u (C,).
     """
     # From the last on: what the pass before has read last is still in the cache.
@@ -922,14 +926,14 @@ def bi_wkv_bwd_kernel(
             _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
             stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
             stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK, EVEN,
@@ -1080,9 +1084,9 @@ def backward(
             maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
-    parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
+    parts = k.new_empty(len(k) * sizes[0], 2 * sizes[2], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
-        w, u, scale, k, v, gy, gated, gk, gv, ggated, *parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
+        w, u, scale, k, v, gy, gated, gk, gv, ggated, parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
         *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
     )  # fmt: skip
-    return [*parts.sum(2), gk, gv, ggate]
+    return [*sum_parts(parts).view(2, -1), gk, gv, ggate]
