@@ -20,13 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_parts
-from ..selective_scan._triton_scan import prefetch
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, prefetch, sum_parts, takes_ptx
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 NOTHING = tl.constexpr(-1e37)
-PIECE = tl.constexpr(32)
 # |w| times the tokens of a span, and |u|, up to which a span is near; and how far a state from outside may stand above
 # a span's own terms: beyond, these are exp(-24) or less of every result, and only must not overflow.
 NEAR_LIMIT = tl.constexpr(16.0)
@@ -34,9 +32,7 @@ FAR_LIMIT = tl.constexpr(44.0)
 
 
 @triton.jit
-def _place(
-    program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
-):
+def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """Where a program works.
 
     A sequence's last segments begin early instead of ending late, so that loads need no mask, and so does the last
@@ -159,18 +155,18 @@ def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr,
 
 @triton.jit
 def _fetch(
-    pointer, program, spans, length, channels, stride_b, stride_t: tl.constexpr, stride_c, SPAN: tl.constexpr,
-    THREADS: tl.constexpr, BLOCK: tl.constexpr,
+    pointer, program, spans, length, channels, stride_b, stride_t: tl.constexpr, stride_c, L: tl.constexpr,
+    P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Has the second-level cache fetch the tokens of a program that runs later."""
+    """Has the second-level cache fetch a program's tokens, by one address for every 32 bytes."""
     blocks = tl.cdiv(channels, BLOCK)
     b, span = (program // blocks // spans).to(tl.int64), program // blocks % spans
+    pieces: tl.constexpr = max(1, BLOCK * pointer.dtype.element_ty.primitive_bitwidth // 256)
     first = tl.minimum(program % blocks * BLOCK, channels - BLOCK)
-    pieces: tl.constexpr = max(1, BLOCK * pointer.dtype.element_ty.primitive_bitwidth // 8 // PIECE)
     channel = (first + tl.arange(0, pieces) * (BLOCK // pieces))[None]
-    for begin in tl.static_range(0, SPAN, THREADS // pieces):
-        token = tl.minimum(span * SPAN + begin + tl.arange(0, THREADS // pieces), length - 1)[:, None]
-        prefetch(pointer + b * stride_b + token.to(tl.int64) * stride_t + channel.to(tl.int64) * stride_c)
+    token = tl.minimum(tl.arange(0, W * P), W * L - 1)[:, None]
+    token = tl.minimum(span * (W * L) + token, length - 1)
+    prefetch(pointer + b * stride_b + token.to(tl.int64) * stride_t + channel.to(tl.int64) * stride_c)
 
 
 @triton.jit
@@ -771,8 +767,8 @@ def bi_wkv_sums_kernel(
     program = tl.program_id(0)
     if AHEAD:
         later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
@@ -850,10 +846,10 @@ def bi_wkv_fwd_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if AHEAD:
         later = tl.maximum(program - AHEAD, 0)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
         if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
@@ -882,11 +878,11 @@ def bi_wkv_grads_kernel(
     program = tl.program_id(0)
     if AHEAD:
         later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
-        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, W * L, W * BLOCK, BLOCK)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
+        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, L, P, W, BLOCK)
         if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
@@ -919,11 +915,11 @@ def bi_wkv_bwd_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if AHEAD:
         later = tl.maximum(program - AHEAD, 0)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, W * L, W * BLOCK, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, W * L, W * BLOCK, BLOCK)
-        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, W * L, W * BLOCK, BLOCK)
+        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
+        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
+        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, L, P, W, BLOCK)
         if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, W * L, W * BLOCK, BLOCK)
+            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
@@ -949,11 +945,6 @@ _REGISTERS, _GRAD_REGISTERS = 80, 128
 
 _AHEAD = 512
 _SPANS = 32
-EVEN_ON = True
-
-
-def _ahead(k):
-    return _AHEAD if k.device.type in ("cuda", "meta") and torch.version.hip is None else 0
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -966,11 +957,12 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
         segments = min(segments, _SPLIT_SEGMENTS)
     spans = cdiv(length, segments * _TOKENS)
     tokens = cdiv(length, segments * spans)
+    tokens = next((n for n in range(tokens, tokens // 2, -1) if length % (segments * n) == 0), tokens)
     spans = cdiv(length, segments * tokens)
-    even = EVEN_ON and length == spans * segments * tokens and channels % block == 0
+    even = length == spans * segments * tokens and channels % block == 0
     options = dict(
-        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, EVEN=even, AHEAD=_ahead(k),
-        num_warps=max(1, segments * block // 32),
+        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, EVEN=even,
+        AHEAD=_AHEAD if takes_ptx(k.device) else 0, num_warps=max(1, segments * block // 32),
     )  # fmt: skip
     return (spans, length, channels), batch * spans * cdiv(channels, block), options
 

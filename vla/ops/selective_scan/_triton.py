@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
+from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2, prefetch
 from . import _triton_rows
-from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, steps_last, strides_of
 
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -574,13 +574,13 @@ def selective_scan_bwd_kernel(
                     tl.debug_barrier()
                 if PREFETCH:
                     wraps = block + 1 == blocks
-                    next_row = tl.where(wraps, 0, block + 1) * ROWS
+                    next_row = first_row + tl.where(wraps, 0, block + 1) * ROWS + tl.arange(0, 32) % ROWS
                     next_start = tl.where(wraps, tl.maximum(chunk - 1, 0), chunk) * (LANES * PER_LANE)
                     _prefetch_block(
                         u_ptr + batch * u_b,
                         delta_ptr + batch * delta_b,
                         g_ptr + batch * g_b,
-                        first_channel + tl.minimum(first_row + next_row + tl.arange(0, 32) % ROWS, span - 1).to(tl.int64),
+                        first_channel + tl.minimum(next_row, span - 1).to(tl.int64),
                         tl.minimum(next_start + tl.arange(0, 32) // ROWS * (LANES * PER_LANE * ROWS // 32), length - 1),
                         u_d,
                         u_l,
@@ -620,7 +620,7 @@ def selective_scan_bwd_kernel(
                         y = tl.zeros_like(u)
                 gx = tl.zeros_like(u)
                 gdt = tl.zeros_like(u)
-                # The chunk's parts of the gradients of parameters: rows of A, of B and C if they are constant, D and bias.
+                # The chunk's parts of the parameters' gradients: rows of A, of B and C if constant, D and bias.
                 gA_part = by_channel_ptr + (batch * chunks + chunk) * ((3 - VARYING) * states + 2) * channels + channel
                 gD_part = gA_part + (3 - VARYING) * states * channels
                 for n in tl.range(0, states, num_stages=STAGES):
