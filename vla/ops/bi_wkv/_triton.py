@@ -506,16 +506,29 @@ def _near_inputs(
 
 
 @triton.jit
+def _aged(exponent, tokens, w):
+    """The float32 exponent of a term, so many tokens on, in float64."""
+    return exponent.to(tl.float64) - tokens * w.to(tl.float64)
+
+
+@triton.jit
+def _exp(x):
+    """In float32 of a float64 exponent."""
+    return tl.exp(x.to(tl.float32))
+
+
+@triton.jit
 def _side(key, x, y, between, w, m, age, n, d):
     """Sum of the terms `exp(key - between w) (x, y)` along the first axis that have `between >= 0`, and of a state.
 
-    Exponents are formed from whole numbers of tokens: w taken off token by token would be rounded the same way every
-    time.
+    Exponents are formed from whole numbers of tokens, as w taken off token by token would be rounded the same way every
+    time. That of the result is about the largest, and the terms' differences from it are formed in float64: nothing of
+    them is rounded off.
     """
     terms = tl.where(between >= 0, key - between * w, NOTHING)
-    m -= age * w
-    top = tl.maximum(tl.max(terms, 0), m)
-    weight, kept = tl.where(between >= 0, tl.exp(terms - top), 0.0), tl.exp(m - top)
+    top = tl.maximum(tl.max(terms, 0), m - age * w)
+    weight = _exp(tl.where(between >= 0, _aged(key, between, w) - top, NOTHING))
+    kept = _exp(_aged(m, age, w) - top)
     return top, tl.sum(weight * x, 0) + kept * n, tl.sum(weight * y, 0) + kept * d
 
 
@@ -783,9 +796,9 @@ def bi_wkv_sums_kernel(
 
 @triton.jit
 def _join(m, last, x, y, w, m_next, last_next, x_next, y_next, w_next):
-    """Sums of two neighbouring runs of spans: exponent, the span that it is of, scaled sums, decay of a span."""
-    gap = (m - m_next) - (last_next - last) * w
-    small = tl.exp(-tl.abs(gap))
+    """Sums of two neighbouring runs of spans: exponent, the token from which it decays, scaled sums, the decay."""
+    gap = _aged(m, last_next - last, w) - m_next
+    small = _exp(-tl.abs(gap))
     keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
     m, last = tl.where(gap > 0, m, m_next), tl.where(gap > 0, last, last_next)
     return m, last, keep * x + add * x_next, keep * y + add * y_next, w
@@ -798,7 +811,7 @@ def bi_wkv_outside_kernel(
     """States of all spans before each and of all after it, seen from its edges, from what each span has.
 
     A program scans one side of one block of channels of a sequence, P - 1 spans at a time. The largest exponent of a
-    state is kept as that of a span and as that span: aged span by span it would drift.
+    state is kept as that of a span and as the token that this is seen from: aged span by span it would drift.
 
     totals, outside (B, spans, 2, 3, C); w (C,).
     """
@@ -811,10 +824,10 @@ def bi_wkv_outside_kernel(
     totals_ptr += (6 * first + 3 * side) * channels + channel
     outside_ptr += (6 * first + 3 * side) * channels + channel
     row = tl.arange(0, P)[:, None]
-    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN + tl.zeros([P, BLOCK], tl.float32)
+    w = tl.load(w_ptr + channel).to(tl.float32) * scale + tl.zeros([P, BLOCK], tl.float32)
     # What the spans before have, in the first row; then a row for each span.
     zero = tl.zeros([1, BLOCK], tl.float32)
-    m0, last0, x0, y0 = zero + NOTHING, zero, zero, zero
+    m0, last0, x0, y0 = zero + NOTHING, tl.zeros([1, BLOCK], tl.int32), zero, zero
     for begin in range(0, spans - 1, P - 1):
         span = begin + row
         given = (row > 0) & (span < spans)
@@ -822,12 +835,15 @@ def bi_wkv_outside_kernel(
         m = tl.where(row == 0, m0, tl.load(pointer, given, NOTHING))
         x = tl.where(row == 0, x0, tl.load(pointer + channels, given, 0.0))
         y = tl.where(row == 0, y0, tl.load(pointer + 2 * channels, given, 0.0))
-        last = tl.where(row == 0, last0, (span - 1).to(tl.float32) + zero)
+        edge = (span - 1) * SPAN
+        last = tl.where(row == 0, last0, edge)
         m, last, x, y, w = tl.associative_scan((m, last, x, y, w), 0, _join)
-        aged = m - ((span - 1).to(tl.float32) - last) * w
-        _store_state(outside_ptr + span * step, aged, x, y, channels, span < spans)
+        exponent = _aged(m, edge - last, w)
+        rounded = exponent.to(tl.float32)
+        rest = _exp(exponent - rounded)
+        _store_state(outside_ptr + span * step, rounded, rest * x, rest * y, channels, span < spans)
         final = row == P - 1
-        m0, last0 = tl.sum(tl.where(final, m, 0.0), 0)[None], tl.sum(tl.where(final, last, 0.0), 0)[None]
+        m0, last0 = tl.sum(tl.where(final, m, 0.0), 0)[None], tl.sum(tl.where(final, last, 0), 0)[None]
         x0, y0 = tl.sum(tl.where(final, x, 0.0), 0)[None], tl.sum(tl.where(final, y, 0.0), 0)[None]
 
 
