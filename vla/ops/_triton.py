@@ -94,11 +94,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def takes_ptx(device: torch.device) -> bool:
-    """Whether the device runs PTX; meta tensors stand for NVIDIA's."""
-    return device.type in ("cuda", "meta") and torch.version.hip is None
-
-
 # Triton's own may also be called in kernels, and take the host microseconds for that.
 def cdiv(a: int, b: int) -> int:
     """`a / b` rounded up, of numbers from 0 and from 1 on."""
@@ -180,19 +175,6 @@ def repeat(value, COUNT: tl.constexpr):
     for _ in tl.static_range(COUNT):
         out = out + (value,)
     return out
-
-
-@triton.jit
-def prefetch(pointers):
-    """Has NVIDIA's second-level cache fetch the lines that hold these addresses. Nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2, prefetch, sum_parts, takes_ptx
+from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_parts
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -151,22 +151,6 @@ def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr,
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
     w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
-
-
-@triton.jit
-def _fetch(
-    pointer, program, spans, length, channels, stride_b, stride_t: tl.constexpr, stride_c, L: tl.constexpr,
-    P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Has the second-level cache fetch a program's tokens, by one address for every 32 bytes."""
-    blocks = tl.cdiv(channels, BLOCK)
-    b, span = (program // blocks // spans).to(tl.int64), program // blocks % spans
-    pieces: tl.constexpr = max(1, BLOCK * pointer.dtype.element_ty.primitive_bitwidth // 256)
-    first = tl.minimum(program % blocks * BLOCK, channels - BLOCK)
-    channel = (first + tl.arange(0, pieces) * (BLOCK // pieces))[None]
-    token = tl.minimum(tl.arange(0, W * P), W * L - 1)[:, None]
-    token = tl.minimum(span * (W * L) + token, length - 1)
-    prefetch(pointer + b * stride_b + token.to(tl.int64) * stride_t + channel.to(tl.int64) * stride_c)
 
 
 @triton.jit
@@ -771,17 +755,13 @@ def _far_inputs(
 def bi_wkv_sums_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """States of every span, seen from its right edge and from its left edge.
 
     k, v (B, T, C); totals (B, spans, 2, 3, C); w, u (C,).
     """
     program = tl.program_id(0)
-    if AHEAD:
-        later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
@@ -794,57 +774,47 @@ def bi_wkv_sums_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _join(m, last, x, y, w, m_next, last_next, x_next, y_next, w_next):
-    """Sums of two neighbouring runs of spans: exponent, the token from which it decays, scaled sums, the decay."""
-    gap = _aged(m, last_next - last, w) - m_next
-    small = _exp(-tl.abs(gap))
-    keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
-    m, last = tl.where(gap > 0, m, m_next), tl.where(gap > 0, last, last_next)
-    return m, last, keep * x + add * x_next, keep * y + add * y_next, w
-
-
 @kernel(do_not_specialize=["spans"])
 def bi_wkv_outside_kernel(
     w_ptr, scale, totals_ptr, outside_ptr, spans, channels, SPAN: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """States of all spans before each and of all after it, seen from its edges, from what each span has.
 
-    A program scans one side of one block of channels of a sequence, P - 1 spans at a time. The largest exponent of a
-    state is kept as that of a span and as the token that this is seen from: aged span by span it would drift.
+    A program walks one side of one block of channels of a sequence, and loads P spans at a time. The largest exponent
+    of a state is kept as that of a span and as the number of spans since: aged span by span it would drift.
 
     totals, outside (B, spans, 2, 3, C); w (C,).
     """
     blocks = tl.cdiv(channels, BLOCK)
     side, block = tl.program_id(0) % 2, tl.program_id(0) // 2 % blocks
-    channel = (tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK))[None]
+    channel = tl.minimum(block * BLOCK, channels - BLOCK) + tl.arange(0, BLOCK)
     # The side's first span, and how far it is to the next.
     first = (tl.program_id(0) // 2 // blocks).to(tl.int64) * spans + tl.where(side == 0, 0, spans - 1)
     step = tl.where(side == 0, 6, -6) * channels
     totals_ptr += (6 * first + 3 * side) * channels + channel
     outside_ptr += (6 * first + 3 * side) * channels + channel
-    row = tl.arange(0, P)[:, None]
-    w = tl.load(w_ptr + channel).to(tl.float32) * scale + tl.zeros([P, BLOCK], tl.float32)
-    # What the spans before have, in the first row; then a row for each span.
-    zero = tl.zeros([1, BLOCK], tl.float32)
-    m0, last0, x0, y0 = zero + NOTHING, tl.zeros([1, BLOCK], tl.int32), zero, zero
-    for begin in range(0, spans - 1, P - 1):
-        span = begin + row
-        given = (row > 0) & (span < spans)
-        pointer = totals_ptr + (span - 1) * step
-        m = tl.where(row == 0, m0, tl.load(pointer, given, NOTHING))
-        x = tl.where(row == 0, x0, tl.load(pointer + channels, given, 0.0))
-        y = tl.where(row == 0, y0, tl.load(pointer + 2 * channels, given, 0.0))
-        edge = (span - 1) * SPAN
-        last = tl.where(row == 0, last0, edge)
-        m, last, x, y, w = tl.associative_scan((m, last, x, y, w), 0, _join)
-        exponent = _aged(m, edge - last, w)
-        rounded = exponent.to(tl.float32)
-        rest = _exp(exponent - rounded)
-        _store_state(outside_ptr + span * step, rounded, rest * x, rest * y, channels, span < spans)
-        final = row == P - 1
-        m0, last0 = tl.sum(tl.where(final, m, 0.0), 0)[None], tl.sum(tl.where(final, last, 0), 0)[None]
-        x0, y0 = tl.sum(tl.where(final, x, 0.0), 0)[None], tl.sum(tl.where(final, y, 0.0), 0)[None]
+    w = (tl.load(w_ptr + channel).to(tl.float32) * scale).to(tl.float64) * SPAN
+    x, y = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    m, age = x.to(tl.float64) + NOTHING, x.to(tl.float64)
+    for begin in range(0, spans, P):
+        totals = ()
+        for i in tl.static_range(P):
+            pointer = totals_ptr + tl.minimum(begin + i, spans - 1) * step
+            totals += (_load_state(pointer, channels),)
+        for i in tl.static_range(P):
+            tm, tx, ty = totals[i]
+            # What float32 rounds off the exponent goes to the sums.
+            exponent = m - age * w
+            rounded = exponent.to(tl.float32)
+            rest = _exp(exponent - rounded)
+            pointer = outside_ptr + (begin + i) * step
+            _store_state(pointer, rounded, rest * x, rest * y, channels, begin + i < spans)
+            age += 1
+            gap = (m - tm) - age * w
+            small = _exp(-tl.abs(gap))
+            keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
+            m, age = tl.where(gap > 0, m, tm), tl.where(gap > 0, age, 0.0)
+            x, y = keep * x + add * tx, keep * y + add * ty
 
 
 @kernel(do_not_specialize=["spans", "length"])
@@ -852,7 +822,7 @@ def bi_wkv_fwd_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a span.
 
@@ -860,12 +830,6 @@ def bi_wkv_fwd_kernel(
     """
     # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    if AHEAD:
-        later = tl.maximum(program - AHEAD, 0)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
-        if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
@@ -885,20 +849,13 @@ def bi_wkv_grads_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """States of the gradients of every span, seen from its right edge and from its left edge.
 
     k, v, gy, gate (B, T, C); outside, totals (B, spans, 2, 3, C); w, u (C,).
     """
     program = tl.program_id(0)
-    if AHEAD:
-        later = tl.minimum(program + AHEAD, tl.num_programs(0) - 1)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
-        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, L, P, W, BLOCK)
-        if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
@@ -920,7 +877,7 @@ def bi_wkv_bwd_kernel(
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
@@ -929,13 +886,6 @@ def bi_wkv_bwd_kernel(
     """
     # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    if AHEAD:
-        later = tl.maximum(program - AHEAD, 0)
-        _fetch(k_ptr, later, spans, length, channels, stride_kb, stride_kt, stride_kc, L, P, W, BLOCK)
-        _fetch(v_ptr, later, spans, length, channels, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK)
-        _fetch(gy_ptr, later, spans, length, channels, stride_gyb, stride_gyt, stride_gyc, L, P, W, BLOCK)
-        if GATED:
-            _fetch(gate_ptr, later, spans, length, channels, stride_gb, stride_gt, stride_gc, L, P, W, BLOCK)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
@@ -954,13 +904,9 @@ def bi_wkv_bwd_kernel(
 
 # Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
 _TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
-# Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
-# gradients.
-_REGISTERS, _GRAD_REGISTERS = 80, 128
-
-
-_AHEAD = 512
-_SPANS = 32
+# Registers of a thread in the passes for states, outputs, the gradients' states, gradients, and in the last for one of
+# several spans.
+_SUMS_REGISTERS, _REGISTERS, _GRADS_REGISTERS, _GRAD_REGISTERS, _SPLIT_GRAD_REGISTERS = 80, 80, 128, 128, 128
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -978,7 +924,7 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
     even = length == spans * segments * tokens and channels % block == 0
     options = dict(
         L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, EVEN=even,
-        AHEAD=_AHEAD if takes_ptx(k.device) else 0, num_warps=max(1, segments * block // 32),
+        num_warps=max(1, segments * block // 32),
     )  # fmt: skip
     return (spans, length, channels), batch * spans * cdiv(channels, block), options
 
@@ -997,10 +943,9 @@ def _states(k: Tensor) -> Tensor:
 def _exchange(w: Tensor, scale: float, totals: Tensor, outside: Tensor, options: dict) -> None:
     """Fills in the states outside of each span from those that the spans have."""
     batch, spans, _, _, channels = totals.shape
-    block = min(_BLOCK, 1 << (channels.bit_length() - 1))
+    block = min(32, 1 << (channels.bit_length() - 1))
     bi_wkv_outside_kernel[(2 * batch * cdiv(channels, block),)](
-        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"], P=_SPANS, BLOCK=block,
-        num_warps=4,
+        w, scale, totals, outside, spans, channels, SPAN=options["W"] * options["L"], P=8, BLOCK=block, num_warps=1
     )  # fmt: skip
 
 
@@ -1009,7 +954,7 @@ def _fill_outside(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, outs
     sizes, programs, options = _plan(k)
     totals = torch.empty_like(outside)
     bi_wkv_sums_kernel[(programs,)](
-        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_REGISTERS, **options
+        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_SUMS_REGISTERS, **options
     )
     _exchange(w, scale, totals, outside, options)
 
@@ -1089,12 +1034,13 @@ def backward(
         totals, grad_outside = torch.empty_like(outside), torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
             w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
-            maxnreg=_GRAD_REGISTERS, **options,
+            maxnreg=_GRADS_REGISTERS, **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
     parts = k.new_empty(len(k) * sizes[0], 2 * sizes[2], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
         w, u, scale, k, v, gy, gated, gk, gv, ggated, parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
-        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
+        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one,
+        maxnreg=_GRAD_REGISTERS if one else _SPLIT_GRAD_REGISTERS, **options,
     )  # fmt: skip
     return [*sum_parts(parts).view(2, -1), gk, gv, ggate]

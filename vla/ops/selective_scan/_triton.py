@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2, prefetch
+from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
 from . import _triton_rows
-from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, steps_last, strides_of
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, steps_last, strides_of
 
 # Before 3.3, Triton cannot compile these loops with loads ahead of time.
 _PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -793,10 +793,10 @@ def _steps(scan: Sizes, align: int) -> tuple[int, int]:
     return 32, max(1, min(align, 16 // scan.itemsize))
 
 
-def _tail(length: int, chunk: int) -> int:
-    """Steps that the last chunk is given if it is much shorter than the others and one of few, else 0."""
-    steps = next_power_of_2(length % chunk or chunk)
-    return steps if 4 * steps <= chunk and chunk < length < 16 * chunk else 0
+def _tail(length: int, chunk: int) -> tuple[int, int]:
+    """Steps and rows at once for the last chunk if it is much shorter than the others and one of few, else 0, 0."""
+    rest = length % chunk
+    return (32, 4) if 0 < rest <= 32 and chunk > 64 and length < 16 * chunk else (0, 0)
 
 
 def _border(scan: Sizes) -> int:
@@ -963,7 +963,7 @@ def backward(
     chunks = cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
     parallel = _parallel(scan, programs, chunks)
-    tail = 0 if parallel else _tail(scan.length, lanes * per_lane)
+    tail, tail_rows = (0, 0) if parallel else _tail(scan.length, lanes * per_lane)
     parts = Parts(scan, chunks, programs)
     entering = None
     if saved and lanes * per_lane == _border(scan):
@@ -1016,7 +1016,7 @@ def backward(
         LANES=lanes,
         PER_LANE=per_lane,
         TAIL=tail,
-        TAIL_ROWS=tail and min(rows * blocks, rows * lanes * per_lane // tail),
+        TAIL_ROWS=tail_rows,
         STAGES=stages,
         PREFETCH=scan.takes_ptx and scan.states == 1,
         **options,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, kernel, next_power_of_2, pick, prefetch, repeat
-from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, strides_of
+from .._triton import LN2, LOG2E, cdiv, kernel, next_power_of_2, pick, repeat
+from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
 _CHUNK = 16

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, softplus2, takes_ptx
+from .._triton import cdiv, kernel, softplus2
 
 # Programs that keep a GPU busy. Fewer rows than that, and parts of a sequence run in parallel.
 MIN_PROGRAMS = 1024
@@ -41,6 +41,19 @@ def place(program, span, channels, rows):
     per_sequence = (channels // span) * blocks
     block = program % per_sequence
     return (program // per_sequence).to(tl.int64), (block // blocks) * span, (block % blocks) * rows
+
+
+@triton.jit
+def prefetch(pointers):
+    """Has NVIDIA's second-level cache fetch the lines that hold these addresses. Nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @kernel
@@ -116,7 +129,8 @@ class Scan(Sizes):
 
     @property
     def takes_ptx(self) -> bool:
-        return takes_ptx(self.device)
+        """Whether the device runs PTX; meta tensors stand for NVIDIA's."""
+        return self.device.type in ("cuda", "meta") and torch.version.hip is None
 
     def alignment(self, *tensors: Tensor | None) -> int:
         """Largest power of two up to 16 that divides the length and all strides between rows of equal steps."""
