@@ -904,9 +904,9 @@ def bi_wkv_bwd_kernel(
 
 # Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
 _TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
-# Registers of a thread in the passes for states, outputs, the gradients' states, gradients, and in the last for one of
-# several spans.
-_SUMS_REGISTERS, _REGISTERS, _GRADS_REGISTERS, _GRAD_REGISTERS, _SPLIT_GRAD_REGISTERS = 80, 80, 128, 128, 128
+# Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
+# gradients.
+_REGISTERS, _GRAD_REGISTERS = 80, 128
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -954,7 +954,7 @@ def _fill_outside(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, outs
     sizes, programs, options = _plan(k)
     totals = torch.empty_like(outside)
     bi_wkv_sums_kernel[(programs,)](
-        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_SUMS_REGISTERS, **options
+        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_REGISTERS, **options
     )
     _exchange(w, scale, totals, outside, options)
 
@@ -1034,13 +1034,12 @@ def backward(
         totals, grad_outside = torch.empty_like(outside), torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
             w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
-            maxnreg=_GRADS_REGISTERS, **options,
+            maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
     parts = k.new_empty(len(k) * sizes[0], 2 * sizes[2], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
         w, u, scale, k, v, gy, gated, gk, gv, ggated, parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
-        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one,
-        maxnreg=_GRAD_REGISTERS if one else _SPLIT_GRAD_REGISTERS, **options,
+        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
     )  # fmt: skip
     return [*sum_parts(parts).view(2, -1), gk, gv, ggate]
