@@ -79,6 +79,12 @@ def test_rows_beyond_a_program(channels, layout):
     compare("triton", full, single(1, channels, 17, 2), layout, delta_softplus=True)
 
 
+def test_short_last_chunk():
+    """Backwards its lanes have one step each, those of the chunk before eight."""
+    tensors = {n: t if t is None else t.bfloat16() for n, t in make(1, 3, 272, 1).items()}
+    compare("triton", full, tensors, delta_softplus=True)
+
+
 @pytest.mark.parametrize(
     "length, states, segment, b, c",
     [

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, always, cdiv, kernel, next_power_of_2, repeat
+from .._triton import LOG2E, always, cdiv, kernel, next_power_of_2, repeat, sum_parts
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -32,11 +32,11 @@ FAR_LIMIT = tl.constexpr(44.0)
 
 
 @triton.jit
-def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
     """Where a program works.
 
     A sequence's last segments begin early instead of ending late, so that loads need no mask, and so does the last
-    block of channels.
+    block of channels. If EVEN, none does, and the compiler leaves out what deals with that.
 
     Returns:
         Sequence; span; segments (W, 1); the segments' first tokens (W, 1); how many of their tokens belong to the
@@ -50,6 +50,9 @@ def _place(program, spans, length, channels, L: tl.constexpr, W: tl.constexpr, B
     start = tl.minimum(token, length - L)
     first = program % blocks * BLOCK
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)[None]
+    if EVEN:
+        channel = first + tl.arange(0, BLOCK)[None]
+        return b, span, segment, token, token * 0, channel, tl.full(channel.shape, True, tl.int1)
     return b, span, segment, start, tl.minimum(token - start, L), channel, channel >= first
 
 
@@ -64,10 +67,10 @@ def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
 def _begin(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
     stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
-    place = _place(program, spans, length, channels, L, W, BLOCK)
+    place = _place(program, spans, length, channels, L, W, BLOCK, EVEN)
     b, span, segment, start, extra, channel, mask = place
     w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
     centre = w * 0
@@ -127,11 +130,19 @@ def _load_outside(pointer, place, spans, channels, ONE: tl.constexpr):
 
 
 @triton.jit
-def _part(place, spans, channels, BLOCK: tl.constexpr):
-    """Where a program's parts of its channels' sums over all spans are, in (C, B * spans)."""
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _store_part(parts_ptr, gw, gu, outer, scale, place, spans, channels):
+    """Writes a program's parts of the gradients of w and u, sums over its segments (W, C), and what w's has besides."""
     b, span, segment, start, extra, channel, mask = place
-    parts = tl.num_programs(0) // tl.cdiv(channels, BLOCK)
-    return channel.to(tl.int64) * parts + (b * spans + span)
+    parts_ptr += (b * spans + span) * 2 * channels + channel + segment * 0
+    gw, gu = tl.reduce((gw, gu), 0, _add)
+    first = mask & (segment == 0)
+    tl.store(parts_ptr, (gw[None] + outer) * scale, mask=first)
+    tl.store(parts_ptr + channels, gu[None] * scale, mask=first)
 
 
 @triton.jit
@@ -143,8 +154,16 @@ def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr,
 
 
 @triton.jit
+def _inverse(x):
+    """`1 / x` of a positive number."""
+    # By a square root: a division takes four times the instructions.
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return _inverse(1.0 + tl.exp2(x * -LOG2E))
 
 
 # Near.
@@ -272,10 +291,11 @@ def _near_store(totals_ptr, totals, m, w, place, channels, L: tl.constexpr, W: t
 def _near_sums(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -294,11 +314,11 @@ def _near_outputs(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -315,8 +335,8 @@ def _near_outputs(
         ns, ds = (fn,) + ns, (fd,) + ds
         fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     for t in tl.static_range(L):
-        own, weighted = weights[t] * bonus, weights[t] * values[t]
-        y = (pn + ns[t] + own * values[t]) * (1.0 / (pd + ds[t] + own)) + centre
+        weighted = weights[t] * values[t]
+        y = (pn + (ns[t] + bonus * weighted)) * _inverse(pd + (ds[t] + bonus * weights[t])) + centre
         if GATED:
             y *= _sigmoid(gates[t].to(tl.float32))
         tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
@@ -362,9 +382,9 @@ def _near_gradients(
     gs, hs = (), ()
     gw, gu, px, py = zero, zero, zero, zero
     for t in tl.static_range(L):
-        own = weights[t] * bonus
-        inverse = 1.0 / (pd + ds[t] + own)
-        y = (pn + ns[t] + own * values[t]) * inverse
+        weighted = weights[t] * values[t]
+        inverse = _inverse(pd + (ds[t] + bonus * weights[t]))
+        y = (pn + (ns[t] + bonus * weighted)) * inverse
         gy = gys[t]
         if GATED:
             s = _sigmoid(gates[t].to(tl.float32))
@@ -377,10 +397,10 @@ def _near_gradients(
         h = g * y
         gs, hs = gs + (g,), hs + (h,)
         gu += weights[t] * (g * values[t] - h)
-        gw += (g * qn - h * qd) + (ns[t] * px - ds[t] * py)
+        gw = gw + g * qn - h * qd + ns[t] * px - ds[t] * py
         qn, qd = qn * decay + pn, qd * decay + pd
         px, py = px * decay + g, py * decay + h
-        pn, pd = pn * decay + weights[t] * values[t], pd * decay + weights[t]
+        pn, pd = pn * decay + weighted, pd * decay + weights[t]
     totals = (px, py) + _from_left(gs, hs, decay, L)
     return weights, values, gs, hs, totals, outside, top, over, gw, gu * bonus, (hn, hd, qn, qd)
 
@@ -390,11 +410,11 @@ def _near_grads(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -410,16 +430,16 @@ def _near_grads(
 
 @triton.jit
 def _near_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
     outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -429,7 +449,6 @@ def _near_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    part = _part(place, spans, channels, BLOCK)
     weights, values, gs, hs, totals, outside, top, over, gw, gu, around = _near_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
         stride_gt, stride_ggt, GATED, True, ONE, L, W,
@@ -449,16 +468,15 @@ def _near_inputs(
         p, f = outside
         both = (p[0] * after[0] - p[1] * after[1]) + (f[0] * before[0] - f[1] * before[1])
         gw -= (L - extra) * tl.exp(w) * both
-    gw = -decay * tl.sum(gw, 0)[None]
+    gw, outer = -decay * gw, zero
     if not ONE:
         # ... and enter with the sum of their exponents, once for every token that they have between them.
         tokens = tl.minimum(W * L, length - span * (W * L))
         p, f = tl.exp(past[0] + grad_future[0] - w * (W * L)), tl.exp(future[0] + grad_past[0] - w * (W * L))
         p *= past[1] * grad_future[1] - past[2] * grad_future[2]
         f *= future[1] * grad_past[1] - future[2] * grad_past[2]
-        gw -= tokens * (p + f)
-    tl.store(gw_ptr + part, gw * scale, mask=mask)
-    tl.store(gu_ptr + part, tl.sum(gu, 0)[None] * scale, mask=mask)
+        outer = -tokens * (p + f)
+    _store_part(parts_ptr, gw, gu, outer, scale, place, spans, channels)
     xs, ys = (), ()
     for i in tl.static_range(L):
         g, h = gs[L - 1 - i], hs[L - 1 - i]
@@ -477,16 +495,29 @@ def _near_inputs(
 
 
 @triton.jit
+def _aged(exponent, tokens, w):
+    """The float32 exponent of a term, so many tokens on, in float64."""
+    return exponent.to(tl.float64) - tokens * w.to(tl.float64)
+
+
+@triton.jit
+def _exp(x):
+    """In float32 of a float64 exponent."""
+    return tl.exp(x.to(tl.float32))
+
+
+@triton.jit
 def _side(key, x, y, between, w, m, age, n, d):
     """Sum of the terms `exp(key - between w) (x, y)` along the first axis that have `between >= 0`, and of a state.
 
-    Exponents are formed from whole numbers of tokens: w taken off token by token would be rounded the same way every
-    time.
+    Exponents are formed from whole numbers of tokens, as w taken off token by token would be rounded the same way every
+    time. That of the result is about the largest, and the terms' differences from it are formed in float64: nothing of
+    them is rounded off.
     """
     terms = tl.where(between >= 0, key - between * w, NOTHING)
-    m -= age * w
-    top = tl.maximum(tl.max(terms, 0), m)
-    weight, kept = tl.where(between >= 0, tl.exp(terms - top), 0.0), tl.exp(m - top)
+    top = tl.maximum(tl.max(terms, 0), m - age * w)
+    weight = _exp(tl.where(between >= 0, _aged(key, between, w) - top, NOTHING))
+    kept = _exp(_aged(m, age, w) - top)
     return top, tl.sum(weight * x, 0) + kept * n, tl.sum(weight * y, 0) + kept * d
 
 
@@ -570,11 +601,11 @@ def _far_keys(k_ptr, extra, stride_kt: tl.constexpr, L: tl.constexpr, P: tl.cons
 def _far_sums(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -588,11 +619,11 @@ def _far_outputs(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK,
+        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -653,11 +684,11 @@ def _far_grads(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels,
     stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -674,16 +705,16 @@ def _far_grads(
 
 @triton.jit
 def _far_inputs(
-    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+    program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
     outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK,
+        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -693,7 +724,6 @@ def _far_inputs(
     gk_ptr = _sequence(gk_ptr, place, stride_gkb, stride_gkt, 1)
     gv_ptr = _sequence(gv_ptr, place, stride_gvb, stride_gvt, 1)
     ggate_ptr = _sequence(ggate_ptr, place, stride_ggb, stride_ggt, 1)
-    part = _part(place, spans, channels, BLOCK)
     w, u = w + 0.0 * segment, u + 0.0 * segment
     keys, values, around, gs, hs, minus, gus = _far_gradients(
         w, u, place, k_ptr, v_ptr, gy_ptr, gate_ptr, ggate_ptr, past, future, centre, stride_kt, stride_vt, stride_gyt,
@@ -719,8 +749,7 @@ def _far_inputs(
         gk = before * (v * px - py) + after * (v * fx - fy) + gu
         tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
         tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
-    tl.store(gw_ptr + part, tl.sum(gw, 0)[None] * scale, mask=mask)
-    tl.store(gu_ptr + part, tl.sum(tl.sum(gus, 0), 0)[None] * scale, mask=mask)
+    _store_part(parts_ptr, gw, tl.sum(gus, 0), 0.0, scale, place, spans, channels)
 
 
 # Kernels. Strides over tokens are compiled in: addresses inside a segment are constants then. The two ways begin each
@@ -731,7 +760,7 @@ def _far_inputs(
 def bi_wkv_sums_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr,
     stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, L: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """States of every span, seen from its right edge and from its left edge.
 
@@ -741,12 +770,12 @@ def bi_wkv_sums_kernel(
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_sums(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, totals_ptr, spans, length, channels, stride_kb, stride_kt,
-            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK,
+            stride_kc, stride_vb, stride_vt, stride_vc, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -769,8 +798,9 @@ def bi_wkv_outside_kernel(
     step = tl.where(side == 0, 6, -6) * channels
     totals_ptr += (6 * first + 3 * side) * channels + channel
     outside_ptr += (6 * first + 3 * side) * channels + channel
-    w = tl.load(w_ptr + channel).to(tl.float32) * scale * SPAN
-    m, age, x, y = w * 0 + NOTHING, w * 0, w * 0, w * 0
+    w = (tl.load(w_ptr + channel).to(tl.float32) * scale).to(tl.float64) * SPAN
+    x, y = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    m, age = x.to(tl.float64) + NOTHING, x.to(tl.float64)
     for begin in range(0, spans, P):
         totals = ()
         for i in tl.static_range(P):
@@ -778,10 +808,15 @@ def bi_wkv_outside_kernel(
             totals += (_load_state(pointer, channels),)
         for i in tl.static_range(P):
             tm, tx, ty = totals[i]
-            _store_state(outside_ptr + (begin + i) * step, m - age * w, x, y, channels, begin + i < spans)
+            # What float32 rounds off the exponent goes to the sums.
+            exponent = m - age * w
+            rounded = exponent.to(tl.float32)
+            rest = _exp(exponent - rounded)
+            pointer = outside_ptr + (begin + i) * step
+            _store_state(pointer, rounded, rest * x, rest * y, channels, begin + i < spans)
             age += 1
             gap = (m - tm) - age * w
-            small = tl.exp(-tl.abs(gap))
+            small = _exp(-tl.abs(gap))
             keep, add = tl.where(gap > 0, 1.0, small), tl.where(gap > 0, small, 1.0)
             m, age = tl.where(gap > 0, m, tm), tl.where(gap > 0, age, 0.0)
             x, y = keep * x + add * tx, keep * y + add * ty
@@ -792,7 +827,7 @@ def bi_wkv_fwd_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_yb, stride_yt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a span.
 
@@ -804,13 +839,13 @@ def bi_wkv_fwd_kernel(
         _near_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
             stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK,
+            stride_yb, stride_yt, GATED, ONE, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_outputs(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gate_ptr, y_ptr, outside_ptr, spans, length, channels,
             stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gb, stride_gt, stride_gc,
-            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK,
+            stride_yb, stride_yt, GATED, ONE, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
@@ -819,7 +854,7 @@ def bi_wkv_grads_kernel(
     w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length, channels, stride_kb,
     stride_kt: tl.constexpr, stride_kc, stride_vb, stride_vt: tl.constexpr, stride_vc, stride_gyb,
     stride_gyt: tl.constexpr, stride_gyc, stride_gb, stride_gt: tl.constexpr, stride_gc, GATED: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """States of the gradients of every span, seen from its right edge and from its left edge.
 
@@ -830,53 +865,53 @@ def bi_wkv_grads_kernel(
         _near_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
             channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
-            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_grads(
             program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, outside_ptr, totals_ptr, spans, length,
             channels, stride_kb, stride_kt, stride_kc, stride_vb, stride_vt, stride_vc, stride_gyb, stride_gyt,
-            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK,
+            stride_gyc, stride_gb, stride_gt, stride_gc, GATED, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
 @kernel(do_not_specialize=["spans", "length"])
 def bi_wkv_bwd_kernel(
-    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr, outside_ptr,
+    w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr, outside_ptr,
     grad_outside_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc, stride_vb,
     stride_vt: tl.constexpr, stride_vc, stride_gyb, stride_gyt: tl.constexpr, stride_gyc, stride_gb,
     stride_gt: tl.constexpr, stride_gc, stride_gkb, stride_gkt: tl.constexpr, stride_gvb, stride_gvt: tl.constexpr,
     stride_ggb, stride_ggt: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    W: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v and gate in a span, and its part of those of w and u.
 
-    k, v, gy, gate, gk, gv, ggate (B, T, C); gw, gu (C, B * spans); outside, grad_outside (B, spans, 2, 3, C);
+    k, v, gy, gate, gk, gv, ggate (B, T, C); parts (B, spans, 2, C); outside, grad_outside (B, spans, 2, 3, C);
     w, u (C,).
     """
     # From the last on: what the pass before has read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if _is_near(program, w_ptr, u_ptr, scale, length, channels, W * L, BLOCK):
         _near_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
-            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, W, BLOCK, EVEN,
         )  # fmt: skip
     else:
         _far_inputs(
-            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, gw_ptr, gu_ptr,
+            program, w_ptr, u_ptr, scale, k_ptr, v_ptr, gy_ptr, gate_ptr, gk_ptr, gv_ptr, ggate_ptr, parts_ptr,
             outside_ptr, grad_outside_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
             stride_vt, stride_vc, stride_gyb, stride_gyt, stride_gyc, stride_gb, stride_gt, stride_gc, stride_gkb,
-            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK,
+            stride_gkt, stride_gvb, stride_gvt, stride_ggb, stride_ggt, GATED, ONE, L, P, W, BLOCK, EVEN,
         )  # fmt: skip
 
 
 # Most tokens of a segment; most segments of the only span of a sequence, and of one of several; channels of a program.
 _TOKENS, _SEGMENTS, _SPLIT_SEGMENTS, _BLOCK = 16, 16, 8, 16
 # Registers of a thread, so that a multiprocessor has three programs of 256 threads at a time and two of those with
-# gradients.
-_REGISTERS, _GRAD_REGISTERS = 80, 128
+# gradients. With several spans the last of their kernels is faster with fewer programs than with less in registers.
+_REGISTERS, _GRAD_REGISTERS, _SPLIT_GRAD_REGISTERS = 80, 128, 168
 
 
 def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
@@ -889,10 +924,13 @@ def _plan(k: Tensor) -> tuple[tuple[int, int, int], int, dict]:
         segments = min(segments, _SPLIT_SEGMENTS)
     spans = cdiv(length, segments * _TOKENS)
     tokens = cdiv(length, segments * spans)
+    tokens = next((n for n in range(tokens, tokens // 2, -1) if length % (segments * n) == 0), tokens)
     spans = cdiv(length, segments * tokens)
+    even = length == spans * segments * tokens and channels % block == 0
     options = dict(
-        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, num_warps=max(1, segments * block // 32)
-    )
+        L=tokens, P=next_power_of_2(tokens), W=segments, BLOCK=block, EVEN=even,
+        num_warps=max(1, segments * block // 32),
+    )  # fmt: skip
     return (spans, length, channels), batch * spans * cdiv(channels, block), options
 
 
@@ -1004,9 +1042,10 @@ def backward(
             maxnreg=_GRAD_REGISTERS, **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
-    parts = k.new_empty(2, sizes[2], len(k) * sizes[0], dtype=torch.float32)
+    parts = k.new_empty(len(k) * sizes[0], 2 * sizes[2], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
-        w, u, scale, k, v, gy, gated, gk, gv, ggated, *parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
-        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one, maxnreg=_GRAD_REGISTERS, **options,
+        w, u, scale, k, v, gy, gated, gk, gv, ggated, parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
+        *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one,
+        maxnreg=_GRAD_REGISTERS if one else _SPLIT_GRAD_REGISTERS, **options,
     )  # fmt: skip
-    return [*parts.sum(2), gk, gv, ggate]
+    return [*sum_parts(parts).view(2, -1), gk, gv, ggate]
