@@ -1,12 +1,14 @@
 """The residual block that every family shares."""
 
 from collections.abc import Callable
+from typing import Optional
 
+import torch
 from timm.layers import DropPath, GluMlp, LayerScale2d, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
 from .mlp import Mlp
-from .norm import LayerNorm2d, narrow
+from .norm import LayerNorm2d, has_hooks, narrow
 
 DEFAULT_NORM = LayerNorm2d
 # Norms by the names that released configurations have for them.
@@ -81,18 +83,57 @@ class ResidualBlock(nn.Module):
             self.drop_path2 = stochastic_depth()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.mixer(x)) if self.post_norm else self.mixer(self.norm1(x))
+        x, y = self.summands(x, None)
+        return x + y
+
+    def summands(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
+        if self.post_norm:
+            x = x if y is None else x + y
+            y = self.norm1(self.mixer(x))
+        else:
+            x, y = add_and_norm(self.norm1, x, y)
+            y = self.mixer(y)
         y = self.drop_path1(self.ls1(y))
         if self.mlp is None:
-            return x + y
+            return x, y
         x, y = self.between(x, y)
         y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.norm2(y) if self.post_norm else y
-        return x + self.drop_path2(self.ls2(y))
+        return x, self.drop_path2(self.ls2(y))
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""
-        if isinstance(self.norm2, LayerNorm2d) and not self.post_norm:
-            return self.norm2.add(x, y)
-        x = x + y
-        return x, x if self.post_norm else self.norm2(x)
+        if self.post_norm:
+            x = x + y
+            return x, x
+        return add_and_norm(self.norm2, x, y)
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+    """`x + y` (x without y), and its norm."""
+    if y is None:
+        return x, norm(x)
+    if isinstance(norm, LayerNorm2d):
+        return norm.add(x, y)
+    x = x + y
+    return x, norm(x)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether calling a block is no more than `ResidualBlock.forward`."""
+    compiled = getattr(block, "_compiled_call_impl", None) is not None
+    return getattr(type(block), "forward", None) is ResidualBlock.forward and not compiled and not has_hooks(block)
+
+
+def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
+    if isinstance(x, torch.fx.Proxy):  # a graph has the blocks as modules
+        return blocks(x)
+    y = None
+    for block in blocks:
+        if _is_plain(block):
+            x, y = block.summands(x, y)
+        else:
+            x, y = block(x if y is None else x + y), None
+    return x if y is None else x + y

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _ahead, mlp
-from .norm import LARGE, autocast_dtype, has_hooks
+from .norm import LARGE, as_rows, autocast_dtype, has_hooks
 
 __all__ = ["Mlp"]
 
@@ -42,7 +42,9 @@ class Mlp(timm.layers.Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+        if not torch.jit.is_scripting():  # a script must not look into the second conditions
+            if torch.compiler.is_compiling() and x.dim() > 2:
+                return self.forward(as_rows(x)).unflatten(0, x.shape[:-1])
             if _uses_operator(x) and self._is_plain():
                 act = _activation(self.act)
                 return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
