@@ -2,8 +2,8 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import nn
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from tests.tolerance import assert_close

@@ -88,12 +88,8 @@ class ResidualBlock(nn.Module):
 
     def summands(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
         """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
-        if self.post_norm:
-            x = x if y is None else x + y
-            y = self.norm1(self.mixer(x))
-        else:
-            x, y = add_and_norm(self.norm1, x, y)
-            y = self.mixer(y)
+        x, y = self.begin(x, y)
+        y = self.norm1(self.mixer(y)) if self.post_norm else self.mixer(y)
         y = self.drop_path1(self.ls1(y))
         if self.mlp is None:
             return x, y
@@ -102,22 +98,20 @@ class ResidualBlock(nn.Module):
         y = self.norm2(y) if self.post_norm else y
         return x, self.drop_path2(self.ls2(y))
 
+    def begin(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        """The residual connection of the block before, and the input of the first half's mixer."""
+        if y is not None:
+            if isinstance(self.norm1, LayerNorm2d) and not self.post_norm:
+                return self.norm1.add(x, y)
+            x = x + y
+        return x, x if self.post_norm else self.norm1(x)
+
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""
-        if self.post_norm:
-            x = x + y
-            return x, x
-        return add_and_norm(self.norm2, x, y)
-
-
-def add_and_norm(norm: nn.Module, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
-    """`x + y` (x without y), and its norm."""
-    if y is None:
-        return x, norm(x)
-    if isinstance(norm, LayerNorm2d):
-        return norm.add(x, y)
-    x = x + y
-    return x, norm(x)
+        if isinstance(self.norm2, LayerNorm2d) and not self.post_norm:
+            return self.norm2.add(x, y)
+        x = x + y
+        return x, x if self.post_norm else self.norm2(x)
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -128,7 +122,8 @@ def _is_plain(block: nn.Module) -> bool:
 
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
-    if isinstance(x, torch.fx.Proxy):  # a graph has the blocks as modules
+    # A graph that is traced has the blocks as modules.
+    if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy):
         return blocks(x)
     y = None
     for block in blocks:
