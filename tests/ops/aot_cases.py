@@ -257,6 +257,30 @@ def _layer_norm() -> Iterator[Case]:
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 
 
+def _conv_layer_norm() -> Iterator[Case]:
+    def arguments(batch, side, channels, out, size, bias=True, **options):
+        def make(x_dtype: torch.dtype) -> dict:
+            return dict(
+                x=maps(x_dtype, batch, channels, side, side),
+                weight=weight(out, channels, size, size),
+                bias=weight(out) if bias else None,
+                norm_weight=weight(out),
+                norm_bias=weight(out),
+                **options,
+            )
+
+        return make
+
+    def f(x: Tensor, **arguments) -> Tensor:
+        return ops.conv_layer_norm(x.detach(), **arguments)
+
+    stem = dict(stride=2, padding=1, act="gelu", dtype=BF16)
+    yield Case("vmamba", f, arguments(128, 224, 3, 48, 3, **stem))
+    yield Case("vmamba base", f, arguments(128, 224, 3, 64, 3, **stem), (FP32,))
+    yield Case("patches", f, arguments(128, 224, 3, 96, 4, stride=4, dtype=BF16), (FP32,))
+    yield Case("odd", f, arguments(3, 33, 2, 20, 3, bias=False, stride=2), (FP32, FP16))
+
+
 def _group_modulation() -> Iterator[Case]:
     def arguments(batch, height, width, channels):
         def make(dtype: torch.dtype) -> dict:
@@ -405,6 +429,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "squared_relu": tuple(_squared_relu()),
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
+    "conv_layer_norm": tuple(_conv_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),
     "grouped_linear": tuple(_grouped_linear()),

@@ -29,6 +29,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     lines,
     mlp,
     norm,
+    pictures,
     projected,
     q_shift,
     q_shift_mix,
@@ -75,6 +76,7 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
+    "conv_layer_norm": pictures((2, 3, 19, 22), 48),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
     "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), {}),
     "group_modulation two passes": (
