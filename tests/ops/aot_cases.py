@@ -227,6 +227,14 @@ def _squared_relu() -> Iterator[Case]:
     yield Case("odd", ops.squared_relu, lambda dtype: dict(x=rows(dtype, 3, 7, 5)), (FP16,))
 
 
+def _bias_gelu() -> Iterator[Case]:
+    def arguments(*size):
+        return lambda dtype: dict(x=rows(dtype, *size), bias=weight(size[-1]))
+
+    yield Case("vmamba stage 3", ops.bias_gelu, arguments(25088, 1536), (BF16,))
+    yield Case("odd", ops.bias_gelu, arguments(3, 7, 33), (FP32, FP16))
+
+
 def _layer_norm() -> Iterator[Case]:
     def arguments(*size, branch=None, affine=True, gate=False, dtype=BF16, **options):
         def make(x_dtype: torch.dtype) -> dict:
@@ -429,6 +437,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "squared_relu": tuple(_squared_relu()),
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
+    "bias_gelu": tuple(_bias_gelu()),
     "conv_layer_norm": tuple(_conv_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),

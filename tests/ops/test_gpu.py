@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.ops import (
     test_bi_wkv,
+    test_bias_gelu,
     test_conv_layer_norm,
     test_depthwise_conv2d,
     test_group_modulation,
@@ -31,6 +32,7 @@ from tests.tolerance import RELATIVE, assert_close
 from vla.ops import (
     add_layer_norm,
     bi_wkv,
+    bias_gelu,
     conv_layer_norm,
     depthwise_conv2d,
     group_modulation,
@@ -156,6 +158,7 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
+    "bias_gelu": (bias_gelu, lambda: test_bias_gelu.make((3, 1003, 1000)), {}),
     "conv_layer_norm": pictures((3, 3, 224, 223), 48),
     "conv_layer_norm wide": pictures((2, 4, 65, 64), 100),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 1001, 33)}, {}),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2, normal_tail, sum_parts
+from .._triton import cdiv, gelu, gelu_slope, kernel, next_power_of_2, sum_parts
 from ._torch import output_size
 
 # The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
@@ -132,13 +132,6 @@ def _affine(normal, norm_weight, norm_bias, i, D: tl.constexpr, WIDTH: tl.conste
     return normal * _vector(norm_weight, i, D, WIDTH) + _vector(norm_bias, i, D, WIDTH)
 
 
-@triton.jit
-def _gelu_slope(s):
-    tail = normal_tail(tl.abs(s))
-    density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
-    return tl.where(s < 0.0, tail, 1.0 - tail) + s * density
-
-
 @kernel
 def conv_layer_norm_fwd_kernel(
     x,
@@ -216,8 +209,7 @@ def conv_layer_norm_fwd_kernel(
         for i in tl.static_range(0, len(normal)):
             s = _affine(normal[i], norm_weight, norm_bias, i, D, WIDTH)
             if GELU:
-                a = tl.abs(s)
-                s = tl.maximum(s, 0.0) - a * normal_tail(a)
+                s = gelu(s)
             d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
             tl.store(y + pixel * D + d, s.to(y.dtype.element_ty), inside & (d < D))
 
@@ -312,7 +304,7 @@ def conv_layer_norm_bwd_kernel(
             d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
             of_y = tl.load(g + pixel * D + d, inside & (d < D), 0.0).to(tl.float32)
             if GELU:
-                of_y *= _gelu_slope(_affine(normal[i], norm_weight, norm_bias, i, D, WIDTH))
+                of_y *= gelu_slope(_affine(normal[i], norm_weight, norm_bias, i, D, WIDTH))
             shifts = shifts + (of_shift[i] + tl.sum(of_y, 0, keep_dims=True),)
             scales = scales + (of_scale[i] + tl.sum(of_y * normal[i], 0, keep_dims=True),)
             of_y *= _vector(norm_weight, i, D, WIDTH)
