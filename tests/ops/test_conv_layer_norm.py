@@ -65,7 +65,8 @@ def test_without_bias_and_activation(backend):
 def test_many_tiles_for_a_program(backend, monkeypatch):
     if backend == "triton":
         module = importlib.import_module("vla.ops.conv_layer_norm._triton")
-        monkeypatch.setattr(module, "_PROGRAMS", 2)
+        monkeypatch.setattr(module, "_FORWARD_PROGRAMS", 2)
+        monkeypatch.setattr(module, "_BACKWARD_PROGRAMS", 3)
     compare(backend, *make(((2, 3, 25, 23), 16, 3, 2, 1), torch.float32), act="gelu")
 
 

@@ -105,12 +105,11 @@ def _normal(
     eps,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The convolution with mean 0 and variance 1, and the inverse of its standard deviation, (BLOCK_P, 1)."""
     chunks = ()
     for i in tl.static_range(0, len(weights)):
-        chunks = chunks + (tl.dot(patches, weights[i], input_precision=PRECISION),)
+        chunks = chunks + (tl.dot(patches, weights[i], input_precision="ieee"),)
     mean = _mean(chunks, D)
     centred = ()
     squares = ()
@@ -165,7 +164,6 @@ def conv_layer_norm_fwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """y (pixels, D) of every so many tiles of pixels of x (B, C, H, W)."""
     weights = _weights(
@@ -205,7 +203,7 @@ def conv_layer_norm_fwd_kernel(
             BLOCK_P,
             DTYPE,
         )
-        normal, _ = _normal(patches, weights, inside, eps, D, WIDTH, PRECISION)
+        normal, _ = _normal(patches, weights, inside, eps, D, WIDTH)
         for i in tl.static_range(0, len(normal)):
             s = _affine(normal[i], norm_weight, norm_bias, i, D, WIDTH)
             if GELU:
@@ -222,7 +220,7 @@ def conv_layer_norm_bwd_kernel(
     bias,
     norm_weight,
     norm_bias,
-    sums,
+    parts,
     pixels,
     height,
     width,
@@ -248,9 +246,8 @@ def conv_layer_norm_bwd_kernel(
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """This program's part of all parameters' gradients: sums (TAPS + 2, D) of coefficients, norm's weight and bias."""
+    """This program's part (TAPS + 2, D) of the parameters' gradients: coefficients, scale and shift of the norm."""
     weights = _weights(
         weight,
         bias,
@@ -295,7 +292,7 @@ def conv_layer_norm_bwd_kernel(
             BLOCK_P,
             DTYPE,
         )
-        normal, inverse = _normal(patches, weights, inside, eps, D, WIDTH, PRECISION)
+        normal, inverse = _normal(patches, weights, inside, eps, D, WIDTH)
         of_normal = ()
         products = ()
         scales = ()
@@ -320,10 +317,10 @@ def conv_layer_norm_bwd_kernel(
             if (i + 1) * WIDTH > D:
                 of_convolution = tl.where(i * WIDTH + tl.arange(0, WIDTH)[None, :] < D, of_convolution, 0.0)
             updated = updated + (
-                tl.dot(tl.trans(patches), of_convolution.to(DTYPE), of_weights[i], input_precision=PRECISION),
+                tl.dot(tl.trans(patches), of_convolution.to(DTYPE), of_weights[i], input_precision="ieee"),
             )
         of_weights = updated
-    part = sums + tl.program_id(0) * (TAPS + 2) * D
+    part = parts + tl.program_id(0) * (TAPS + 2) * D
     tap = tl.arange(0, TAPS)[:, None]
     for i in tl.static_range(0, len(weights)):
         d = i * WIDTH + tl.arange(0, WIDTH)
@@ -332,49 +329,38 @@ def conv_layer_norm_bwd_kernel(
         tl.store(part + (TAPS + 1) * D + d, tl.sum(of_shift[i], 0), d < D)
 
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Enough to fill a GPU, few enough that the backward's sums are quickly added.
-_PROGRAMS = 528
-FWD = dict(BLOCK_P=32, num_warps=1, programs=4224, num_stages=1)
-BWD = dict(BLOCK_P=32, num_warps=1, programs=1056, num_stages=1)
+# Pixels of a tile.
+_TILE = 32
+# Most programs of a kernel: in the backward as many single warps as fit on a GPU at once, which its registers decide.
+_FORWARD_PROGRAMS = 4224
+_BACKWARD_PROGRAMS = 1056
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @cache
-def _constants(channels: int, kernel_size: tuple[int, int], dtype: torch.dtype, block: int) -> dict:
-    out, c = channels
+def _constants(channels: int, out: int, rows: int, columns: int, dtype: torch.dtype) -> dict:
     lowest = out & -out
     return dict(
-        C=c,
+        C=channels,
         D=out,
-        KH=kernel_size[0],
-        KW=kernel_size[1],
-        TAPS=max(16, next_power_of_2(kernel_size[0] * kernel_size[1] * c + 1)),
+        KH=rows,
+        KW=columns,
+        TAPS=max(16, next_power_of_2(rows * columns * channels + 1)),
         WIDTH=min(64, lowest) if lowest >= 16 else max(16, next_power_of_2(out)),
-        BLOCK_P=block,
-        # Triton's interpreter cannot multiply bfloat16.
-        DTYPE=_DTYPES[dtype],
-        PRECISION="ieee",
-        num_warps=4,
+        DTYPE=_DTYPES.get(dtype, tl.float32),
+        num_warps=1,
+        num_stages=1,
     )
 
 
 def _arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    act: str | None,
-    dtype: torch.dtype,
-    block: int,
+    x: Tensor, weight: Tensor, stride: int, padding: int, eps: float, act: str | None, dtype: torch.dtype
 ) -> tuple[list, dict]:
-    """What both kernels get after their tensors, and their constants."""
-    height, width = x.shape[2:]
-    out_height, out_width = output_size(x, weight, stride, padding)
+    """What both kernels get after their tensors, of which the first is the number of pixels, and their constants."""
     # Triton's interpreter cannot multiply bfloat16.
-    product = dtype if x.device.type != "cpu" else torch.float32
-    constants = _constants(tuple(weight.shape[:2]), tuple(weight.shape[2:]), product, block)
-    numbers = [x.shape[0] * out_height * out_width, height, width, out_height, out_width, *x.stride(), *weight.stride()]
+    constants = _constants(x.shape[1], weight.shape[0], *weight.shape[2:], dtype if x.device.type != "cpu" else None)
+    size = output_size(x, weight, stride, padding)
+    numbers = [x.shape[0] * size[0] * size[1], *x.shape[2:], *size, *x.stride(), *weight.stride(), eps]
     return numbers, constants | dict(GELU=act == "gelu", STRIDE=stride, PADDING=padding)
 
 
@@ -393,11 +379,10 @@ def forward(
     dtype = dtype or x.dtype
     y = x.new_empty(x.shape[0], *output_size(x, weight, stride, padding), weight.shape[0], dtype=dtype)
     if y.numel() > 0:
-        numbers, constants = _arguments(x, weight, bias, stride, padding, act, dtype, 64)
-        config = dict(FWD)
-        programs = min(cdiv(numbers[0], config["BLOCK_P"]), config.pop("programs"))
-        constants |= config
-        conv_layer_norm_fwd_kernel[(programs,)](x, weight, bias, norm_weight, norm_bias, y, *numbers, eps, **constants)
+        numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)
+        programs = min(cdiv(numbers[0], _TILE), _FORWARD_PROGRAMS)
+        vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+        conv_layer_norm_fwd_kernel[(programs,)](x, weight, *vectors, y, *numbers, BLOCK_P=_TILE, **constants)
     return y.permute(0, 3, 1, 2)
 
 
@@ -417,16 +402,17 @@ def backward(
     g = grads[0].permute(0, 2, 3, 1)
     if g.numel() == 0:
         return [None] * 5
-    numbers, constants = _arguments(x, weight, bias, stride, padding, act, dtype or x.dtype, 64)
-    config = dict(BWD)
-    programs = min(cdiv(numbers[0], config["BLOCK_P"]), config.pop("programs"))
-    constants |= config
+    numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype or x.dtype)
     rows, out = constants["TAPS"] + 2, weight.shape[0]
-    sums = torch.empty(programs, rows * out, dtype=torch.float32, device=x.device)
+    # More numbers would not fit into the registers.
+    tile = _TILE if out <= 48 else _TILE // 2
+    programs = min(cdiv(numbers[0], tile), _BACKWARD_PROGRAMS)
+    parts = torch.empty(programs, rows * out, dtype=torch.float32, device=x.device)
+    vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
     conv_layer_norm_bwd_kernel[(programs,)](
-        g.contiguous(), x, weight, bias, norm_weight, norm_bias, sums, *numbers, eps, **constants
+        g.contiguous(), x, weight, *vectors, parts, *numbers, BLOCK_P=tile, **constants
     )
-    sums = sum_parts(sums).view(rows, out)
+    sums = sum_parts(parts).view(rows, out)
     taps = weight[0].numel()
     g_weight = sums[:taps].view(*weight.shape[2:], *weight.shape[1::-1]).permute(3, 2, 0, 1)
     # Not views of the same memory, which an operator's results must not be.
