@@ -44,7 +44,7 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     # A CPU is served as well by PyTorch's own layer norm.
     if x.device.type not in ("cuda", "xpu"):
         return False
-    # A compiler fuses its own with what stands around it, into kernels that take longer than the operator's.
+    # A compiler fuses its own with what stands around it, which saves launches of small maps.
     if torch.compiler.is_compiling():
         return x.numel() >= LARGE
     # Without a backward the operator is always the faster, as it casts and adds in its only launch.
