@@ -4,6 +4,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from vla.layers import ResidualBlock
+from vla.layers.block import run_blocks
 
 
 def block(**kwargs) -> ResidualBlock:
@@ -47,3 +48,23 @@ def test_parts():
     }  # fmt: skip
     custom = nn.Linear(8, 8)
     assert block(mlp=custom, mlp_ratio=0.0).mlp is custom
+
+
+@pytest.mark.parametrize("norm_layer", ["layernorm2d", nn.BatchNorm2d])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_blocks_in_a_row(post_norm, norm_layer):
+    blocks = nn.Sequential(*(block(post_norm=post_norm, norm_layer=norm_layer) for _ in range(2)), nn.Conv2d(8, 8, 1))
+    blocks.append(block(mlp_ratio=0.0, post_norm=post_norm, norm_layer=norm_layer))
+    x = torch.randn(2, 8, 5, 7, requires_grad=True)
+    results = [run_blocks(blocks, x), blocks(x)]
+    assert torch.equal(*results)
+    grads = [torch.autograd.grad(y.square().sum(), [x, *blocks.parameters()]) for y in results]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_blocks_in_a_row_call_what_is_waited_for():
+    blocks = nn.Sequential(block(), block())
+    calls = []
+    blocks[1].register_forward_hook(lambda module, args, y: calls.append(y))
+    x = torch.randn(1, 8, 3, 3)
+    assert torch.equal(run_blocks(blocks, x), calls[0])

@@ -18,7 +18,7 @@ ACTIVATIONS = [nn.GELU, timm.layers.GELU, timm.layers.GELUTanh, nn.ReLU, nn.SiLU
 def calls(monkeypatch):
     """Takes the operator's path on the CPU too, and counts its calls."""
     count = []
-    monkeypatch.setattr(mlp, "_uses_operator", lambda x: True)
+    monkeypatch.setattr(mlp, "_has_kernels", lambda x: True)
     operator = mlp.mlp
     monkeypatch.setattr(mlp, "mlp", lambda *args: count.append(args[-1]) or operator(*args))
     return count
@@ -37,6 +37,20 @@ def test_values(act_layer, calls):
     layer = Mlp(6, 12, 5, act_layer=act_layer, bias=(True, False))
     x = torch.randn(2, 3, 4, 6)
     assert_close("output", layer(x), as_in_timm(layer, act_layer=act_layer, bias=(True, False))(x))
+    assert len(calls) == 1
+
+
+def test_wide_in_training(calls):
+    """PyTorch's products, and one operator for the first bias and the GELU."""
+    layer, x = Mlp(200, 12), torch.randn(2, 3, 200)
+    reference = as_in_timm(layer)
+    assert_close("output", layer(x), reference(x))
+    results = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (layer, reference)]
+    for (name, _), found, expected in zip(layer.named_parameters(), *results, strict=True):
+        assert_close(name, found, expected)
+    assert not calls
+    with torch.no_grad():
+        layer(x)
     assert len(calls) == 1
 
 

@@ -2,7 +2,9 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.tolerance import assert_close
 from vla.layers import GroupMambaBlock, GSPNBlock, ResidualBlock, VRWKVBlock, VSSBlock, norm
@@ -136,3 +138,25 @@ def test_machinery():
         torch.jit.script(module),
     ):
         assert_close("value", version(*inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "block", [ResidualBlock(8, nn.Identity()), VSSBlock(8), GSPNBlock(8)], ids=lambda b: type(b).__name__
+)
+def test_compiled_maps_have_their_channels_second(block):
+    """Inductor lays out every tensor of four dimensions before a convolution as if it were (B, C, H, W)."""
+    computed = []
+
+    def keep(graph, inputs):
+        views = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten.permute}
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and getattr(node.target, "overloadpacket", None) not in views:
+                computed.append(tuple(value.shape))
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend=aot_autograd(fw_compiler=keep))
+    compiled(torch.randn(2, 8, 5, 7).contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert (2, 8, 5, 7) in computed
+    assert [shape for shape in computed if shape[1:3] == (5, 7)] == []

@@ -100,15 +100,16 @@ class OnMeta(TorchDispatchMode):
         if not hasattr(backend, "backward"):
             return operator._fake_backward(*args)
         grads, saved, *args = args
-        tensors = {operator.arguments[i]: args[i] for i in operator.tensor_arguments}
+        wanted = operator._differentiable(args)
         results = []
         found = backend.backward(grads, *args, **({"saved": saved} if saved else {}))
         if found is None:
             return operator._fake_backward(grads, saved, *args)
-        for (argument, tensor), grad in zip(tensors.items(), found, strict=True):
-            if tensor is None:
+        for i, grad in zip(operator.tensor_arguments, found, strict=True):
+            if i not in wanted:
                 results.append(torch.empty(0, device="meta"))
                 continue
+            argument, tensor = operator.arguments[i], args[i]
             assert grad is not None, f"{name} returned no gradient of {argument}"
             assert grad.shape == tensor.shape, f"{name} returned {tuple(grad.shape)} as gradient of {argument}"
             results.append(_as_gradient(grad, tensor))

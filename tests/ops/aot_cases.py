@@ -227,6 +227,14 @@ def _squared_relu() -> Iterator[Case]:
     yield Case("odd", ops.squared_relu, lambda dtype: dict(x=rows(dtype, 3, 7, 5)), (FP16,))
 
 
+def _bias_gelu() -> Iterator[Case]:
+    def arguments(*size):
+        return lambda dtype: dict(x=rows(dtype, *size), bias=weight(size[-1]))
+
+    yield Case("vmamba stage 3", ops.bias_gelu, arguments(25088, 1536), (BF16,))
+    yield Case("odd", ops.bias_gelu, arguments(3, 7, 33), (FP32, FP16))
+
+
 def _layer_norm() -> Iterator[Case]:
     def arguments(*size, branch=None, affine=True, gate=False, dtype=BF16, **options):
         def make(x_dtype: torch.dtype) -> dict:
@@ -255,6 +263,30 @@ def _layer_norm() -> Iterator[Case]:
     yield Case("residual", f, arguments(128, 56, 56, 96, branch=BF16), (FP32,))
     yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
+
+
+def _conv_layer_norm() -> Iterator[Case]:
+    def arguments(batch, side, channels, out, size, bias=True, **options):
+        def make(x_dtype: torch.dtype) -> dict:
+            return dict(
+                x=maps(x_dtype, batch, channels, side, side),
+                weight=weight(out, channels, size, size),
+                bias=weight(out) if bias else None,
+                norm_weight=weight(out),
+                norm_bias=weight(out),
+                **options,
+            )
+
+        return make
+
+    def f(x: Tensor, **arguments) -> Tensor:
+        return ops.conv_layer_norm(x.detach(), **arguments)
+
+    stem = dict(stride=2, padding=1, act="gelu", dtype=BF16)
+    yield Case("vmamba", f, arguments(128, 224, 3, 48, 3, **stem))
+    yield Case("vmamba base", f, arguments(128, 224, 3, 64, 3, **stem), (FP32,))
+    yield Case("patches", f, arguments(128, 224, 3, 96, 4, stride=4, dtype=BF16), (FP32,))
+    yield Case("odd", f, arguments(3, 33, 2, 20, 3, bias=False, stride=2), (FP32, FP16))
 
 
 def _group_modulation() -> Iterator[Case]:
@@ -405,6 +437,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "squared_relu": tuple(_squared_relu()),
     "layer_norm_grn": tuple(_layer_norm_grn()),
     "layer_norm": tuple(_layer_norm()),
+    "bias_gelu": tuple(_bias_gelu()),
+    "conv_layer_norm": tuple(_conv_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),
     "grouped_linear": tuple(_grouped_linear()),

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tests.ops import (
     test_bi_wkv,
+    test_bias_gelu,
+    test_conv_layer_norm,
     test_depthwise_conv2d,
     test_group_modulation,
     test_grouped_linear,
@@ -30,6 +32,8 @@ from tests.tolerance import RELATIVE, assert_close
 from vla.ops import (
     add_layer_norm,
     bi_wkv,
+    bias_gelu,
+    conv_layer_norm,
     depthwise_conv2d,
     group_modulation,
     grouped_linear_pair,
@@ -97,6 +101,15 @@ def two_layers(shape: tuple[int, ...], hidden: int, **kwargs) -> Case:
     return mlp, lambda: test_mlp.make(shape, hidden, **kwargs), {}
 
 
+def pictures(shape: tuple[int, ...], out: int) -> Case:
+    def function(**tensors: Tensor) -> Tensor:
+        # The same numbers in every dtype.
+        x = randn(1)(*shape).bfloat16().to(tensors["weight"].dtype)
+        return conv_layer_norm(x, **tensors, stride=2, padding=1, act="gelu")
+
+    return function, lambda: test_conv_layer_norm.make((shape, out, 3, 2, 1))[1], {}
+
+
 CASES: dict[str, Case] = {
     "selective_scan L1": scan(2, 5, 1, 3),
     "selective_scan L7 N16": scan(3, 7, 7, 16),
@@ -145,6 +158,9 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
+    "bias_gelu": (bias_gelu, lambda: test_bias_gelu.make((3, 1003, 1000)), {}),
+    "conv_layer_norm": pictures((3, 3, 224, 223), 48),
+    "conv_layer_norm wide": pictures((2, 4, 65, 64), 100),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 1001, 33)}, {}),
     "mlp C96": two_layers((5, 57, 56, 96), 384),
     "mlp C128": two_layers((5, 57, 56, 128), 512, bias=False),

@@ -1,10 +1,13 @@
 """The residual block that every family shares."""
 
 from collections.abc import Callable
+from typing import Optional
 
+import torch
 from timm.layers import DropPath, GluMlp, LayerScale2d, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
+from .hooks import has_hooks
 from .mlp import Mlp
 from .norm import LayerNorm2d, narrow
 from .repeat import Repeated
@@ -82,14 +85,28 @@ class ResidualBlock(Repeated):
             self.drop_path2 = stochastic_depth()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.mixer(x)) if self.post_norm else self.mixer(self.norm1(x))
+        x, y = self.summands(x, None)
+        return x + y
+
+    def summands(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
+        x, y = self.begin(x, y)
+        y = self.norm1(self.mixer(y)) if self.post_norm else self.mixer(y)
         y = self.drop_path1(self.ls1(y))
         if self.mlp is None:
-            return x + y
+            return x, y
         x, y = self.between(x, y)
         y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.norm2(y) if self.post_norm else y
-        return x + self.drop_path2(self.ls2(y))
+        return x, self.drop_path2(self.ls2(y))
+
+    def begin(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        """The residual connection of the block before, and the input of the first half's mixer."""
+        if y is not None:
+            if isinstance(self.norm1, LayerNorm2d) and not self.post_norm:
+                return self.norm1.add(x, y)
+            x = x + y
+        return x, x if self.post_norm else self.norm1(x)
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""
@@ -97,3 +114,23 @@ class ResidualBlock(Repeated):
             return self.norm2.add(x, y)
         x = x + y
         return x, x if self.post_norm else self.norm2(x)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether calling a block is no more than `ResidualBlock.forward`."""
+    compiled = getattr(block, "_compiled_call_impl", None) is not None
+    return getattr(type(block), "forward", None) is ResidualBlock.forward and not compiled and not has_hooks(block)
+
+
+def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
+    # A graph that is traced has the blocks as modules.
+    if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy):
+        return blocks(x)
+    y = None
+    for block in blocks:
+        if _is_plain(block):
+            x, y = block.summands(x, y)
+        else:
+            x, y = block(x if y is None else x + y), None
+    return x if y is None else x + y

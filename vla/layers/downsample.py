@@ -6,7 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import narrow
+from ..ops import _ahead, conv_layer_norm
+from .hooks import has_hooks
+from .norm import LayerNorm2d, autocast_dtype, narrow
+
+# Channels of a picture up to which its convolution costs a GPU no more than to read and write.
+_FEW = 4
+
+
+def _uses_operator(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
+    """Whether `vla.ops.conv_layer_norm` does the same as `act(norm(conv(x)))`, in 16 bits on a GPU."""
+    # Fake tensors stand for plain ones where kernels are compiled ahead.
+    if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    if x.requires_grad or not x.is_cuda or (autocast_dtype(x) or x.dtype) not in (torch.float16, torch.bfloat16):
+        return False
+    if type(conv) is not nn.Conv2d or type(norm) is not LayerNorm2d or type(act) is not nn.GELU:
+        return False
+    if x.shape[1] > _FEW or conv.kernel_size != (3, 3) or act.approximate != "none" or not norm.narrow:
+        return False
+    return not any(has_hooks(module) for module in (conv, norm, act))
+
+
+def conv_norm_act(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """`act(norm(conv(x)))` of a picture."""
+    if _uses_operator(conv, norm, act, x):
+        (stride, _), (padding, _), dtype = conv.stride, conv.padding, autocast_dtype(x)
+        return conv_layer_norm(
+            x, conv.weight, conv.bias, norm.weight, norm.bias, stride, padding, norm.eps, "gelu", dtype
+        )
+    return act(norm(conv(x.contiguous(memory_format=torch.channels_last))))
 
 
 class PatchStem(nn.Module):
@@ -38,8 +69,10 @@ class ConvStem(nn.Module):
         self.norm2 = norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x)))
+        if torch.jit.is_scripting():
+            x = self.act(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        else:
+            x = conv_norm_act(self.conv1, self.norm1, self.act, x)
         return self.norm2(self.conv2(x))
 
 

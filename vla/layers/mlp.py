@@ -1,12 +1,13 @@
-"""The MLP of timm, of which a GPU keeps no hidden channels in memory."""
+"""The MLP of timm, of which a GPU keeps fewer hidden channels in memory."""
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _ahead, mlp
+from ..ops import _ahead, bias_gelu, mlp
 from .hooks import has_hooks
-from .norm import LARGE, autocast_dtype
+from .norm import LARGE, as_rows, autocast_dtype
 
 __all__ = ["Mlp"]
 
@@ -21,14 +22,13 @@ def _activation(module: nn.Module) -> str | None:
     return {timm.layers.GELUTanh: "gelu_tanh", nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
 
-def _uses_operator(x: Tensor) -> bool:
+def _has_kernels(x: Tensor) -> bool:
+    """Whether there are faster kernels for an MLP of this input than PyTorch's."""
     # Fake tensors stand for plain ones where kernels are compiled ahead.
     if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
         return False
     # To transforms of `torch.func` PyTorch's operators offer more: second derivatives, and `vmap` in one launch.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    if x.shape[-1] > _NARROW and torch.is_grad_enabled():
         return False
     dtypes = (torch.float16, torch.bfloat16)
     # Asked last for its size, of which a compiler would make a condition.
@@ -39,14 +39,20 @@ class Mlp(timm.layers.Mlp):
     """timm's MLP, `fc2(act(fc1(x)))` with its options, for tokens or maps with their channels last.
 
     Large inputs of 16 bits on a GPU pass through `vla.ops.mlp`, if nothing else stands between the linear layers and
-    nobody waits for one of the modules to be called; wide ones do so where no gradient follows.
+    nobody waits for one of the modules to be called; wide ones do so where no gradient follows, else their GELU takes
+    the bias with it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if _uses_operator(x) and self._is_plain():
+        if not torch.jit.is_scripting():  # a script must not look into the second conditions
+            if torch.compiler.is_compiling() and x.dim() > 2:
+                return self.forward(as_rows(x)).unflatten(0, x.shape[:-1])
+            if _has_kernels(x) and self._is_plain():
                 act = _activation(self.act)
-                return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
+                if x.shape[-1] <= _NARROW or not torch.is_grad_enabled():
+                    return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
+                if act == "gelu" and self.fc1.bias is not None:
+                    return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(x))
 

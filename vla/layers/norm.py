@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from .hooks import has_hooks
 
-__all__ = ["LayerNorm", "LayerNorm2d", "autocast_dtype", "narrow", "normalize"]
+__all__ = ["LayerNorm", "LayerNorm2d", "as_rows", "autocast_dtype", "narrow", "normalize"]
 
 
 @torch.fx.wrap
@@ -29,12 +29,23 @@ LARGE = 2**20
 
 def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     """Whether `vla.ops.layer_norm` is faster than PyTorch's own, or with `composite` than several of its operators."""
-    # A CPU is served as well by PyTorch's own layer norm; a compiler fuses that with what stands around it.
-    # Asked last for its size, of which a compiler would make a condition.
-    if x.device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
+    # A CPU is served as well by PyTorch's own layer norm.
+    if x.device.type not in ("cuda", "xpu"):
         return False
+    # A compiler fuses its own with what stands around it, which saves launches of small maps.
+    if torch.compiler.is_compiling():
+        return x.numel() >= LARGE
     # Without a backward the operator is always the faster, as it casts and adds in its only launch.
     return composite or not torch.is_grad_enabled() or x.numel() >= LARGE
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., C), for a compiler as (rows, C).
+
+    Inductor takes all tensors of four dimensions that stand before or between convolutions for maps (B, C, H, W), and
+    lays them out with their second dimension last in memory: on (B, H, W, C) every access would then be scattered.
+    """
+    return x.flatten(0, -2) if torch.compiler.is_compiling() else x
 
 
 def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
@@ -86,10 +97,14 @@ def normalize(
     if torch.jit.is_scripting():
         return _plain(x, weight, bias, eps, groups, gate)
     else:
+        shape = x.shape
+        x, gate = as_rows(x), None if gate is None else as_rows(gate)
         dtype = _result_dtype(x, narrow)
         if _uses_operator(x, composite=groups > 1 or gate is not None):
-            return ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
-        return _plain(x, weight, bias, eps, groups, gate).to(dtype)
+            y = ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
+        else:
+            y = _plain(x, weight, bias, eps, groups, gate).to(dtype)
+        return y if y.shape == shape else y.view(shape)
 
 
 @torch.fx.wrap
@@ -97,10 +112,14 @@ def add_normalize(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     """`x + branch`, and its `normalize`."""
+    shape = x.shape
+    x, branch = as_rows(x), as_rows(branch)
     if _uses_operator(x):
-        return ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_result_dtype(x, narrow))
-    x = x + branch
-    return x, normalize(x, weight, bias, eps, narrow)
+        total, y = ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_result_dtype(x, narrow))
+    else:
+        total = x + branch
+        y = normalize(total, weight, bias, eps, narrow)
+    return (total, y) if y.shape == shape else (total.view(shape), y.view(shape))
 
 
 class LayerNorm(nn.LayerNorm):

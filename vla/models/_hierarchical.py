@@ -7,6 +7,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..layers.block import run_blocks
 from ..layers.repeat import Repeated
 from ._ahead import Backbone
 
@@ -30,7 +31,9 @@ class Stage(nn.Module):
     def run_blocks(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+        if torch.jit.is_scripting():
+            return self.blocks(x)
+        return run_blocks(self.blocks, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.run_blocks(self.downsample(x)))

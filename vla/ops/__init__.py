@@ -2,7 +2,9 @@
 
 from ._registry import use_backend
 from .bi_wkv import bi_wkv
+from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
+from .conv_layer_norm import conv_layer_norm
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation
 from .grouped_linear import grouped_linear, grouped_linear_pair
@@ -22,7 +24,9 @@ from .wkv6 import wkv6
 __all__ = [
     "add_layer_norm",
     "bi_wkv",
+    "bias_gelu",
     "channel_gate",
+    "conv_layer_norm",
     "cross_merge",
     "cross_scan",
     "depthwise_conv2d",

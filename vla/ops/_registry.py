@@ -91,6 +91,7 @@ class Operator:
             keeps the order of their dimensions, and may pad rows.
         saves: The backend that has `to_save`.
         kernel_dtypes: dtypes of the first tensor that there are Triton kernels for; PyTorch serves the others.
+        without_gradient: Names of tensor arguments that the operator has no gradients for.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Operator:
         exact_strides: bool = True,
         saves: str | None = None,
         kernel_dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+        without_gradient: Sequence[str] = (),
     ):
         self.name = name
         self.package = package
@@ -126,6 +128,7 @@ class Operator:
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
         ]
+        self.without_gradient = frozenset(self.arguments.index(name) for name in without_gradient)
         inputs, outputs = (part.strip().removeprefix("(").removesuffix(")") for part in schema.split("->"))
         torch.library.define(
             f"{qualname}_backward",
@@ -300,8 +303,14 @@ class Operator:
     def _autograd_backward(self, ctx, *grads):
         args, saved = self._saved(ctx)
         results = getattr(torch.ops.vla, f"{self.name}_backward")(list(grads), saved, *args)
-        present = (args[i] is not None for i in self.tensor_arguments)
-        return self._for_arguments([r if given else None for r, given in zip(results, present, strict=True)])
+        wanted = self._differentiable(args)
+        return self._for_arguments(
+            [r if i in wanted else None for r, i in zip(results, self.tensor_arguments, strict=True)]
+        )
+
+    def _differentiable(self, args: Sequence) -> list[int]:
+        """Places of the tensors that there are gradients of."""
+        return [i for i in self.tensor_arguments if args[i] is not None and i not in self.without_gradient]
 
     def _saved(self, ctx) -> tuple[list, list[Tensor]]:
         """The arguments that `_setup_context` saved, and what else."""
@@ -341,7 +350,9 @@ class Operator:
                 # Kernels of inference alone leave that to PyTorch's own operators.
                 plain = module if backend in ("naive", "torch") else self._load("torch")
                 results = self._differentiate(plain.forward, grads, args)
-        return [None if t is None else _as_gradient(g, t) for t, g in zip(tensors, results, strict=True)]
+        wanted = self._differentiable(args)
+        gradients = zip(self.tensor_arguments, results, strict=True)
+        return [_as_gradient(g, args[i]) if i in wanted else None for i, g in gradients]
 
     def _backward(self, grads: list[Tensor], saved: list[Tensor], *args) -> list[Tensor]:
         return _present(self._gradients(grads, saved, args), args[self.tensor_arguments[0]])
@@ -350,19 +361,18 @@ class Operator:
         if _ahead.current() is not None:
             results = self._run_backward(len(grads), len(saved), *grads, *saved, *args)
             return _present(results, args[self.tensor_arguments[0]])
-        tensors = [args[i] for i in self.tensor_arguments]
-        return [tensors[0].new_empty(0) if t is None else torch.empty_like(t) for t in tensors]
+        wanted, first = self._differentiable(args), args[self.tensor_arguments[0]]
+        return [torch.empty_like(args[i]) if i in wanted else first.new_empty(0) for i in self.tensor_arguments]
 
     def _differentiate(self, forward: Callable, grads: list[Tensor], args: Sequence) -> list[Tensor | None]:
-        inputs = list(args)
-        for i in self.tensor_arguments:
-            if inputs[i] is not None:
-                inputs[i] = inputs[i].detach().requires_grad_(inputs[i].is_floating_point())
+        inputs, places = list(args), self._differentiable(args)
+        for i in places:
+            inputs[i] = inputs[i].detach().requires_grad_(inputs[i].is_floating_point())
         with torch.enable_grad():
             outputs = _as_tuple(forward(*inputs))
-            wanted = [inputs[i] for i in self.tensor_arguments if inputs[i] is not None]
+            wanted = [inputs[i] for i in places]
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        results = (None if inputs[i] is None else next(found) for i in self.tensor_arguments)
+        results = (next(found) if i in places else None for i in self.tensor_arguments)
         # Autograd may hand an incoming gradient through, but an operator's outputs must not alias its inputs.
         return [None if grad is None else grad.clone() for grad in results]
 

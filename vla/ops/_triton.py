@@ -162,6 +162,21 @@ def normal_tail(a):
 
 
 @triton.jit
+def gelu(s):
+    """GELU with the exact distribution function."""
+    a = tl.abs(s)
+    return tl.maximum(s, 0.0) - a * normal_tail(a)
+
+
+@triton.jit
+def gelu_slope(s):
+    """Derivative of `gelu`."""
+    tail = normal_tail(tl.abs(s))
+    density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
+    return tl.where(s < 0.0, tail, 1.0 - tail) + s * density
+
+
+@triton.jit
 def compose(decay_first, state_first, decay_second, state_second):
     """Two steps `h -> decay * h + state` of a linear recurrence as one, for `tl.associative_scan`."""
     return decay_first * decay_second, decay_second * state_first + state_second

@@ -1,0 +1,36 @@
+"""The same by PyTorch's own operators."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import state_dtype
+
+
+def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of the result."""
+    height, width = ((x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3))
+    return height, width
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    stride: int,
+    padding: int,
+    eps: float,
+    act: str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    state = state_dtype(x, weight, bias, norm_weight, norm_bias)
+    dtype = dtype or x.dtype
+    inner = state if state == torch.float64 else dtype
+    with torch.autocast(x.device.type, enabled=False):
+        s = F.conv2d(x.to(inner), weight.to(inner), None, stride, padding).permute(0, 2, 3, 1).to(state)
+        s = s if bias is None else s + bias
+        y = F.layer_norm(s, s.shape[-1:], norm_weight.to(state), norm_bias.to(state), eps)
+        y = y if act is None else F.gelu(y)
+    return y.to(dtype).contiguous().permute(0, 3, 1, 2)

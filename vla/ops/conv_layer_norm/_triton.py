@@ -1,0 +1,420 @@
+"""GPU kernels: a program convolves a tile of pixels on tensor cores and norms them before they reach memory."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import cdiv, gelu, gelu_slope, kernel, next_power_of_2, sum_parts
+from ._torch import output_size
+
+# The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
+
+
+@triton.jit
+def _patches(
+    x,
+    tile,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    batch_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What the convolution multiplies, (BLOCK_P, TAPS): KH KW C numbers, a one for the bias, and zeros."""
+    pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (pixel < pixels)[:, None]
+    line = pixel // out_width
+    top = (line % out_height * STRIDE - PADDING).to(tl.int32)[:, None]
+    left = (pixel % out_width * STRIDE - PADDING).to(tl.int32)[:, None]
+    tap = tl.arange(0, TAPS)[None, :]
+    down, right, channel = tap // (KW * C), tap // C % KW, tap % C
+    # Without its sign a negative number is above every height.
+    valid = ((top + down).to(tl.uint32) < height) & ((left + right).to(tl.uint32) < width)
+    start = (
+        line[:, None] // out_height * batch_stride + top.to(tl.int64) * row_stride + left.to(tl.int64) * column_stride
+    )
+    offset = down.to(tl.int64) * row_stride + right.to(tl.int64) * column_stride + channel.to(tl.int64) * channel_stride
+    numbers = tl.load(x + start + offset, valid & (tap < KH * KW * C) & inside, 0.0).to(DTYPE)
+    one = tl.full((1, 1), 1.0, DTYPE)
+    return tl.where((tap == KH * KW * C) & inside, one, numbers), pixel[:, None], inside
+
+
+@triton.jit
+def _weights(
+    weight,
+    bias,
+    out_stride,
+    in_stride,
+    row_stride,
+    column_stride,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What the windows are multiplied with, chunks of (TAPS, WIDTH), the bias with the one."""
+    tap = tl.arange(0, TAPS)[:, None]
+    place = tap % C * in_stride + tap // (KW * C) * row_stride + tap // C % KW * column_stride
+    chunks = ()
+    for i in tl.static_range(0, (D + WIDTH - 1) // WIDTH):
+        d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+        numbers = tl.load(weight + d * out_stride + place, (tap < KH * KW * C) & (d < D), 0.0).to(DTYPE)
+        if bias is not None:
+            numbers = tl.where(tap == KH * KW * C, tl.load(bias + d, d < D, 0.0).to(DTYPE), numbers)
+        chunks = chunks + (numbers,)
+    return chunks
+
+
+@triton.jit
+def _vector(pointer, i, D: tl.constexpr, WIDTH: tl.constexpr):
+    d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.load(pointer + d, d < D, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _mean(chunks, D: tl.constexpr):
+    total = tl.sum(chunks[0], 1)
+    for i in tl.static_range(1, len(chunks)):
+        total += tl.sum(chunks[i], 1)
+    return tl.div_rn(total, D)[:, None]
+
+
+@triton.jit
+def _normal(
+    patches,
+    weights,
+    inside,
+    eps,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The convolution with mean 0 and variance 1, and the inverse of its standard deviation, (BLOCK_P, 1)."""
+    chunks = ()
+    for i in tl.static_range(0, len(weights)):
+        chunks = chunks + (tl.dot(patches, weights[i], input_precision="ieee"),)
+    mean = _mean(chunks, D)
+    centred = ()
+    squares = ()
+    for i in tl.static_range(0, len(chunks)):
+        part = chunks[i] - mean
+        if (i + 1) * WIDTH > D:
+            part = tl.where(i * WIDTH + tl.arange(0, WIDTH)[None, :] < D, part, 0.0)
+        centred = centred + (part,)
+        squares = squares + (part * part,)
+    inverse = tl.where(inside, tl.rsqrt(_mean(squares, D) + eps), 0.0)
+    normal = ()
+    for i in tl.static_range(0, len(chunks)):
+        normal = normal + (centred[i] * inverse,)
+    return normal, inverse
+
+
+@triton.jit
+def _affine(normal, norm_weight, norm_bias, i, D: tl.constexpr, WIDTH: tl.constexpr):
+    return normal * _vector(norm_weight, i, D, WIDTH) + _vector(norm_bias, i, D, WIDTH)
+
+
+@kernel
+def conv_layer_norm_fwd_kernel(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    y,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    batch_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    weight_out_stride,
+    weight_in_stride,
+    weight_row_stride,
+    weight_column_stride,
+    eps,
+    GELU: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """y (pixels, D) of every so many tiles of pixels of x (B, C, H, W)."""
+    weights = _weights(
+        weight,
+        bias,
+        weight_out_stride,
+        weight_in_stride,
+        weight_row_stride,
+        weight_column_stride,
+        C,
+        D,
+        KH,
+        KW,
+        TAPS,
+        WIDTH,
+        DTYPE,
+    )
+    for tile in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
+        patches, pixel, inside = _patches(
+            x,
+            tile,
+            pixels,
+            height,
+            width,
+            out_height,
+            out_width,
+            batch_stride,
+            channel_stride,
+            row_stride,
+            column_stride,
+            C,
+            KH,
+            KW,
+            STRIDE,
+            PADDING,
+            TAPS,
+            BLOCK_P,
+            DTYPE,
+        )
+        normal, _ = _normal(patches, weights, inside, eps, D, WIDTH)
+        for i in tl.static_range(0, len(normal)):
+            s = _affine(normal[i], norm_weight, norm_bias, i, D, WIDTH)
+            if GELU:
+                s = gelu(s)
+            d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+            tl.store(y + pixel * D + d, s.to(y.dtype.element_ty), inside & (d < D))
+
+
+@kernel
+def conv_layer_norm_bwd_kernel(
+    g,
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    parts,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    batch_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    weight_out_stride,
+    weight_in_stride,
+    weight_row_stride,
+    weight_column_stride,
+    eps,
+    GELU: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TAPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """This program's part (TAPS + 2, D) of the parameters' gradients: coefficients, scale and shift of the norm."""
+    weights = _weights(
+        weight,
+        bias,
+        weight_out_stride,
+        weight_in_stride,
+        weight_row_stride,
+        weight_column_stride,
+        C,
+        D,
+        KH,
+        KW,
+        TAPS,
+        WIDTH,
+        DTYPE,
+    )
+    of_weights = ()
+    of_scale = ()
+    of_shift = ()
+    for _ in tl.static_range(0, len(weights)):
+        of_weights = of_weights + (tl.zeros((TAPS, WIDTH), tl.float32),)
+        of_scale = of_scale + (tl.zeros((1, WIDTH), tl.float32),)
+        of_shift = of_shift + (tl.zeros((1, WIDTH), tl.float32),)
+    for tile in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
+        patches, pixel, inside = _patches(
+            x,
+            tile,
+            pixels,
+            height,
+            width,
+            out_height,
+            out_width,
+            batch_stride,
+            channel_stride,
+            row_stride,
+            column_stride,
+            C,
+            KH,
+            KW,
+            STRIDE,
+            PADDING,
+            TAPS,
+            BLOCK_P,
+            DTYPE,
+        )
+        normal, inverse = _normal(patches, weights, inside, eps, D, WIDTH)
+        of_normal = ()
+        products = ()
+        scales = ()
+        shifts = ()
+        for i in tl.static_range(0, len(normal)):
+            d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+            of_y = tl.load(g + pixel * D + d, inside & (d < D), 0.0).to(tl.float32)
+            if GELU:
+                of_y *= gelu_slope(_affine(normal[i], norm_weight, norm_bias, i, D, WIDTH))
+            shifts = shifts + (of_shift[i] + tl.sum(of_y, 0, keep_dims=True),)
+            scales = scales + (of_scale[i] + tl.sum(of_y * normal[i], 0, keep_dims=True),)
+            of_y *= _vector(norm_weight, i, D, WIDTH)
+            of_normal = of_normal + (of_y,)
+            products = products + (of_y * normal[i],)
+        of_shift = shifts
+        of_scale = scales
+        mean = _mean(of_normal, D)
+        slope = _mean(products, D)
+        updated = ()
+        for i in tl.static_range(0, len(normal)):
+            of_convolution = inverse * (of_normal[i] - mean - normal[i] * slope)
+            if (i + 1) * WIDTH > D:
+                of_convolution = tl.where(i * WIDTH + tl.arange(0, WIDTH)[None, :] < D, of_convolution, 0.0)
+            updated = updated + (
+                tl.dot(tl.trans(patches), of_convolution.to(DTYPE), of_weights[i], input_precision="ieee"),
+            )
+        of_weights = updated
+    part = parts + tl.program_id(0) * (TAPS + 2) * D
+    tap = tl.arange(0, TAPS)[:, None]
+    for i in tl.static_range(0, len(weights)):
+        d = i * WIDTH + tl.arange(0, WIDTH)
+        tl.store(part + tap * D + d[None, :], of_weights[i], (tap < TAPS) & (d < D)[None, :])
+        tl.store(part + TAPS * D + d, tl.sum(of_scale[i], 0), d < D)
+        tl.store(part + (TAPS + 1) * D + d, tl.sum(of_shift[i], 0), d < D)
+
+
+# Pixels of a tile.
+_TILE = 32
+# Most programs of a kernel: in the backward as many single warps as fit on a GPU at once, which its registers decide.
+_FORWARD_PROGRAMS = 4224
+_BACKWARD_PROGRAMS = 1056
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@cache
+def _constants(channels: int, out: int, rows: int, columns: int, dtype: torch.dtype) -> dict:
+    lowest = out & -out
+    return dict(
+        C=channels,
+        D=out,
+        KH=rows,
+        KW=columns,
+        TAPS=max(16, next_power_of_2(rows * columns * channels + 1)),
+        WIDTH=min(64, lowest) if lowest >= 16 else max(16, next_power_of_2(out)),
+        DTYPE=_DTYPES.get(dtype, tl.float32),
+        num_warps=1,
+        num_stages=1,
+    )
+
+
+def _arguments(
+    x: Tensor, weight: Tensor, stride: int, padding: int, eps: float, act: str | None, dtype: torch.dtype
+) -> tuple[list, dict]:
+    """What both kernels get after their tensors, of which the first is the number of pixels, and their constants."""
+    # Triton's interpreter cannot multiply bfloat16.
+    constants = _constants(x.shape[1], weight.shape[0], *weight.shape[2:], dtype if x.device.type != "cpu" else None)
+    size = output_size(x, weight, stride, padding)
+    numbers = [x.shape[0] * size[0] * size[1], *x.shape[2:], *size, *x.stride(), *weight.stride(), eps]
+    return numbers, constants | dict(GELU=act == "gelu", STRIDE=stride, PADDING=padding)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    stride: int,
+    padding: int,
+    eps: float,
+    act: str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    dtype = dtype or x.dtype
+    y = x.new_empty(x.shape[0], *output_size(x, weight, stride, padding), weight.shape[0], dtype=dtype)
+    if y.numel() > 0:
+        numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)
+        programs = min(cdiv(numbers[0], _TILE), _FORWARD_PROGRAMS)
+        vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+        conv_layer_norm_fwd_kernel[(programs,)](x, weight, *vectors, y, *numbers, BLOCK_P=_TILE, **constants)
+    return y.permute(0, 3, 1, 2)
+
+
+def backward(
+    grads: list[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    stride: int,
+    padding: int,
+    eps: float,
+    act: str | None,
+    dtype: torch.dtype | None,
+) -> list[Tensor | None]:
+    g = grads[0].permute(0, 2, 3, 1)
+    if g.numel() == 0:
+        return [None] * 5
+    numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype or x.dtype)
+    rows, out = constants["TAPS"] + 2, weight.shape[0]
+    # More numbers would not fit into the registers.
+    tile = _TILE if out <= 48 else _TILE // 2
+    programs = min(cdiv(numbers[0], tile), _BACKWARD_PROGRAMS)
+    parts = torch.empty(programs, rows * out, dtype=torch.float32, device=x.device)
+    vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+    conv_layer_norm_bwd_kernel[(programs,)](
+        g.contiguous(), x, weight, *vectors, parts, *numbers, BLOCK_P=tile, **constants
+    )
+    sums = sum_parts(parts).view(rows, out)
+    taps = weight[0].numel()
+    g_weight = sums[:taps].view(*weight.shape[2:], *weight.shape[1::-1]).permute(3, 2, 0, 1)
+    # Not views of the same memory, which an operator's results must not be.
+    g_bias = None if bias is None else sums[taps].clone()
+    return [None, g_weight.clone(), g_bias, sums[-2].clone(), sums[-1].clone()]
