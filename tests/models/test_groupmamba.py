@@ -346,13 +346,30 @@ def test_first_convolution_of_blocks(channels):
     """How GPUs compute the stem's first layer."""
     x, weight = torch.randn(2, channels, 10, 16), torch.randn(5, channels, 7, 7)
     results = []
-    for function in (convolve_blocks, lambda x, weight: nn.functional.conv2d(x, weight, stride=2, padding=3)):
+    for function in (
+        lambda x, weight: convolve_blocks(x, weight, x.dtype),
+        lambda x, weight: nn.functional.conv2d(x, weight, stride=2, padding=3),
+    ):
         leaves = [t.double().requires_grad_() for t in (x, weight)]
         y = function(*leaves)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for actual, expected in zip(*results, strict=True):
         assert_close("convolution", actual, expected)
     assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_stem_in_one_pass(monkeypatch):
+    """How GPUs evaluate the stem."""
+    stem, x = Stem(3, 8, 16).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    for norm in (stem.norm1, stem.norm2, stem.norm3):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(tensor)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    with torch.no_grad():
+        expected = stem(x)
+        monkeypatch.setattr("vla.models.groupmamba.is_worth_launches", lambda x: True)
+        monkeypatch.setattr("vla.models.groupmamba.dtype_of_one_pass", lambda conv, norm, act, x: x.dtype)
+        assert_close("stem", stem(x), expected)
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
@@ -403,9 +420,9 @@ def test_recomputed(monkeypatch):
     expected = torch.autograd.grad(block(x).square().sum(), leaves)
     calls = []
 
-    def recomputed(function, *maps):
+    def recomputed(function, *maps, is_random=False):
         calls.append(function.__name__)
-        return checkpoint(function, *maps, use_reentrant=False)
+        return checkpoint(function, *maps, use_reentrant=False, preserve_rng_state=is_random)
 
     monkeypatch.setattr(groupmamba, "recomputed", recomputed)
     actual = torch.autograd.grad(block(x).square().sum(), leaves)

@@ -332,6 +332,22 @@ def _channel_gate() -> Iterator[Case]:
     yield Case("groupmamba", ops.channel_gate, make, (BF16,))
 
 
+def _conv_norm_relu() -> Iterator[Case]:
+    def arguments(channels, size, out, *kernel, normed, **padding):
+        def make(dtype: torch.dtype) -> dict:
+            norm = {name: weight(normed) for name in ("mean", "var", "norm_weight", "norm_bias")}
+            return dict(x=maps(dtype, 128, channels, *size), weight=weight(out, channels, *kernel), **norm, **padding)
+
+        return make
+
+    f, padding = ops.conv_norm_relu, dict(padding_h=1, padding_w=1)
+    yield Case("groupmamba", f, arguments(32, (112, 112), 32, 3, 3, normed=32, **padding), (BF16,))
+    yield Case("groupmamba base", f, arguments(64, (112, 112), 64, 3, 3, normed=64, **padding), (BF16,))
+    yield Case("groupmamba images", f, arguments(24, (115, 56), 64, 4, 3, normed=32, padding_w=1), (BF16,))
+    yield Case("groupmamba base images", f, arguments(24, (115, 56), 128, 4, 3, normed=64, padding_w=1), (BF16,))
+    yield Case("odd", f, arguments(20, (9, 7), 33, 5, 2, normed=11, padding_h=2), (FP32, FP16))
+
+
 def _mlp() -> Iterator[Case]:
     def arguments(channels, hidden, *size, out=None, bias=True, act="gelu"):
         def make(dtype: torch.dtype) -> dict:
@@ -443,6 +459,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "group_modulation": tuple(_group_modulation()),
     "grouped_linear": tuple(_grouped_linear()),
     "channel_gate": tuple(_channel_gate()),
+    "conv_norm_relu": tuple(_conv_norm_relu()),
     "mlp": tuple(_mlp()),
     "line_scan": tuple(_line_scan()),
 }

@@ -13,7 +13,7 @@ from tests.device import use
 use("cuda")
 
 # They look at the default device.
-from tests.ops import test_channel_gate, test_gpu  # noqa: E402
+from tests.ops import test_channel_gate, test_conv_norm_relu, test_gpu  # noqa: E402
 from tests.ops.harness import run  # noqa: E402
 from tests.ops.test_gpu import (  # noqa: E402
     CROSS,
@@ -40,7 +40,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     two_layers,
     wkv6,
 )
-from vla.ops import channel_gate  # noqa: E402
+from vla.ops import channel_gate, conv_norm_relu  # noqa: E402
 
 CASES: dict[str, Case] = {
     "selective_scan": scan(2, 37, 197, 1),
@@ -88,6 +88,11 @@ CASES: dict[str, Case] = {
     ),
     "grouped_linear": grouped((3, 9, 7), 87, 33),
     "channel_gate": (channel_gate, lambda: test_channel_gate.make(3, 100, 6), {}),
+    "conv_norm_relu": (
+        conv_norm_relu,
+        lambda: test_conv_norm_relu.make((3, 24, 11, 9), 34, (4, 3), 17),
+        dict(padding_w=1),
+    ),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),

@@ -15,14 +15,19 @@ from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from .. import ops
 from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer, is_worth_launches
+from ..layers.hooks import has_hooks
 from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
+
+# Channels up to which `vla.ops.conv_norm_relu` is faster than cuDNN's convolution and the passes behind it.
+MOST_IN_ONE_PASS = 32
 
 
 def is_exporting() -> bool:
@@ -30,36 +35,48 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution with 7 x 7 kernels, stride 2 and padding 3, of blocks of 2 x 4 pixels.
+# cuDNN has no fast convolution of three channels with 7 x 7 kernels, stride 2 and padding 3. Of a block of 2 x 4 pixels
+# they are 24, and kernels of 4 x 3 blocks make two neighbouring pixels of the result of them. Half of the numbers in
+# those are zero, but tensor cores multiply all of them faster than other units the rest.
 
-    cuDNN has no fast one of three channels. Of a block they are 24, and kernels of 4 x 3 blocks make two neighbouring
-    pixels of the result of them. Half of the numbers in those are zero, but tensor cores multiply all of them faster
-    than other units the rest.
 
-    Args:
-        x: Images, (B, C, H, W), H and W multiples of 2 and 4.
-        weight: Kernels, (O, C, 7, 7).
-
-    Returns:
-        Map, (B, O, H / 2, W / 2).
-    """
+def to_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images (B, C, H, W), H and W multiples of 2 and 4, as blocks (B, 8 * C, H / 2 + 3, W / 4), channels last."""
+    blocks = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 2)).permute(0, 2, 4, 3, 5, 1)  # (B, H / 2, W / 4, 2, 4, C)
+    blocks = blocks.to(dtype, memory_format=torch.contiguous_format).flatten(3)
     # Two rows of blocks above and one below; the convolution adds columns by itself.
-    blocks = F.pad(x, (0, 0, 4, 2)).unflatten(3, (-1, 4)).unflatten(2, (-1, 2))  # (B, C, H / 2 + 3, 2, W / 4, 4)
-    blocks = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)  # (B, 2 * 4 * C, H / 2 + 3, W / 4)
+    return F.pad(blocks, (0, 0, 0, 0, 2, 1)).permute(0, 3, 1, 2)
+
+
+def to_block_kernels(weight: Tensor) -> Tensor:
+    """Kernels (O, C, 7, 7) as those of blocks, (2 * O, 8 * C, 4, 3)."""
     kernels = torch.stack([F.pad(weight, (1, 4, 1, 0)), F.pad(weight, (3, 2, 1, 0))])  # (2, O, C, 8, 12)
-    kernels = kernels.unflatten(4, (3, 4)).unflatten(3, (4, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(2, 4).flatten(0, 1)
-    y = F.conv2d(blocks.contiguous(memory_format=torch.channels_last), kernels, padding=(0, 1))
+    kernels = kernels.unflatten(4, (3, 4)).unflatten(3, (4, 2)).permute(0, 1, 4, 6, 2, 3, 5)
+    return kernels.flatten(2, 4).flatten(0, 1)
+
+
+def from_pairs(y: Tensor) -> Tensor:
+    """Pairs of pixels (B, 2 * O, H, W) as pixels (B, O, H, 2 * W)."""
     return y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def convolve_blocks(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convolution of images with 7 x 7 kernels, stride 2 and padding 3, of blocks."""
+    return from_pairs(F.conv2d(to_blocks(x, dtype), to_block_kernels(weight), padding=(0, 1)))
+
+
+def is_of_blocks(x: Tensor) -> bool:
+    """Whether images are convolved as blocks."""
+    # An exported graph may be for all sizes.
+    return not is_exporting() and is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0
 
 
 @torch.fx.wrap
 def convolve_images(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution with 7 x 7 kernels, stride 2 and padding 3."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        # An exported graph may be for all sizes.
-        if not is_exporting() and is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0:
-            return convolve_blocks(x.to(autocast_dtype(x) or x.dtype), weight)
+        if is_of_blocks(x):
+            return convolve_blocks(x, weight, autocast_dtype(x) or x.dtype)
     return F.conv2d(x, weight, stride=2, padding=3)
 
 
@@ -71,6 +88,25 @@ class ImageConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return convolve_images(x, self.weight)
+
+
+def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> torch.dtype | None:
+    """dtype in which `vla.ops.conv_norm_relu` does what three modules would, None where it doesn't."""
+    # Tracing by torch.fx hands proxies through.
+    if not isinstance(x, Tensor) or not x.is_cuda or torch.is_grad_enabled() or norm.training:
+        return None
+    kinds = (type(conv) in (nn.Conv2d, ImageConv2d), type(norm) is nn.BatchNorm2d, type(act) is nn.ReLU)
+    if not all(kinds) or any(map(has_hooks, (conv, norm, act))) or norm.running_mean is None or norm.weight is None:
+        return None
+    dtype = autocast_dtype(x) or x.dtype
+    return dtype if dtype.itemsize == 2 else None
+
+
+def in_one_pass(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, padding: tuple[int, int]) -> Tensor:
+    """Convolution of stride 1, batch norm and ReLU."""
+    return ops.conv_norm_relu(
+        x, weight, norm.running_mean, norm.running_var, norm.weight, norm.bias, *padding, norm.eps
+    )
 
 
 class Stem(nn.Module):
@@ -92,10 +128,30 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act1(self.norm1(self.conv1(x)))
-        x = self.act2(self.norm2(self.conv2(x)))
-        x = self.act3(self.norm3(self.conv3(x)))
+        if torch.jit.is_scripting():
+            x = self.act1(self.norm1(self.conv1(x)))
+            x = self.act2(self.norm2(self.conv2(x)))
+            x = self.act3(self.norm3(self.conv3(x)))
+        else:
+            x = self.convolve1(x)
+            x = self.convolve(self.conv2, self.norm2, self.act2, x)
+            x = self.convolve(self.conv3, self.norm3, self.act3, x)
         return self.norm4(self.conv4(x))
+
+    @torch.jit.ignore
+    def convolve1(self, x: Tensor) -> Tensor:
+        dtype = dtype_of_one_pass(self.conv1, self.norm1, self.act1, x)
+        if dtype is None or not is_of_blocks(x):
+            return self.act1(self.norm1(self.conv1(x)))
+        kernels = to_block_kernels(self.conv1.weight)
+        return from_pairs(in_one_pass(to_blocks(x, dtype), kernels, self.norm1, padding=(0, 1)))
+
+    @torch.jit.ignore
+    def convolve(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+        dtype = dtype_of_one_pass(conv, norm, act, x)
+        if dtype is None or conv.in_channels > MOST_IN_ONE_PASS:
+            return act(norm(conv(x)))
+        return in_one_pass(x.to(dtype), conv.weight, norm, padding=(1, 1))
 
 
 class ClassBlock(nn.Module):

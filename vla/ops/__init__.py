@@ -5,6 +5,7 @@ from .bi_wkv import bi_wkv
 from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
 from .conv_layer_norm import conv_layer_norm
+from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation
 from .grouped_linear import grouped_linear, grouped_linear_pair
@@ -27,6 +28,7 @@ __all__ = [
     "bias_gelu",
     "channel_gate",
     "conv_layer_norm",
+    "conv_norm_relu",
     "cross_merge",
     "cross_scan",
     "depthwise_conv2d",

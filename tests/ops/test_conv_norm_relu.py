@@ -1,0 +1,86 @@
+"""Convolution, batch norm and ReLU: all backends against the definition in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from vla.ops import conv_norm_relu, use_backend
+
+BACKENDS = ["torch", "triton"]
+
+
+def make(size=(2, 5, 6, 7), out=8, kernel=(3, 3), normed=8, dtype=torch.float64):
+    """Tensor arguments by name."""
+    normal = randn(0)
+    tensors = {"x": normal(*size), "weight": normal(out, size[1], *kernel) / (size[1] * kernel[0] * kernel[1]) ** 0.5}
+    tensors |= {"mean": normal(normed), "var": normal(normed).square() + 0.5}
+    # Far from where ReLU's derivative jumps.
+    tensors |= {"norm_weight": normal(normed) / 8, "norm_bias": 3 * normal(normed).sign()}
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+SHAPES = {
+    "usual": (dict(size=(2, 32, 9, 11), out=32, normed=32), dict(padding_h=1, padding_w=1)),
+    "repeated": (dict(size=(2, 24, 8, 6), out=16, kernel=(4, 3), normed=8), dict(padding_w=1)),
+    "one pixel": (dict(size=(1, 1, 1, 1), out=1, kernel=(1, 1), normed=1), {}),
+    "wide padding": (dict(size=(3, 5, 2, 1), out=17, kernel=(5, 2), normed=17), dict(padding_h=3, padding_w=4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_naive(backend, shape, dtype):
+    arguments, padding = SHAPES[shape]
+    compare(backend, conv_norm_relu, make(**arguments, dtype=dtype), **padding)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "part"])
+def test_layouts(backend, layout):
+    tensors = make((2, 5, 8, 9), dtype=torch.float32)
+    expected = run("naive", conv_norm_relu, {n: t.double() for n, t in tensors.items()})["output 0"]
+    x = tensors["x"]
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+        tensors["weight"] = tensors["weight"].contiguous(memory_format=torch.channels_last)
+    elif layout == "part":
+        x = torch.cat([x, x, x], 1)[:, 5:10]
+    with use_backend(backend):
+        y = conv_norm_relu(**(tensors | {"x": x}))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_empty_batch(backend):
+    assert run(backend, conv_norm_relu, make((0, 5, 6, 7), dtype=torch.float32))["output 0"].shape == (0, 8, 4, 5)
+
+
+class Layers(nn.Module):
+    def forward(self, x, weight, mean, var, norm_weight, norm_bias):
+        return conv_norm_relu(x, weight, mean, var, norm_weight, norm_bias, 1, 0, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    tensors = tuple(make().values())
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1, 0, 1e-5)
+    check_machinery(Layers(), tensors, torch.ops.vla.conv_norm_relu.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 5, 8)}, r"x has shape \(2, 5, 8\), expected \(B, C, H, W\)"),
+        ({"weight": torch.ones(8, 4, 3, 3)}, r"weight has shape \(8, 4, 3, 3\), expected \(D, C, KH, KW\) with C = 5"),
+        ({"weight": torch.ones(8, 5, 7, 3)}, r"weight has shape .*, expected a window within x"),
+        ({"mean": torch.ones(3)}, r"mean has shape \(3,\), expected \(N,\), N a divisor of D = 8"),
+        ({"var": torch.ones(3)}, r"var has shape \(3,\), expected \(N,\) = \(8,\)"),
+        ({"padding_h": -1}, r"padding_h is -1 and padding_w 0, expected 0 or more"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^conv_norm_relu: {message}"):
+        conv_norm_relu(**(make() | change))
