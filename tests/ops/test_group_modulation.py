@@ -1,5 +1,7 @@
 """The end of GroupMamba's mixer: all backends against the definition in float64."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,12 @@ def make(shape, groups=4, dtype=torch.float64):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_naive(backend, shape, groups, dtype):
     compare(backend, group_modulation, make(shape, groups, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows(dtype, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vla.ops.group_modulation._triton"), "MANY", 1)
+    compare("triton", group_modulation, make((3, 9, 8, 148), 4, dtype))
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])

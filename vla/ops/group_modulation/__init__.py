@@ -88,7 +88,7 @@ def group_modulation(
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""The end of GroupMamba's mixer, in one or two passes over memory.
+    r"""The end of GroupMamba's mixer, in one or a few passes over memory.
 
         a   = out_proj (groupnorm(y) silu(z))
         out = proj norm(a * n * gate) + proj_bias
@@ -98,8 +98,8 @@ def group_modulation(
     tensor argument is differentiable; of the forward only the arguments are kept.
 
     Args:
-        y: Scanned map, (B, H, W, C); one pass up to 128 channels in 16 bits, two up to 512, fastest where they are
-            next to each other in memory.
+        y: Scanned map, (B, H, W, C); one pass up to 128 channels in 16 bits, fastest where they are next to each
+            other in memory.
         z: What its SiLU multiplies, (B, H, W, C).
         n: Input of the mixer, (B, H, W, C).
         gate: Factor of every channel, (B, C).

@@ -1,7 +1,8 @@
 """The end of GroupMamba's mixer: a program takes some pixels from the scan's output to the mixer's.
 
 Rows of channels are tiles (BLOCK_R, WIDTH), whose entries beyond the channels are zero. Where the rows of all channels
-don't fit in registers, one kernel takes each group to its modulated projection, and another the whole from there.
+don't fit in registers, one kernel takes each group to its modulated projection, and another the whole from there; where
+there are many rows besides, every step has a kernel of its own.
 """
 
 import torch
@@ -10,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sum_parts
+from ..grouped_linear import _triton as grouped_linear
+from ..layer_norm import _triton as layer_norm
 from . import WHOLE, _torch
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
@@ -428,6 +431,64 @@ def group_modulation_proj_kernel(
     tl.store(out + row * CHANNELS + output, sums.to(out.dtype.element_ty), exists & (output < CHANNELS))
 
 
+@kernel(do_not_specialize=["count", "pixels"])
+def group_modulation_norm_kernel(
+    a,
+    n,
+    gate,
+    norm_weight,
+    norm_bias,
+    normed,
+    count,
+    pixels,
+    eps,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Norm of BLOCK_R of the `count` rows of a * n * gate."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    exists = channel < CHANNELS
+    inside = (row < count) & exists
+    rows = tl.load(a + row * CHANNELS + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
+    rows *= tl.load(n + row * CHANNELS + channel, inside, 0.0).to(tl.float32)
+    rows *= tl.load(gate + row // pixels * CHANNELS + channel, inside, 0.0).to(tl.float32)
+    rows = normalize(rows, eps, exists, CHANNELS)
+    rows *= tl.load(norm_weight + channel, exists, 0.0).to(tl.float32)
+    rows += tl.load(norm_bias + channel, exists, 0.0).to(tl.float32)
+    tl.store(normed + row * CHANNELS + channel, rows.to(normed.dtype.element_ty), inside)
+
+
+@kernel(do_not_specialize=["count"])
+def group_modulation_product_kernel(
+    normed,
+    proj,
+    proj_bias,
+    out,
+    count,
+    CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Projection of BLOCK_R rows, BLOCK_O channels of the result."""
+    blocks_o = tl.cdiv(CHANNELS, BLOCK_O)
+    row = (tl.program_id(0) // blocks_o).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    output = tl.program_id(0) % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+    lane = tl.arange(0, BLOCK_C)
+    sums = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel, factor = first + lane[None, :], first + lane[:, None]
+        rows = tl.load(normed + row * CHANNELS + channel, (row < count) & (channel < CHANNELS), 0.0)
+        block = tl.load(proj + output * CHANNELS + factor, (output < CHANNELS) & (factor < CHANNELS), 0.0)
+        sums += product(rows, block, PRECISION)  # (BLOCK_R, BLOCK_O)
+    sums += tl.load(proj_bias + output, output < CHANNELS, 0.0).to(tl.float32)
+    inside = (row < count) & (output < CHANNELS)
+    tl.store(out + row * CHANNELS + output, sums.to(out.dtype.element_ty), inside)
+
+
 def _columns(channels: int, size: int, groups: int) -> dict[str, int]:
     """How a program has its groups of `size` channels as columns, of whose numbers all are powers of two."""
     groups = next_power_of_2(groups)
@@ -457,17 +518,23 @@ def forward(
     out = y.new_empty(y.shape, dtype=dtype)
     if out.numel() == 0:
         return out
+    count, pixels = y.numel() // channels, y.shape[1] * y.shape[2]
+    gate, out_norm_weight, out_norm_bias = gate.contiguous(), out_norm_weight.contiguous(), out_norm_bias.contiguous()
+    norm_weight, norm_bias, proj_bias = norm_weight.contiguous(), norm_bias.contiguous(), proj_bias.contiguous()
+    if channels > WHOLE and count >= MANY:
+        gated, _ = layer_norm.forward(y, None, out_norm_weight, out_norm_bias, z, groups, out_eps, y.dtype)
+        a, _ = grouped_linear.forward(gated, out_proj, None)
+        _normalize_and_project(a, n, gate, norm_weight, norm_bias, proj, proj_bias, out, eps)
+        return out
     maps = [as_rows(x) for x in (y, z, n)]
-    count = maps[0].shape[0]
-    pixels = y.shape[1] * y.shape[2]
     strides = [x.stride(0) for x in maps]
     precision = product_precision(y)
-    block_r = 64 if count >= MANY else 16
-    first = (*maps, gate.contiguous(), out_norm_weight.contiguous(), out_norm_bias.contiguous(), out_proj.contiguous())
+    first = (*maps, gate, out_norm_weight, out_norm_bias, out_proj.contiguous())
     # Many programs read the matrix, few its cast.
     proj = proj.contiguous() if count < MANY else proj.to(y.dtype)
-    last = (norm_weight.contiguous(), norm_bias.contiguous(), proj, proj_bias.contiguous(), out)
+    last = (norm_weight, norm_bias, proj, proj_bias, out)
     if channels <= WHOLE:
+        block_r = 64 if count >= MANY else 16
         group_modulation_fwd_kernel[(cdiv(count, block_r),)](
             *first,
             *last,
@@ -498,20 +565,64 @@ def forward(
         num_warps=8,
         num_stages=1,
     )
-    block_o = 128 if count >= MANY else 32
-    group_modulation_proj_kernel[(cdiv(count, 2 * block_r) * cdiv(channels, block_o),)](
+    group_modulation_proj_kernel[(cdiv(count, 32) * cdiv(channels, 32),)](
         modulated,
         *last,
         count,
         eps,
         CHANNELS=channels,
-        BLOCK_R=2 * block_r,
+        BLOCK_R=32,
         BLOCK_C=64,
-        BLOCK_O=block_o,
+        BLOCK_O=32,
         PRECISION=precision,
-        num_warps=8 if count >= MANY else 4,
+        num_warps=4,
     )
     return out
+
+
+def _normalize_and_project(
+    a: Tensor,
+    n: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    out: Tensor,
+    eps: float,
+) -> None:
+    """Writes `proj norm(a * n * gate) + proj_bias`."""
+    channels = a.shape[3]
+    count = a.numel() // channels
+    normed = torch.empty_like(a)
+    group_modulation_norm_kernel[(cdiv(count, 4),)](
+        a,
+        n.contiguous(),
+        gate,
+        norm_weight,
+        norm_bias,
+        normed,
+        count,
+        a.shape[1] * a.shape[2],
+        eps,
+        CHANNELS=channels,
+        WIDTH=next_power_of_2(channels),
+        BLOCK_R=4,
+        num_warps=4,
+    )
+    group_modulation_product_kernel[(cdiv(count, 128) * cdiv(channels, 128),)](
+        normed,
+        proj.to(a.dtype).contiguous(),
+        proj_bias,
+        out,
+        count,
+        CHANNELS=channels,
+        BLOCK_R=128,
+        BLOCK_C=64,
+        BLOCK_O=128,
+        PRECISION=product_precision(a),
+        num_warps=8,
+    )
 
 
 def backward(
