@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .hooks import has_hooks
 from .mlp import Mlp
 from .norm import LayerNorm2d, narrow
-from .repeat import Repeated
+from .repeat import Repeated, is_repeated
 
 DEFAULT_NORM = LayerNorm2d
 # Norms by the names that released configurations have for them.
@@ -125,7 +125,7 @@ def _is_plain(block: nn.Module) -> bool:
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
     # A graph that is traced has the blocks as modules.
-    if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy):
+    if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy) or is_repeated(x):
         return blocks(x)
     y = None
     for block in blocks:

@@ -14,7 +14,7 @@ from torch.utils._device import DeviceContext
 from ..ops import _registry, _replay
 from .hooks import has_global_hooks
 
-__all__ = ["Repeated"]
+__all__ = ["Repeated", "is_repeated"]
 
 # Types of arguments beside the map.
 _CONSTANTS = (tuple, type(None))
@@ -100,6 +100,16 @@ def _is_observed() -> bool:
     )
 
 
+# Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes longer
+# than the host.
+_LIMIT = 2**24
+
+
+def is_repeated(x: Tensor) -> bool:
+    """Whether modules are repeated for maps as small as x, as far as that depends on the map."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.is_cuda and x.numel() <= _LIMIT
+
+
 class Repeated(nn.Module):
     """Base class of modules whose evaluation on small maps on a GPU is repeated from the fourth call with a layout on.
 
@@ -108,14 +118,10 @@ class Repeated(nn.Module):
     parts, the place of a parameter, makes it start anew.
     """
 
-    # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
-    # longer than the host.
-    LIMIT = 2**24
-
     def __call__(self, x, *args, **kwargs):
         if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
             return super().__call__(x, *args, **kwargs)
-        is_small = x.numel() <= self.LIMIT and all(type(a) in _CONSTANTS for a in args)
+        is_small = x.numel() <= _LIMIT and all(type(a) in _CONSTANTS for a in args)
         stream = _replay.stream_of(x) if is_small else None
         own = None if stream is None else self._repetitions()
         if own is None or not own.snapshot.is_all:
