@@ -61,10 +61,12 @@ def test_float32_parameters_with_bfloat16_tokens():
     compare("triton", bi_wkv, tensors, 2e-2)
 
 
-# float32 rounds an exponent of 400 by 1.5e-5, and the definition evaluated in it is 4e-5 off.
-@pytest.mark.parametrize("decay, relative", [(10.0, 1e-5), (400.0, 5e-5)], ids=["slow", "fast"])
-def test_long_sequence_keeps_its_exponents(decay, relative, monkeypatch):
+@pytest.mark.parametrize("decay", [10.0, 400.0], ids=["slow", "fast"])
+def test_long_sequence_keeps_its_exponents(decay, monkeypatch):
     """Many spans."""
+    # Each rounding of an exponent, a multiple of the decay, is an error of that many times 2 ** -24 in its weight. On
+    # other numbers than these the definition in float32 is 7e-5 off.
+    relative = max(1e-5, 4 * decay * 2**-24)
     monkeypatch.setattr(kernels, "_SEGMENTS", 2)
     monkeypatch.setattr(kernels, "_TOKENS", 1)
     compare("triton", bi_wkv, single(make(1, 150, 2, decay)), relative)

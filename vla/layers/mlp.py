@@ -39,8 +39,8 @@ class Mlp(timm.layers.Mlp):
     """timm's MLP, `fc2(act(fc1(x)))` with its options, for tokens or maps with their channels last.
 
     Large inputs of 16 bits on a GPU pass through `vla.ops.mlp`, if nothing else stands between the linear layers and
-    nobody waits for one of the modules to be called; wide ones do so where no gradient follows, else their GELU takes
-    the bias with it.
+    nobody waits for one of the modules to be called; wide ones do so where no gradient follows, else, if they are
+    compiled, their GELU takes the bias with it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ class Mlp(timm.layers.Mlp):
                 act = _activation(self.act)
                 if x.shape[-1] <= _NARROW or not torch.is_grad_enabled():
                     return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act)
-                if act == "gelu" and self.fc1.bias is not None:
+                # In eager mode one more node of the graph costs the host what it saves the GPU.
+                if act == "gelu" and self.fc1.bias is not None and torch.compiler.is_compiling():
                     return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         x = self.norm(self.drop1(self.act(self.fc1(x))))
         return self.drop2(self.fc2(x))

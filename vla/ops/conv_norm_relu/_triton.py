@@ -53,7 +53,7 @@ def conv_norm_relu_fwd_kernel(
     row = (line % out_height).to(tl.int32) - TOP
     column = (pixel % out_width).to(tl.int32) - LEFT
     c, d = tl.arange(0, DEPTH), tl.arange(0, WIDTH)
-    x += (line // out_height * x_batch + row * x_row.to(tl.int64) + column * x_column)[:, None] + c[None, :]
+    x += (line // out_height * x_batch + row.to(tl.int64) * x_row + column * x_column)[:, None] + c[None, :]
     weight += c[:, None] * D + d[None, :]
     sums = tl.zeros((BLOCK_P, WIDTH), tl.float32)
     for i in range(KH):
@@ -61,9 +61,10 @@ def conv_norm_relu_fwd_kernel(
         inside = ((row + i).to(tl.uint32) < height) & (pixel < pixels)
         for j in tl.static_range(KW):
             mask = inside & ((column + j).to(tl.uint32) < width)
-            patch = tl.load(x + (i * x_row.to(tl.int64) + j * x_column), mask[:, None] & (c < C)[None, :], 0.0)
+            patch = tl.load(x + j * x_column, mask[:, None] & (c < C)[None, :], 0.0)
             tap = tl.load(weight + (i * KW + j) * C * D, (c < C)[:, None] & (d < D)[None, :], 0.0)
             sums += product(patch, tap, PRECISION)
+        x += x_row
 
     normed, exists = d % NORMED, d < D
     scale = _channel(norm_weight, normed, exists) * tl.rsqrt(_channel(var, normed, exists) + eps)
