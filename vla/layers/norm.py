@@ -32,9 +32,9 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     # A CPU is served as well by PyTorch's own layer norm.
     if x.device.type not in ("cuda", "xpu"):
         return False
-    # A compiler fuses its own with what stands around it, which saves launches of small maps.
+    # A compiler fuses its own with what stands around it: better for small maps, and where no backward follows.
     if torch.compiler.is_compiling():
-        return x.numel() >= LARGE
+        return torch.is_grad_enabled() and x.numel() >= LARGE
     # Without a backward the operator is always the faster, as it casts and adds in its only launch.
     return composite or not torch.is_grad_enabled() or x.numel() >= LARGE
 
