@@ -127,6 +127,9 @@ def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     # A graph that is traced has the blocks as modules.
     if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy) or is_repeated(x):
         return blocks(x)
+    # The operator keeps both summands for its backward, and takes the host longer than an addition.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return blocks(x)
     y = None
     for block in blocks:
         if _is_plain(block):
