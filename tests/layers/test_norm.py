@@ -150,7 +150,8 @@ def test_compiled_maps_have_their_channels_second(block):
     computed = []
 
     def keep(graph, inputs):
-        views = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten.permute}
+        # Versions of PyTorch before 2.14 write a dropout that drops nothing as a copy, which Inductor removes.
+        views = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten.permute, torch.ops.aten.clone}
         for node in graph.graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and getattr(node.target, "overloadpacket", None) not in views:
