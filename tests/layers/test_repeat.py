@@ -251,3 +251,14 @@ def test_memory_is_given_back():
     del block
     gc.collect()
     assert [a() for a in alive] == [None, None]
+
+
+@torch.no_grad()
+def test_networks_have_a_limit_of_their_own(monkeypatch):
+    """A recording keeps all that it computes, of a network more than of a block."""
+    small, large = image(1, 8, 2, 3), image(2, 8, 2, 3)
+    block = make()
+    monkeypatch.setattr(type(block), "LIMIT", small.numel())
+    for _ in range(4):
+        block(small), block(large)
+    assert kinds(block) == ["repetition"]

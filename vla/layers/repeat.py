@@ -100,16 +100,6 @@ def _is_observed() -> bool:
     )
 
 
-# Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes longer
-# than the host.
-_LIMIT = 2**24
-
-
-def is_repeated(x: Tensor) -> bool:
-    """Whether modules are repeated for maps as small as x, as far as that depends on the map."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.is_cuda and x.numel() <= _LIMIT
-
-
 class Repeated(nn.Module):
     """Base class of modules whose evaluation on small maps on a GPU is repeated from the fourth call with a layout on.
 
@@ -118,10 +108,14 @@ class Repeated(nn.Module):
     parts, the place of a parameter, makes it start anew.
     """
 
+    # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
+    # longer than the host.
+    LIMIT = 2**24
+
     def __call__(self, x, *args, **kwargs):
         if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
             return super().__call__(x, *args, **kwargs)
-        is_small = x.numel() <= _LIMIT and all(type(a) in _CONSTANTS for a in args)
+        is_small = x.numel() <= self.LIMIT and all(type(a) in _CONSTANTS for a in args)
         stream = _replay.stream_of(x) if is_small else None
         own = None if stream is None else self._repetitions()
         if own is None or not own.snapshot.is_all:
@@ -159,3 +153,9 @@ class Repeated(nn.Module):
             torch.set_autocast_cache_enabled(cached)
         own.known[layout] = recording.finish(out, needs_launch=False)
         return out
+
+
+def is_repeated(x: Tensor) -> bool:
+    """Whether blocks are repeated for maps as small as x, as far as that depends on the map."""
+    small = x.is_cuda and not torch.compiler.is_compiling() and x.numel() <= Repeated.LIMIT
+    return small and not torch.is_grad_enabled()
