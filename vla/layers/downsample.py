@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _ahead, conv_layer_norm
+from ..ops import conv_layer_norm
 from .hooks import has_hooks
-from .norm import LayerNorm2d, autocast_dtype, narrow
+from .norm import LayerNorm2d, autocast_dtype, narrow, takes_narrow_kernels
 
 # Channels of a picture up to which its convolution costs a GPU no more than to read and write.
 _FEW = 4
@@ -16,12 +16,7 @@ _FEW = 4
 
 def _uses_operator(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether `vla.ops.conv_layer_norm` does the same as `act(norm(conv(x)))`, in 16 bits on a GPU."""
-    # Fake tensors stand for plain ones where kernels are compiled ahead.
-    if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
-        return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    if x.requires_grad or not x.is_cuda or (autocast_dtype(x) or x.dtype) not in (torch.float16, torch.bfloat16):
+    if not takes_narrow_kernels(x) or x.requires_grad:
         return False
     if type(conv) is not nn.Conv2d or type(norm) is not LayerNorm2d or type(act) is not nn.GELU:
         return False

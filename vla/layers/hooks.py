@@ -21,10 +21,14 @@ def has_global_hooks() -> bool:
     return any(_OF_ALL_MODULES)
 
 
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """What a module itself keeps of hooks on its calls."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`, or something else."""
     # Tools that move weights put a `forward` of their own on a module.
     if "forward" in module.__dict__:
         return True
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks) or has_global_hooks()
+    return any(hooks_of(module)) or has_global_hooks()

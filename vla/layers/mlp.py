@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _ahead, bias_gelu, mlp
+from ..ops import bias_gelu, mlp
 from .hooks import has_hooks
-from .norm import LARGE, as_rows, autocast_dtype
+from .norm import LARGE, as_rows, takes_narrow_kernels
 
 __all__ = ["Mlp"]
 
@@ -24,15 +24,8 @@ def _activation(module: nn.Module) -> str | None:
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether there are faster kernels for an MLP of this input than PyTorch's."""
-    # Fake tensors stand for plain ones where kernels are compiled ahead.
-    if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
-        return False
-    # To transforms of `torch.func` PyTorch's operators offer more: second derivatives, and `vmap` in one launch.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    dtypes = (torch.float16, torch.bfloat16)
     # Asked last for its size, of which a compiler would make a condition.
-    return x.is_cuda and (autocast_dtype(x) or x.dtype) in dtypes and x.numel() >= LARGE
+    return takes_narrow_kernels(x) and x.numel() >= LARGE
 
 
 class Mlp(timm.layers.Mlp):

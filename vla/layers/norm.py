@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _ahead
 from .hooks import has_hooks
 
-__all__ = ["LayerNorm", "LayerNorm2d", "as_rows", "autocast_dtype", "narrow", "normalize"]
+__all__ = ["LayerNorm", "LayerNorm2d", "as_rows", "autocast_dtype", "narrow", "normalize", "takes_narrow_kernels"]
 
 
 @torch.fx.wrap
@@ -37,6 +38,17 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
         return torch.is_grad_enabled() and x.numel() >= LARGE
     # Without a backward the operator is always the faster, as it casts and adds in its only launch.
     return composite or not torch.is_grad_enabled() or x.numel() >= LARGE
+
+
+def takes_narrow_kernels(x: Tensor) -> bool:
+    """Whether kernels for 16 bits may take the place of PyTorch's operators: on a GPU, and if no tracer looks on."""
+    # Fake tensors stand for plain ones where kernels are compiled ahead.
+    if (type(x) is not Tensor and _ahead.current() is None) or torch.jit.is_tracing():
+        return False
+    # To transforms of `torch.func` PyTorch's operators offer more: second derivatives, and `vmap` in one launch.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.float16, torch.bfloat16)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from ..ops import _registry, _replay
-from .hooks import has_global_hooks
+from .hooks import has_global_hooks, hooks_of
 
 __all__ = ["Repeated", "is_repeated"]
 
@@ -36,11 +36,7 @@ class _Snapshot:
         modules = list(module.modules())
         self.live = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.copies = [d.copy() for d in self.live]
-        self.hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
-        ]
+        self.hooks = [hooks for m in modules for hooks in hooks_of(m)]
         self.is_hooked = any(self.hooks)
         self.tensors = [*module.parameters(), *module.buffers()]
         self.layouts = self._layouts()

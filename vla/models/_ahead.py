@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..layers.hooks import hooks_of
 from ..ops import _ahead
 
 _logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class _Call:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = copy.deepcopy(model, {id(x): _like(x, x.device) for x in tensors})
             for module in model.modules():
-                for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+                for hooks in hooks_of(module):
                     hooks.clear()
             args, kwargs = tree_map_only(Tensor, partial(_like, device=self.device), (self.args, self.kwargs))
             with (

@@ -18,6 +18,27 @@ def check_ndim(op: str, name: str, tensor: Tensor, ndims: tuple[int, ...], patte
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern}")
 
 
+def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the convolution of maps x (B, C, H, W) with weight (D, C, KH, KW)."""
+    height, width = ((x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride + 1 for i in (2, 3))
+    return height, width
+
+
+def check_convolution(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raises `ValueError` unless weight (D, C, KH, KW) is one for maps x (B, C, H, W)."""
+    check_ndim(op, "x", x, (4,), "(B, C, H, W)")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (D, C, KH, KW) with C = {x.shape[1]}")
+
+
+def check_window(op: str, x: Tensor, weight: Tensor, size: tuple[int, int]) -> None:
+    """Raises `ValueError` unless x and its padding have room for a window: `size` is that of the convolution."""
+    if min(*weight.shape, *size) < 1:
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected a window within x of {tuple(x.shape)} and padding"
+        )
+
+
 def check_map(op: str, x: Tensor) -> None:
     """Raises `ValueError` unless x is a map with something in each picture."""
     check_ndim(op, "x", x, (4,), "(B, D, H, W)")

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_result_dtype, check_shape
+from .._checks import check_convolution, check_float, check_result_dtype, check_shape, check_window, convolved_size
 from .._registry import Operator
-from ._torch import forward, output_size
+from ._torch import forward
 
 __all__ = ["conv_layer_norm"]
 
@@ -24,18 +24,11 @@ def _infer(
     act: str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{_OP}: weight has shape {tuple(weight.shape)}, expected (D, C, KH, KW) with C = {x.shape[1]}"
-        )
+    check_convolution(_OP, x, weight)
     if stride < 1 or padding < 0:
         raise ValueError(f"{_OP}: stride is {stride} and padding {padding}, expected at least 1 and 0")
-    out, size = weight.shape[0], output_size(x, weight, stride, padding)
-    if min(out, *size) < 1:
-        raise ValueError(
-            f"{_OP}: weight has shape {tuple(weight.shape)}, expected a window within x of {tuple(x.shape)} and padding"
-        )
+    out, size = weight.shape[0], convolved_size(x, weight, stride, (padding, padding))
+    check_window(_OP, x, weight, size)
     for name, tensor in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:
             check_shape(_OP, name, tensor, (out,), "(D,)")

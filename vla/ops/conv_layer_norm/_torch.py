@@ -7,12 +7,6 @@ from torch import Tensor
 from .._checks import state_dtype
 
 
-def output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
-    """Height and width of the result."""
-    height, width = ((x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3))
-    return height, width
-
-
 def forward(
     x: Tensor,
     weight: Tensor,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._checks import convolved_size
 from .._triton import cdiv, gelu, gelu_slope, kernel, next_power_of_2, sum_parts
-from ._torch import output_size
 
 # The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
 
@@ -359,7 +359,7 @@ def _arguments(
     """What both kernels get after their tensors, of which the first is the number of pixels, and their constants."""
     # Triton's interpreter cannot multiply bfloat16.
     constants = _constants(x.shape[1], weight.shape[0], *weight.shape[2:], dtype if x.device.type != "cpu" else None)
-    size = output_size(x, weight, stride, padding)
+    size = convolved_size(x, weight, stride, (padding, padding))
     numbers = [x.shape[0] * size[0] * size[1], *x.shape[2:], *size, *x.stride(), *weight.stride(), eps]
     return numbers, constants | dict(GELU=act == "gelu", STRIDE=stride, PADDING=padding)
 
@@ -377,7 +377,7 @@ def forward(
     dtype: torch.dtype | None,
 ) -> Tensor:
     dtype = dtype or x.dtype
-    y = x.new_empty(x.shape[0], *output_size(x, weight, stride, padding), weight.shape[0], dtype=dtype)
+    y = x.new_empty(x.shape[0], *convolved_size(x, weight, stride, (padding, padding)), weight.shape[0], dtype=dtype)
     if y.numel() > 0:
         numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)
         programs = min(cdiv(numbers[0], _TILE), _FORWARD_PROGRAMS)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_shape
+from .._checks import check_convolution, check_float, check_shape, check_window, convolved_size
 from .._registry import Operator
-from ._torch import output_size
 
 __all__ = ["conv_norm_relu"]
 
@@ -23,18 +22,11 @@ def _infer(
     padding_w: int,
     eps: float,
 ) -> Tensor:
-    check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{_OP}: weight has shape {tuple(weight.shape)}, expected (D, C, KH, KW) with C = {x.shape[1]}"
-        )
+    check_convolution(_OP, x, weight)
     if padding_h < 0 or padding_w < 0:
         raise ValueError(f"{_OP}: padding_h is {padding_h} and padding_w {padding_w}, expected 0 or more")
-    size = output_size(x, weight, padding_h, padding_w)
-    if min(weight.shape) < 1 or min(size) < 1:
-        raise ValueError(
-            f"{_OP}: weight has shape {tuple(weight.shape)}, expected a window within x of {tuple(x.shape)} and padding"
-        )
+    size = convolved_size(x, weight, 1, (padding_h, padding_w))
+    check_window(_OP, x, weight, size)
     channels = weight.shape[0]
     if mean.dim() != 1 or len(mean) == 0 or channels % len(mean) != 0:
         raise ValueError(f"{_OP}: mean has shape {tuple(mean.shape)}, expected (N,), N a divisor of D = {channels}")

@@ -7,11 +7,6 @@ from torch import Tensor
 from .._checks import state_dtype
 
 
-def output_size(x: Tensor, weight: Tensor, padding_h: int, padding_w: int) -> tuple[int, int]:
-    """Height and width of the result."""
-    return x.shape[2] + 2 * padding_h - weight.shape[2] + 1, x.shape[3] + 2 * padding_w - weight.shape[3] + 1
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -24,11 +19,10 @@ def forward(
     eps: float,
 ) -> Tensor:
     state = state_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(x.to(state), weight.to(x.dtype).to(state), padding=(padding_h, padding_w))
-        mean, var, norm_weight, norm_bias = (
-            t.to(state).repeat(weight.shape[0] // t.shape[0]) for t in (mean, var, norm_weight, norm_bias)
-        )
-        scale = norm_weight * torch.rsqrt(var + eps)
-        y = y.permute(0, 2, 3, 1) * scale + (norm_bias - mean * scale)
+    y = F.conv2d(x.to(state), weight.to(x.dtype).to(state), padding=(padding_h, padding_w))
+    mean, var, norm_weight, norm_bias = (
+        t.to(state).repeat(weight.shape[0] // t.shape[0]) for t in (mean, var, norm_weight, norm_bias)
+    )
+    scale = norm_weight * torch.rsqrt(var + eps)
+    y = y.permute(0, 2, 3, 1) * scale + (norm_bias - mean * scale)
     return F.relu(y).to(x.dtype).contiguous().permute(0, 3, 1, 2)

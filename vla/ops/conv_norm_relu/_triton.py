@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._checks import convolved_size
 from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
-from ._torch import output_size
 
 BLOCK_P = 128
 
@@ -85,7 +85,7 @@ def forward(
     eps: float,
 ) -> Tensor:
     out_channels, channels, kh, kw = weight.shape
-    height, width = output_size(x, weight, padding_h, padding_w)
+    height, width = convolved_size(x, weight, 1, (padding_h, padding_w))
     y = x.new_empty(x.shape[0], height, width, out_channels)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
