@@ -48,6 +48,11 @@ def rows(dtype: torch.dtype, *size: int) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
+def halves(dtype: torch.dtype, *size: int) -> Tensor:
+    """Activations, the second half of a linear layer's result."""
+    return rows(dtype, *size[:-1], 2 * size[-1])[..., size[-1] :]
+
+
 def _selective_scan() -> Iterator[Case]:
     def arguments(batch, channels, length, states, groups, gate=False, tokens=False):
         def make(dtype: torch.dtype) -> dict:
@@ -242,7 +247,7 @@ def _layer_norm() -> Iterator[Case]:
                 x=rows(x_dtype, *size),
                 weight=weight(size[-1]) if affine else None,
                 bias=weight(size[-1]) if affine else None,
-                gate=rows(x_dtype, *size) if gate else None,
+                gate=halves(x_dtype, *size) if gate else None,
                 dtype=dtype,
                 **(dict(branch=rows(branch, *size)) if branch else {}),
                 **options,
