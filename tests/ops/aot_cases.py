@@ -385,6 +385,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     yield Case("vmamba", f, arguments(maps, (3, 3), "silu", False, 128, 96, 56, 56))
     yield Case("groupmamba", f, arguments(maps, (3, 3), "silu", True, 128, 348, 14, 14), (BF16,))
     yield Case("groupmamba mlp", f, arguments(maps, (3, 3), "gelu", True, 128, 512, 56, 56), (BF16,))
+    yield Case("groupmamba 1024", f, arguments(maps, (3, 3), "silu", True, 8, 64, 256, 256), (BF16,))
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
     yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
     yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
