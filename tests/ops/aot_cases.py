@@ -48,6 +48,11 @@ def rows(dtype: torch.dtype, *size: int) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
+def halves(dtype: torch.dtype, *size: int) -> Tensor:
+    """Activations, the second half of a linear layer's result."""
+    return rows(dtype, *size[:-1], 2 * size[-1])[..., size[-1] :]
+
+
 def _selective_scan() -> Iterator[Case]:
     def arguments(batch, channels, length, states, groups, gate=False, tokens=False):
         def make(dtype: torch.dtype) -> dict:
@@ -242,7 +247,7 @@ def _layer_norm() -> Iterator[Case]:
                 x=rows(x_dtype, *size),
                 weight=weight(size[-1]) if affine else None,
                 bias=weight(size[-1]) if affine else None,
-                gate=rows(x_dtype, *size) if gate else None,
+                gate=halves(x_dtype, *size) if gate else None,
                 dtype=dtype,
                 **(dict(branch=rows(branch, *size)) if branch else {}),
                 **options,
@@ -380,6 +385,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     yield Case("vmamba", f, arguments(maps, (3, 3), "silu", False, 128, 96, 56, 56))
     yield Case("groupmamba", f, arguments(maps, (3, 3), "silu", True, 128, 348, 14, 14), (BF16,))
     yield Case("groupmamba mlp", f, arguments(maps, (3, 3), "gelu", True, 128, 512, 56, 56), (BF16,))
+    yield Case("groupmamba 1024", f, arguments(maps, (3, 3), "silu", True, 8, 64, 256, 256), (BF16,))
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
     yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
     yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
