@@ -443,6 +443,7 @@ def _line_scan() -> Iterator[Case]:
     yield Case("dense, local", f, dense(128, 576, 56, 56, chunk=2), (FP16,))
     yield Case("dense, local, odd", f, dense(2, 5, 7, 9, k=2, output=True, chunk=2), (BF16,))
     yield Case("dense, global", f, dense(128, 2304, 14, 14), (FP16,))
+    yield Case("dense, blocks", f, dense(128, 1152, 28, 28), (FP16,))
     yield Case("dense, square", f, dense(1, 576, 256, 256), (FP16,))
     yield Case("dense, large", f, dense(1, 576, 1024, 1024), (FP16,))
     yield Case("dense, odd", f, dense(2, 5, 7, 9, k=4, layout=maps, output=True, chunk=4, normalize=False))
