@@ -7,15 +7,19 @@ import weakref
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from triton import knobs  # noqa: E402
+
 import vla  # noqa: E402, F401
-from tests.ops.test_replay import pretend_binaries  # noqa: E402, F401
+from tests.ops.test_replay import Interpreted, pretend_binaries  # noqa: E402, F401
 from vla.layers import GroupMambaBlock, GSPNBlock, MambaVisionBlock, VRWKVBlock, VSSBlock, repeat  # noqa: E402
-from vla.ops import use_backend  # noqa: E402
+from vla.ops import _bound, _replay, use_backend  # noqa: E402
 
 BLOCKS = {
     "vmamba": lambda: VSSBlock(8),
@@ -254,6 +258,20 @@ def test_memory_is_given_back():
 
 
 @torch.no_grad()
+def test_memory_of_a_module_that_is_moved_is_given_back():
+    block = recorded()
+    block(image())
+    (known,) = repeat._repetitions[block].known.values()
+    alive = weakref.ref(known)
+    del known
+    block.double()
+    gc.collect()
+    assert alive() is None
+    block.float()
+    check(recorded(block), image())
+
+
+@torch.no_grad()
 def test_networks_have_a_limit_of_their_own(monkeypatch):
     """A recording keeps all that it computes, of a network more than of a block."""
     small, large = image(1, 8, 2, 3), image(2, 8, 2, 3)
@@ -262,3 +280,124 @@ def test_networks_have_a_limit_of_their_own(monkeypatch):
     for _ in range(4):
         block(small), block(large)
     assert kinds(block) == ["repetition"]
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """Numbers of calls whose tensors stayed."""
+    calls = []
+    fill = _bound.fill
+    monkeypatch.setattr(_bound, "fill", lambda *args: calls.append(None) or fill(*args))
+    return calls
+
+
+def workspace(module: nn.Module) -> _bound._Workspace:
+    """What the only repetition of a module uses."""
+    (known,) = repeat._repetitions[module].known.values()
+    (found,) = known._workspaces.values()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["windows", "vrwkv", "vrwkv6", "vmamba, gated"])
+@torch.no_grad()
+def test_nothing_is_read_that_an_earlier_call_has_left(kind):
+    block = recorded(make(kind))
+    for autocast in (True, False):
+        with torch.autocast(image().device.type, torch.bfloat16, enabled=autocast):
+            recorded(block)
+            block(image())
+            for known in repeat._repetitions[block].known.values():
+                for used in known._workspaces.values():
+                    used.memory.fill_(255)  # not a number, in any of the dtypes
+            check(block, image())
+
+
+def several(x: Tensor, a: Tensor, b: Tensor) -> tuple:
+    """Casts, operators of one tensor and products of all kinds of tensors, some of which are results."""
+    narrow = [t.to(torch.bfloat16) for t in (x, a, b)]
+    exps = [t.exp() for t in (x, a, b)]
+    total = narrow[1] + narrow[2] @ narrow[0]
+    written = torch.zeros_like(a)
+    written[0].copy_(total[1])
+    stacked = torch.stack([a, b], 1).sum(1) + torch.stack([a, x]).mean(0)
+    scaled = torch.where(x > 0, exps[2], exps[1]).clone()
+    return narrow[0], exps[1].neg(), total.float() * exps[0], [written, stacked.t()], F.linear(scaled, a, b[0])
+
+
+@torch.no_grad()
+def test_functions_of_several_tensors():
+    constants = torch.randn(4, 4), torch.randn(4, 8)[:, :4]
+    x = torch.randn(4, 4)
+    with _replay.Recording([x, *constants]) as recording:
+        outputs = several(x, *constants)
+    known = _bound.Bound(recording.finish(outputs, needs_launch=False), constants)
+    for _ in range(3):
+        x = torch.randn(4, 4)
+        for t in constants:
+            t.normal_()
+        actual, expected = (tree_leaves(f) for f in (known(x, x.data_ptr(), 0), several(x, *constants)))
+        (used,) = known._workspaces.values()
+        used.memory.fill_(255)
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e) and a.stride() == e.stride()
+
+
+@torch.no_grad()
+def test_results_are_not_written_to_again(bound):
+    block = recorded()
+    results = [(y, y.clone()) for y in (block(image()) for _ in range(3))]
+    assert all(torch.equal(y, copy) for y, copy in results) and len(bound) == 3
+
+
+@pytest.mark.parametrize("kind", ["attention", "vrwkv"])
+def test_inference_mode_and_back(kind, bound):
+    with torch.inference_mode():
+        block = recorded(make(kind))
+        check(block, image())
+    with torch.no_grad():
+        check(block, image())
+        assert not block(image()).is_inference()
+    with torch.inference_mode():
+        check(block, image())
+        assert block(image()).is_inference()
+    assert len(bound) == 5
+
+
+@torch.no_grad()
+def test_blocks_share_memory(bound):
+    shapes = (1, 8, 2, 3), (3, 8, 4, 5), (2, 8, 2, 2)
+    blocks = [recorded(x=image(*shape)) for shape in shapes]
+    for _ in range(2):
+        for block, shape in zip(blocks, shapes, strict=True):
+            check(block, image(*shape))
+    used = [workspace(block) for block in blocks]
+    assert len(bound) == 6 and used[0] is used[1] is used[2]
+    alive = weakref.ref(used[0])
+    del blocks, block, used
+    gc.collect()
+    assert alive() is None
+
+
+@torch.no_grad()
+def test_memory_that_is_in_use_or_too_small(bound, monkeypatch):
+    block = recorded()
+    check(block, image())
+    with workspace(block).lock:  # another thread's call goes on
+        check(block, image())
+    assert len(bound) == 1
+    check(block, image())
+    assert len(bound) == 2
+    monkeypatch.setattr(_bound._Workspace, "LIMIT", 0)
+    check(recorded(), image())
+    assert len(bound) == 2
+
+
+@pytest.mark.skipif(image().device.type != "cpu", reason="counts pretended launches")
+@torch.no_grad()
+def test_hooks_on_launches(monkeypatch, bound):
+    block = recorded(make("vrwkv"))
+    check(block, image())
+    before = Interpreted.launches
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    check(block, image())
+    assert Interpreted.launches > before and len(bound) == 1

@@ -21,6 +21,7 @@ import vla.ops  # noqa: E402
 from tests.ops import test_depthwise_conv2d, test_layer_norm, test_projected_scan2d, test_scan2d  # noqa: E402
 from vla.ops import (  # noqa: E402
     _replay,
+    _triton,
     add_layer_norm,
     depthwise_conv2d,
     projected_scan2d,
@@ -322,6 +323,30 @@ def test_operators(monkeypatch, function, make, options):
     assert [kind for kind in used if kind] == [["replay"], ["replay"]]  # forward and backward
 
 
+def test_launches_in_short():
+    """Triton's launcher in Python is called once; later calls go to what it ends with, unless memory is allocated."""
+
+    class Launcher:
+        global_scratch_size = profile_scratch_size = 0
+
+        def __init__(self):
+            self.calls, self.launches = 0, []
+            self.launch = lambda *args: self.launches.append(args)
+
+        def __call__(self, *args):
+            self.calls += 1
+            self.launch(*args[:1], "flag", *args[1:])
+
+    launcher = Launcher()
+    launch = _triton._in_short(launcher, [1, 2])
+    assert launcher.launches == []
+    launch(), launch()
+    assert launcher.launches == [(1, "flag", 2)] * 2 and launcher.calls == 0
+    launcher.global_scratch_size = 16
+    _triton._in_short(launcher, [3, 4])()
+    assert launcher.launches[2:] == [(3, "flag", 4)] and launcher.calls == 1
+
+
 def test_every_kernel_can_be_recorded():
     for module in modules():
         for name, member in vars(module).items():
@@ -342,5 +367,5 @@ def test_what_is_done_to_many_tensors_takes_one_call():
         assert all(torch.equal(a, e) for a, e in zip(results, expected, strict=True)) and torch.equal(negated, -x)
     assert kinds(replays) == ["replay"]
     (repetition,) = replays._known.values()
-    steps = [step.__self__ for step, _ in repetition.args[0]]
-    assert [type(step).__name__ for step in steps].count("_CallOfMany") == 2
+    steps = [step for step, _ in repetition.steps]
+    assert [type(step).__name__ for step in steps].count("CallOfMany") == 2

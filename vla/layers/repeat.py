@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
-from ..ops import _registry, _replay
+from ..ops import _bound, _registry, _replay
 from .hooks import has_global_hooks, hooks_of
 
 __all__ = ["Repeated", "is_repeated"]
@@ -101,7 +101,8 @@ class Repeated(nn.Module):
 
     That needs a module of parts of this package, timm and PyTorch, without hooks, and no gradients; modules in it may
     be repeated where the whole is not. Numbers in parameters may change. Whatever else is changed, attributes, hooks,
-    parts, the place of a parameter, makes it start anew.
+    parts, the place of a parameter, makes it start anew. What is computed on the way stays in one workspace for all of
+    a stream's repetitions, see `vla/ops/_bound.py`.
     """
 
     # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
@@ -121,7 +122,7 @@ class Repeated(nn.Module):
         layout = (x.shape, x.stride(), x.dtype, x.get_device(), pointer % 16, autocast, _registry._override, *args)
         known = own.known.get(layout, 0)
         if callable(known):
-            return known([x, *own.snapshot.tensors], [pointer, *own.snapshot.pointers], stream)
+            return known(x, pointer, stream)
         if known == 1:
             return self._record(own, layout, x, *args)
         if known == 0:
@@ -129,6 +130,11 @@ class Repeated(nn.Module):
                 own.known.clear()
             own.known[layout] = 1
         return super().__call__(x, *args)
+
+    def _apply(self, *args, **kwargs):
+        # Repetitions would keep the memory that a module is moved out of.
+        _repetitions.pop(self, None)
+        return super()._apply(*args, **kwargs)
 
     def _repetitions(self) -> _Repetitions | None:
         """Those of the module as it is now, None at the first call."""
@@ -147,11 +153,13 @@ class Repeated(nn.Module):
                 out = super().__call__(x, *args)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        own.known[layout] = recording.finish(out, needs_launch=False)
+        repetition = recording.finish(out, needs_launch=False)
+        own.known[layout] = None if repetition is None else _bound.Bound(repetition, own.snapshot.tensors)
         return out
 
 
 def is_repeated(x: Tensor) -> bool:
     """Whether blocks are repeated for maps as small as x, as far as that depends on the map."""
     small = x.is_cuda and not torch.compiler.is_compiling() and x.numel() <= Repeated.LIMIT
-    return small and not torch.is_grad_enabled()
+    # What records a whole network has no use for repetitions of its parts.
+    return small and not torch.is_grad_enabled() and _replay.current() is None

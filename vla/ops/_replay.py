@@ -8,12 +8,13 @@ repeat these with their own tensors.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ._steps import OF_MANY, Allocation, Call, CallOfMany, Casts, Layout, Step, View, fill, slots_of
 
 _aten = torch.ops.aten
 # Of memory that nothing is written to.
@@ -38,129 +39,10 @@ _CAST_AS_ONE = frozenset(
         _aten.scaled_dot_product_attention.default,
     )
 )
-# Operators of one tensor, and what does the same to many by one launch.
-_OF_MANY = {_aten.exp.default: torch._foreach_exp, _aten.neg.default: torch._foreach_neg}
 # What depends on more than layouts.
 _UNREPEATABLE = frozenset(
     (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 )
-
-
-class _View:
-    """Slot number `slot` in another layout, `offset` elements after its start. With no layout, the slot as it is."""
-
-    def __init__(self, slot: int, offset: int, size: tuple[int, ...] | None, stride: tuple[int, ...] | None):
-        self.slot, self.offset, self.size, self.stride = slot, offset, size, stride
-
-    def of(self, slots: list[Tensor]) -> Tensor:
-        base = slots[self.slot]
-        if self.size is None:
-            return base
-        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
-
-
-def _fill(tree, slots: list[Tensor]):
-    """Containers with tensors in place of views."""
-    if type(tree) is _View:
-        return tree.of(slots)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([_fill(x, slots) for x in tree])
-    return {name: _fill(x, slots) for name, x in tree.items()} if isinstance(tree, dict) else tree
-
-
-class _Allocation:
-    def __init__(self, slot: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype):
-        self.slot, self.size, self.stride, self.dtype = slot, size, stride, dtype
-
-    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        new = slots[0].new_empty_strided(self.size, self.stride, dtype=self.dtype)
-        slots[self.slot] = new
-        pointers[self.slot] = new.data_ptr()
-
-    def slots(self) -> list[int]:
-        return [self.slot]
-
-
-class _Call:
-    """An operator of PyTorch; all `count` tensors that it returns take slots, from `slot` on."""
-
-    def __init__(self, function: Callable, args: tuple, kwargs: dict, slot: int, count: int):
-        self.function, self.args, self.kwargs, self.slot, self.count = function, list(args), kwargs, slot, count
-        self.views = [(i, x) for i, x in enumerate(args) if type(x) is _View]
-        self.trees = [(i, x) for i, x in enumerate(args) if isinstance(x, (tuple, list))]
-
-    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        args = self.args.copy()
-        for i, view in self.views:
-            args[i] = view.of(slots)
-        for i, tree in self.trees:
-            args[i] = _fill(tree, slots)
-        results = self.function(*args, **(_fill(self.kwargs, slots) if self.kwargs else {}))
-        results = (results,) if isinstance(results, Tensor) else [x for x in results if isinstance(x, Tensor)]
-        for i, new in enumerate(results, self.slot):
-            slots[i] = new
-            pointers[i] = new.data_ptr()
-
-    def slots(self) -> list[int]:
-        views = (x for x in tree_flatten((self.args, self.kwargs))[0] if type(x) is _View)
-        return [view.slot for view in views] + list(range(self.slot, self.slot + self.count))
-
-
-class _Casts:
-    """Several tensors in another dtype, by one launch instead of one for each.
-
-    Args:
-        casts: The calls that cast one tensor each.
-        copies: What they returned, all of one dtype.
-    """
-
-    # Numbers of 16 bits in the 16 bytes that tensors have to start at multiples of.
-    ALIGNMENT = 8
-
-    def __init__(self, casts: list[_Call], copies: list[Tensor]):
-        self.dtype = copies[0].dtype
-        # Where they can be, the copies are parts of one new tensor.
-        self.size = 0
-        self.parts, self.others = [], []
-        for cast, copy in zip(casts, copies, strict=True):
-            is_part = copy.is_contiguous() and copy.numel() % self.ALIGNMENT == 0
-            (self.parts if is_part else self.others).append((cast.views[0][1], cast.slot))
-            self.size += copy.numel() if is_part else 0
-        self.targets = [slot for _, slot in self.parts + self.others]
-
-    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        sources = [view.of(slots) for view, _ in self.parts]
-        flat = slots[0].new_empty(self.size, dtype=self.dtype)
-        copies = list(torch._C._nn.unflatten_dense_tensors(flat, sources))
-        for view, _ in self.others:
-            source = view.of(slots)
-            sources.append(source)
-            copies.append(torch.empty_like(source, dtype=self.dtype))
-        torch._foreach_copy_(copies, sources)
-        for slot, copy in zip(self.targets, copies, strict=True):
-            slots[slot] = copy
-            pointers[slot] = copy.data_ptr()
-
-    def slots(self) -> list[int]:
-        return [view.slot for view, _ in self.parts + self.others] + self.targets
-
-
-class _CallOfMany:
-    """An operator of one tensor for several, by one launch instead of one for each."""
-
-    def __init__(self, calls: list[_Call]):
-        self.function = _OF_MANY[calls[0].function]
-        self.views = [call.views[0][1] for call in calls]
-        self.targets = [call.slot for call in calls]
-
-    def repeat(self, slots: list[Tensor], pointers: list[int], stream: int) -> None:
-        results = self.function([view.of(slots) for view in self.views])
-        for slot, new in zip(self.targets, results, strict=True):
-            slots[slot] = new
-            pointers[slot] = new.data_ptr()
-
-    def slots(self) -> list[int]:
-        return [view.slot for view in self.views] + self.targets
 
 
 class Recording(TorchDispatchMode):
@@ -172,14 +54,14 @@ class Recording(TorchDispatchMode):
     Attributes:
         complete: Whether all can be repeated.
         launches: Whether that takes a launch.
-        steps: In order, what has to be done, as objects with a method `repeat(slots, pointers, stream)`.
+        steps: In order, what has to be done.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         super().__init__()
         self.complete = True
         self.launches = False
-        self.steps: list = []
+        self.steps: list[Step] = []
         self._given = len(tensors)
         self._slots: list[Tensor] = []
         self._used: set[int] = set()
@@ -211,16 +93,16 @@ class Recording(TorchDispatchMode):
             self._used.add(slot)
         return slot
 
-    def _view(self, tensor: Tensor) -> _View | None:
+    def _view(self, tensor: Tensor) -> View | None:
         slot = self._slot(tensor)
         if slot is None:
             return None
         base = self._slots[slot]
         layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
         if layout == (base.storage_offset(), base.shape, base.stride()):
-            return _View(slot, 0, None, None)
+            return View(slot, 0, None, None)
         self.complete &= tensor.dtype == base.dtype
-        return _View(slot, layout[0] - base.storage_offset(), *layout[1:])
+        return View(slot, layout[0] - base.storage_offset(), *layout[1:])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -230,7 +112,7 @@ class Recording(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
         if func in _ALLOCATIONS and out.device == self._slots[0].device:
-            self.steps.append(_Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
+            self.steps.append(Allocation(len(self._slots), out.shape, out.stride(), out.dtype))
             self._add(out)
             return out
         results = [x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, Tensor)]
@@ -251,7 +133,7 @@ class Recording(TorchDispatchMode):
             self.complete = False
             return out
         args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
-        self.steps.append(_Call(func, args, kwargs, len(self._slots), len(results)))
+        self.steps.append(Call(func, args, kwargs, len(self._slots), len(results)))
         for x in results:
             self._add(x)
         return out
@@ -274,7 +156,7 @@ class Recording(TorchDispatchMode):
                 places.append((i, slot, x.storage_offset() * x.itemsize - base.storage_offset() * base.itemsize))
         return places
 
-    def finish(self, outputs, needs_launch: bool = True) -> Callable | None:
+    def finish(self, outputs, needs_launch: bool = True) -> "Repetition | None":
         """What repeats the function that returned `outputs`, None if that is not possible.
 
         Nor is it worth it without launches, unless the function does more than to call operators of PyTorch.
@@ -283,13 +165,13 @@ class Recording(TorchDispatchMode):
         steps = []
         if self.complete and (self.launches or not needs_launch):
             steps = self._joined(self._without_unused(self.steps))
-        new = [None] * (len(self._slots) - self._given)
+        device = self._slots[0].device
+        layouts = {i: (x.shape, x.stride(), x.dtype) for i, x in enumerate(self._slots) if x.device == device}
+        count = len(self._slots)
         self._forget()
         if not steps:
             return None
-        calls = any(isinstance(step, (_Call, _Casts, _CallOfMany)) for step in steps)
-        steps = self._with_ends(steps, _slots_of(outputs))
-        return partial(_repeat_with_calls if calls else _repeat, steps, outputs, new)
+        return Repetition(self._with_ends(steps, slots_of(outputs)), outputs, count, self._given, layouts)
 
     def _forget(self) -> None:
         """Gives back memory that is no longer needed."""
@@ -298,40 +180,40 @@ class Recording(TorchDispatchMode):
         self._owners.clear()
 
     def _without_unused(self, steps: list) -> list:
-        return [step for step in steps if not isinstance(step, _Allocation) or step.slot in self._used]
+        return [step for step in steps if not isinstance(step, Allocation) or step.slot in self._used]
 
-    def _with_ends(self, steps: list, needed: set[int]) -> list[tuple[Callable, list[int]]]:
-        """What repeats each step, and the slots whose memory no other one after it needs."""
+    def _with_ends(self, steps: list[Step], needed: set[int]) -> list[tuple[Step, list[int]]]:
+        """Each step, and the slots whose memory no other one after it needs."""
         ends = []
         seen = needed | set(range(self._given))
         for step in reversed(steps):
             own = set(step.slots())
-            ends.append((step.repeat, sorted(own - seen)))
+            ends.append((step, sorted(own - seen)))
             seen |= own
         return ends[::-1]
 
     def _joined(self, steps: list) -> list:
         """The same steps, those that do alike to what the function was given joined and put first."""
-        casts: dict[torch.dtype, list[_Call]] = {}
+        casts: dict[torch.dtype, list[Call]] = {}
         rest = []
         for step in steps:
             group = casts.setdefault(self._slots[step.slot].dtype, []) if self._is_cast(step) else rest
             group.append(step)
-        joined: list = [_Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()]
+        joined: list = [Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()]
         early = set(range(self._given))
-        for function in _OF_MANY:
-            calls = [step for step in rest if isinstance(step, _Call) and step.function is function]
-            calls = [call for call in calls if call.views[0][1].slot in early]
+        for function in OF_MANY:
+            calls = [step for step in rest if isinstance(step, Call) and step.function is function]
+            calls = [call for call in calls if call.views[0].slot in early]
             if len(calls) > 1:
                 early.update(call.slot for call in calls)
-                joined.append(_CallOfMany(calls))
+                joined.append(CallOfMany(calls))
                 rest = [step for step in rest if step not in calls]
         return joined + rest
 
     def _is_cast(self, step) -> bool:
-        if not isinstance(step, _Call) or step.function is not _aten._to_copy.default or len(step.views) != 1:
+        if not isinstance(step, Call) or step.function is not _aten._to_copy.default or len(step.views) != 1:
             return False
-        view = step.views[0][1]
+        view = step.views[0]
         stride = self._slots[view.slot].stride() if view.stride is None else view.stride
         return view.slot < self._given and stride == self._slots[step.slot].stride()
 
@@ -346,29 +228,41 @@ def _is_unrepeatable(function: Callable, args: tuple, kwargs: dict) -> bool:
     return bool(_UNREPEATABLE.intersection(function.tags))
 
 
-def _slots_of(tree) -> set[int]:
-    return {view.slot for view in tree_flatten(tree)[0] if type(view) is _View}
-
-
-def _run(steps: list[tuple[Callable, list[int]]], slots: list, pointers: list, stream: int) -> None:
+def _run(steps: list[tuple[Step, list[int]]], slots: list, pointers: list, stream: int) -> None:
     for step, ends in steps:
-        step(slots, pointers, stream)
+        step.repeat(slots, pointers, stream)
         for slot in ends:
             slots[slot] = None
 
 
-def _repeat(steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int):
-    tensors += new
-    pointers += new
-    _run(steps, tensors, pointers, stream)
-    return _fill(outputs, tensors)
+class Repetition:
+    """Repeats a function.
 
+    Args:
+        steps: What it does, and after each step the slots whose memory no other one after it needs.
+        outputs: What it returns.
+        count: Number of slots.
+        given: How many of the first it is given.
+        layouts: Those of the slots that are on its device.
+    """
 
-def _repeat_with_calls(
-    steps: list[Callable], outputs, new: list, tensors: list[Tensor], pointers: list[int], stream: int
-):
-    with full_precision(tensors[0].device):
-        return _repeat(steps, outputs, new, tensors, pointers, stream)
+    def __init__(
+        self, steps: list[tuple[Step, list[int]]], outputs, count: int, given: int, layouts: dict[int, Layout]
+    ):
+        self.steps, self.outputs, self.given, self.layouts = steps, outputs, given, layouts
+        self.new = [None] * (count - given)
+        # Of these alone autocast takes notice.
+        self._has_calls = any(isinstance(step, (Call, Casts, CallOfMany)) for step, _ in steps)
+
+    def __call__(self, tensors: list[Tensor], pointers: list[int], stream: int):
+        tensors += self.new
+        pointers += self.new
+        if self._has_calls:
+            with full_precision(tensors[0].device):
+                _run(self.steps, tensors, pointers, stream)
+        else:
+            _run(self.steps, tensors, pointers, stream)
+        return fill(self.outputs, tensors)
 
 
 class full_precision(AbstractContextManager):  # noqa: N801

@@ -1,5 +1,6 @@
 """How kernels are launched, and device functions that several operators' kernels share."""
 
+import copy
 import dis
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _ahead, _replay
+from ._steps import Places, Step
 
 
 class Kernel:
@@ -58,7 +60,7 @@ def _hash(function) -> None:
         function.cache_key  # noqa: B018  sets it
 
 
-class _Launch:
+class _Launch(Step):
     """A compiled kernel on its grid.
 
     Triton's launch looks at every argument to find the binary that is compiled for the like. This is what it does then.
@@ -69,6 +71,8 @@ class _Launch:
         arguments: All that the kernel has, constants too.
         places: See `Recording.places`.
     """
+
+    is_launch = True
 
     def __init__(self, binary, grid: tuple[int, ...], arguments: list, places: list[tuple[int, int, int]]):
         grid = (*grid, 1, 1)[:3]
@@ -92,6 +96,31 @@ class _Launch:
             self.run(*arguments)
         else:
             self.launch(*arguments[self.length :], stream=stream)
+
+    def bind(self, places: Places) -> bool:
+        if not _RUN_IS_KNOWN or not places.stay(self.slots()):
+            return False
+        arguments = self.arguments.copy()
+        for i, slot, offset in self.places:
+            arguments[i] = places.pointers[slot] + offset
+        arguments[_STREAM] = places.stream
+        places.steps.append(_in_short(self.run, arguments))
+        return True
+
+    def is_watched(self) -> bool:
+        return _has_hooks()
+
+
+def _in_short(run: Callable, arguments: list) -> Callable[[], object]:
+    """`run(*arguments)` without arguments: of Triton's launcher in Python, the call that it ends with."""
+    sizes = (getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile"))
+    if not hasattr(run, "launch") or any(size != 0 for size in sizes):  # memory to allocate for each launch
+        return partial(run, *arguments)
+    calls: list[tuple] = []
+    listening = copy.copy(run)
+    listening.launch = lambda *args: calls.append(args)
+    listening(*arguments)
+    return partial(run.launch, *calls[0]) if len(calls) == 1 else partial(run, *arguments)
 
 
 # Versions of Triton whose `CompiledKernel.run` takes what `_Launch` gives it; `CompiledKernel.__getitem__` is public.
