@@ -232,6 +232,19 @@ def test_export(name):
         assert torch.allclose(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ATTO)
+def test_trace(name, tmp_path):
+    """`torch.jit.trace`, as counters of operations and exporters use it, for any number of pictures."""
+    model, x = create(name), image(2, 64)
+    traced = torch.jit.trace(model, x)
+    traced.save(tmp_path / "model.pt")
+    loaded, more = torch.jit.load(tmp_path / "model.pt"), torch.cat([x, -x])
+    with torch.no_grad():
+        assert torch.allclose(traced(x), model(x), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(loaded(more), model(more), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ATTO)
 @pytest.mark.parametrize("size", [(61, 75), (32, 96), (224, 160)], ids=str)
 def test_any_size_and_channels(name, size):

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 
 import torch
@@ -128,6 +128,7 @@ class Operator:
         self.tensor_arguments = [
             i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
         ]
+        self._has_string_lists = any(str(a.type) == "List[str]" for a in forward_schema.arguments)
         self.without_gradient = frozenset(self.arguments.index(name) for name in without_gradient)
         inputs, outputs = (part.strip().removeprefix("(").removesuffix(")") for part in schema.split("->"))
         torch.library.define(
@@ -174,10 +175,17 @@ class Operator:
                 return self._overload(*args)
             if torch._C._are_functorch_transforms_active():
                 return transform(self, *args)
+            if torch._C._is_tracing() and self._has_string_lists:
+                return self._script(**dict(zip(self.arguments, args, strict=True)))
             # A recording of more than this operator goes on with its launches.
             if _replay.current() is None:
                 return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
+
+    @cached_property
+    def _script(self) -> torch.jit.ScriptFunction:
+        """The public function as TorchScript: `torch.jit.trace` takes no lists of strings, but it takes calls of that."""
+        return torch.jit.script(getattr(importlib.import_module(self.package), self.name))
 
     def _is_observed(self, args: tuple) -> bool:
         """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
