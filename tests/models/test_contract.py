@@ -14,7 +14,7 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules, set_scriptable
 from timm.optim import param_groups_layer_decay
 from torch import fx, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 from torchvision.models.feature_extraction import NodePathTracer
 
 import vla.models
@@ -221,6 +221,20 @@ def test_functional_gradients(name):
     grads = grad(loss)({key: parameter.detach() for key, parameter in model.named_parameters()})
     for key, parameter in model.named_parameters():
         assert torch.allclose(grads[key], parameter.grad, rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ATTO)
+def test_gradients_per_picture(name):
+    """`torch.vmap` of `torch.func.grad`: one gradient for each picture, which sum up to that of all."""
+    model, x = create(name), image(2, 32)
+    parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, images: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (images,)).logsumexp(1).sum()
+
+    each = vmap(grad(lambda parameters, picture: loss(parameters, picture[None])), (None, 0))(parameters, x)
+    for key, total in grad(loss)(parameters, x).items():
+        assert torch.allclose(each[key].sum(0), total, rtol=1e-3, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", ATTO)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import scan2d
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
+from .layout import channels_last
 
 __all__ = ["MambaVisionBlock", "MambaVisionMixer", "MapAttention", "window_partition", "window_reverse"]
 
@@ -116,7 +117,7 @@ class MambaVisionMixer(nn.Module):
         u, z = x.split(self.d_scan, dim=1)
         if self.training:
             # By itself: a view kept for the backward would keep z with it, of which `out_proj` keeps a copy.
-            u = u.contiguous(memory_format=torch.channels_last)
+            u = channels_last(u)
         projected = self.x_proj(u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).unsqueeze(1)
         dt, B, C = projected.split(self.splits, dim=2)
         y = scan2d(

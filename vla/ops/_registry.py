@@ -184,7 +184,7 @@ class Operator:
 
     @cached_property
     def _script(self) -> torch.jit.ScriptFunction:
-        """The public function as TorchScript: `torch.jit.trace` takes no lists of strings, but it takes calls of that."""
+        """The public function as TorchScript: `torch.jit.trace` takes its calls, and no lists of strings otherwise."""
         return torch.jit.script(getattr(importlib.import_module(self.package), self.name))
 
     def _is_observed(self, args: tuple) -> bool:
