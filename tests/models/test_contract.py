@@ -270,6 +270,19 @@ def test_any_size_and_channels(name, size):
 
 
 @pytest.mark.parametrize("name", ATTO)
+def test_hooks(name):
+    """Whoever hooks modules, to look on or to fetch their weights from elsewhere, sees each that has some called."""
+    model, x = create(name), image(2, 64)
+    called = set()
+    with torch.no_grad():
+        expected = model(x)
+        for path, module in model.named_modules():
+            module.register_forward_hook(lambda *_, path=path: called.add(path))
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert {path.rpartition(".")[0] for path, _ in model.named_parameters()} <= called
+
+
+@pytest.mark.parametrize("name", ATTO)
 def test_pruned_features(name):
     """Features of early stages need none of the later ones."""
     model = create(name, features_only=True, feature_cls="getter", out_indices=(0, 1))
