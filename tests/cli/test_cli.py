@@ -238,6 +238,7 @@ def test_models_lists_ours_with_size_and_licence():
     line = next(line for line in text.splitlines() if "vmamba_tiny_s1l8" in line)
     assert re.search(r"in1k.*mit.*30\.25 M.*82\.6 %", line)
     assert "resnet50" not in text
+    assert run("models", "vmamba_tiny_s1").stdout == run("models", "vmamba_tiny_s1*").stdout
     assert "resnet18" in run("models", "resnet18", "--all").stdout
     assert "no name matches 'resnet18'; --all searches timm's too" in complaint("models", "resnet18")
 
