@@ -199,6 +199,19 @@ def test_fx_backward(name):
 
 
 @pytest.mark.parametrize("name", ATTO)
+def test_narrow_weights_under_autocast(name):
+    """A model in bfloat16 takes autocast's sums in float32, and trains."""
+    model, x = create(name, num_classes=42), image(2, 64)
+    with torch.no_grad():
+        expected = model(x)
+    model.bfloat16()
+    with torch.autocast(HERE, torch.bfloat16):
+        y = model(x.bfloat16())
+    assert_close("logits", y, expected, relative=0.1)
+    check_gradients(model, y)
+
+
+@pytest.mark.parametrize("name", ATTO)
 def test_compile(name):
     model = create(name)
     x = image(2, 64)
