@@ -125,10 +125,10 @@ class Operator:
         self._overload = getattr(torch.ops.vla, name).default
         forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
-        self.tensor_arguments = [
-            i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
-        ]
-        self._has_string_lists = any(str(a.type) == "List[str]" for a in forward_schema.arguments)
+        types = [str(a.type) for a in forward_schema.arguments]
+        self.tensor_arguments = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
+        self._optional = frozenset(i for i, kind in enumerate(types) if kind == "Optional[Tensor]")
+        self._has_string_lists = "List[str]" in types
         self.without_gradient = frozenset(self.arguments.index(name) for name in without_gradient)
         inputs, outputs = (part.strip().removeprefix("(").removesuffix(")") for part in schema.split("->"))
         torch.library.define(
@@ -243,10 +243,14 @@ class Operator:
         return self._modules[backend]
 
     def _check_devices(self, args: tuple) -> torch.device:
-        """The device of the first tensor; raises `ValueError` unless all others are there too."""
+        """The device of the first tensor; raises `TypeError` for what is none, `ValueError` for one elsewhere."""
         first = args[self.tensor_arguments[0]].device
         for i in self.tensor_arguments[1:]:
-            if args[i] is not None and args[i].device != first:
+            if args[i] is None and i in self._optional:
+                continue
+            if not isinstance(args[i], Tensor):
+                raise TypeError(f"{self.name}: {self.arguments[i]} is a {type(args[i]).__name__}, expected a tensor")
+            if args[i].device != first:
                 raise ValueError(
                     f"{self.name}: {self.arguments[i]} is on {args[i].device}, "
                     f"expected {first} like {self.arguments[self.tensor_arguments[0]]}"
