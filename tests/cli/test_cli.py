@@ -69,6 +69,11 @@ def test_help_shows_every_command_and_option():
         assert "Examples:" in run(command, "--help").stdout
 
 
+def test_version():
+    text = run("--version").stdout
+    assert f"torch {torch.__version__}" in text and re.search(r"^vision-linear-attention \d", text, re.MULTILINE)
+
+
 def test_train_reports_what_it_did(trained):
     path, result = trained
     row = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
