@@ -431,6 +431,15 @@ def test_recomputed(monkeypatch):
         assert_close("gradient", grad, other)
 
 
+def test_hooks_of_the_mixer():
+    """A block applies its mixer's norm itself, unless someone waits for what goes into the mixer."""
+    block, x = GroupMambaBlock(8), torch.randn(2, 8, 3, 5)
+    expected, seen = block(x), []
+    block.mixer.register_forward_hook(lambda module, args, y: seen.append(args[0]))
+    assert_close("value", block(x), expected)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+
+
 @pytest.mark.parametrize(
     "name", ["ssm", "ssm.in_proj", "ssm.gate_proj", "ssm.out_norm", "ssm.out_proj", "norm", "proj", "fc1", "fc2"]
 )

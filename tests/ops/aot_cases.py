@@ -48,6 +48,11 @@ def rows(dtype: torch.dtype, *size: int) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
+def halves(dtype: torch.dtype, *size: int) -> Tensor:
+    """Activations, the second half of a linear layer's result."""
+    return rows(dtype, *size[:-1], 2 * size[-1])[..., size[-1] :]
+
+
 def _selective_scan() -> Iterator[Case]:
     def arguments(batch, channels, length, states, groups, gate=False, tokens=False):
         def make(dtype: torch.dtype) -> dict:
@@ -242,7 +247,7 @@ def _layer_norm() -> Iterator[Case]:
                 x=rows(x_dtype, *size),
                 weight=weight(size[-1]) if affine else None,
                 bias=weight(size[-1]) if affine else None,
-                gate=rows(x_dtype, *size) if gate else None,
+                gate=halves(x_dtype, *size) if gate else None,
                 dtype=dtype,
                 **(dict(branch=rows(branch, *size)) if branch else {}),
                 **options,
@@ -380,6 +385,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     yield Case("vmamba", f, arguments(maps, (3, 3), "silu", False, 128, 96, 56, 56))
     yield Case("groupmamba", f, arguments(maps, (3, 3), "silu", True, 128, 348, 14, 14), (BF16,))
     yield Case("groupmamba mlp", f, arguments(maps, (3, 3), "gelu", True, 128, 512, 56, 56), (BF16,))
+    yield Case("groupmamba 1024", f, arguments(maps, (3, 3), "silu", True, 8, 64, 256, 256), (BF16,))
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
     yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
     yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
@@ -437,6 +443,7 @@ def _line_scan() -> Iterator[Case]:
     yield Case("dense, local", f, dense(128, 576, 56, 56, chunk=2), (FP16,))
     yield Case("dense, local, odd", f, dense(2, 5, 7, 9, k=2, output=True, chunk=2), (BF16,))
     yield Case("dense, global", f, dense(128, 2304, 14, 14), (FP16,))
+    yield Case("dense, blocks", f, dense(128, 1152, 28, 28), (FP16,))
     yield Case("dense, square", f, dense(1, 576, 256, 256), (FP16,))
     yield Case("dense, large", f, dense(1, 576, 1024, 1024), (FP16,))
     yield Case("dense, odd", f, dense(2, 5, 7, 9, k=4, layout=maps, output=True, chunk=4, normalize=False))

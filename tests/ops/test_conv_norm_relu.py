@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
@@ -51,6 +52,25 @@ def test_layouts(backend, layout):
         y = conv_norm_relu(**(tensors | {"x": x}))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_many_channels(weight_format, monkeypatch):
+    """What cuDNN is handed for many channels, of which its operator makes the result on a GPU alone."""
+    from vla.ops.conv_norm_relu import _triton
+
+    def convolution(x, weight, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation, groups)).to(x.dtype)
+
+    monkeypatch.setattr(_triton, "_is_for_cudnn", lambda x, weight: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution)
+    tensors = make((2, 40, 5, 6), out=48, kernel=(3, 2), normed=24, dtype=torch.float32)
+    expected = run("naive", conv_norm_relu, {n: t.double() for n, t in tensors.items()}, padding_h=1)["output 0"]
+    tensors["weight"] = tensors["weight"].contiguous(memory_format=weight_format)
+    tensors["x"] = tensors["x"].bfloat16()
+    with use_backend("triton"):
+        y = conv_norm_relu(**tensors, padding_h=1)
+    assert (y.double() - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])

@@ -113,6 +113,67 @@ def test_stored(lines, direction):
 
 
 @pytest.mark.parametrize(
+    ("lines", "dtype", "direction"),
+    [(13, FP32, "left"), (18, FP32, "right"), (24, FP32, "left"), (34, FP16, "left"), (48, BF16, "right")],
+    ids=str,
+)
+def test_stored_in_blocks(lines, dtype, direction):
+    """Sweeps over several blocks of lines, with chunks that end inside of these."""
+    for chunk, output in [(0, True), (5, False)]:
+        check((1, 2, 3, lines), 0, chunk, dtype, output=output, directions=[direction], scale=0.5)
+
+
+def test_stored_maps_that_start_between_words():
+    """Two numbers of 16 bits are read as one of 32, unless that would be across words."""
+    tensors = make((1, 2, 3, 20), 0, ["right"], dtype=FP16, scale=0.5)
+
+    def of_views(**tensors):
+        views = {
+            n: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for n, t in tensors.items() if t is not None
+        }
+        return line_scan(**views, directions=["right"])
+
+    expected = run("triton", line_scan, tensors, directions=["right"])
+    for name, value in run("triton", of_views, tensors).items():
+        assert_close(name, value, expected[name].double())
+
+
+@pytest.mark.parametrize(
+    ("shape", "aligned", "blocks"),
+    [((1, 2, 3, 20), True, [(3, 3), (1, 20), (3, 3), (1, 20)]), ((1, 2, 5, 12), False, [(2, 5)] * 4)],
+    ids=str,
+)
+def test_states_that_the_forward_leaves(shape, aligned, blocks):
+    """The backward's own are equal to the bit."""
+    backend = importlib.import_module("vla.ops.line_scan._triton")
+    tensors = make(shape, 0, dtype=FP32)
+    arguments = (*tensors.values(), ALL, 0, True, aligned)
+    saved = [torch.full_like(states, torch.nan) for states in backend.to_save(*arguments)]
+    assert [tuple(states.shape[2:]) for states in saved] == blocks
+    grad = torch.randn_like(backend.forward(*arguments, saved=saved))
+    own = backend.backward([grad], *arguments)
+    for with_states, without in zip(backend.backward([grad], *arguments, saved=saved), own, strict=True):
+        assert with_states is without is None or torch.equal(with_states, without)
+
+
+def test_machinery_of_the_states_that_are_saved():
+    """Compilers see an operator that saves, and give the direct path's gradients."""
+    leaves = [t.requires_grad_() for t in make((1, 2, 3, 18), 0, ["left"], False, FP32).values() if t is not None]
+
+    def scan(*leaves):
+        return line_scan(*leaves, ["left"])
+
+    def gradients(function):
+        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+    with use_backend("triton"):
+        expected = gradients(scan)
+        assert all(map(torch.equal, gradients(torch.compile(scan, fullgraph=True, backend="aot_eager")), expected))
+        arguments = (*(t.detach() for t in leaves), None, None, None, ["left"], 0, True, True)
+        assert set(torch.library.opcheck(torch.ops.vla.line_scan_train.default, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
     ("shape", "dtype", "direction"),
     [((1, 1, 35, 24), FP32, "right"), ((1, 1, 9, 34), FP32, "up"), ((1, 1, 66, 32), FP16, "left")],
     ids=str,

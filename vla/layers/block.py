@@ -91,7 +91,7 @@ class ResidualBlock(Repeated):
     def summands(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
         """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
         x, y = self.begin(x, y)
-        y = self.norm1(self.mixer(y)) if self.post_norm else self.mixer(y)
+        y = self.norm1(self.mix(y)) if self.post_norm else self.mix(y)
         y = self.drop_path1(self.ls1(y))
         if self.mlp is None:
             return x, y
@@ -107,6 +107,10 @@ class ResidualBlock(Repeated):
                 return self.norm1.add(x, y)
             x = x + y
         return x, x if self.post_norm else self.norm1(x)
+
+    def mix(self, y: Tensor) -> Tensor:
+        """The mixer of what `begin` returns."""
+        return self.mixer(y)
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""

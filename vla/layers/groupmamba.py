@@ -18,7 +18,7 @@ from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
-from .norm import LARGE, LayerNorm2d, narrow, normalize
+from .norm import LARGE, LayerNorm2d, as_rows, narrow, normalize
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -136,9 +136,10 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     if x.is_cuda:
         # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
         # grouped convolution. Several weights make one product, which reads x once.
-        y = linear(x.permute(0, 2, 3, 1), block_diagonal(weights))
-        # Parts of the last dimension, so that a compiler has their gradients side by side with channels last.
-        return [part.permute(0, 3, 1, 2) for part in y.chunk(len(weights), dim=3)]
+        # Parts of rows, so that a compiler has their gradients side by side with channels last.
+        parts = linear(as_rows(x.permute(0, 2, 3, 1)), block_diagonal(weights)).chunk(len(weights), dim=-1)
+        batch, _, height, width = x.shape
+        return [part.view(batch, height, width, -1).permute(0, 3, 1, 2) for part in parts]
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
 
@@ -299,7 +300,10 @@ class GroupMambaMixer(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
+        return self.mix(self.norm(x))
+
+    def mix(self, n: Tensor) -> Tensor:
+        """The mixer of a map that `norm` has been applied to."""
         # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
         gate = self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
         if torch.jit.is_scripting():
@@ -430,3 +434,23 @@ class GroupMambaBlock(ResidualBlock):
             mlp=mlp,
         )
         self.norm1 = nn.Identity()
+
+    def begin(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.norms_first():
+                norm = self.mixer.norm
+                return (x, norm(x)) if y is None else norm.add(x, y)
+        x = x if y is None else x + y
+        return x, self.norm1(x)
+
+    def mix(self, y: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.norms_first():
+                return self.mixer.mix(y)
+        return self.mixer(y)
+
+    @torch.jit.ignore
+    def norms_first(self) -> bool:
+        """Whether `begin` applies the mixer's norm, in one pass with the residual connection before it."""
+        plain = is_plain(self.mixer, GroupMambaMixer) and is_plain(self.norm1, nn.Identity)
+        return plain and isinstance(self.mixer.norm, LayerNorm2d)

@@ -33,9 +33,10 @@ def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     # A CPU is served as well by PyTorch's own layer norm.
     if x.device.type not in ("cuda", "xpu"):
         return False
-    # A compiler fuses its own with what stands around it: better for small maps, and where no backward follows.
+    # A compiler fuses its own with what stands around it: better for small maps, and where no backward follows. Of
+    # groups it makes two kernels.
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and x.numel() >= LARGE
+        return (composite or torch.is_grad_enabled()) and x.numel() >= LARGE
     # Without a backward the operator is always the faster, as it casts and adds in its only launch.
     return composite or not torch.is_grad_enabled() or x.numel() >= LARGE
 
@@ -126,15 +127,18 @@ def normalize(
 def add_normalize(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor]:
-    """`x + branch`, and its `normalize`."""
-    shape = x.shape
-    x, branch = as_rows(x), as_rows(branch)
+    """`x + branch`, and its `normalize`, of maps (B, C, H, W)."""
     if _uses_operator(x):
-        total, y = ops.add_layer_norm(x, branch, weight, bias, eps=eps, dtype=_result_dtype(x, narrow))
+        x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
+        dtype = _result_dtype(x, narrow)
+        total, y = ops.add_layer_norm(as_rows(x), as_rows(branch), weight, bias, eps=eps, dtype=dtype)
+        total, y = (t if t.shape == x.shape else t.view(x.shape) for t in (total, y))
+        total = total.permute(0, 3, 1, 2)
     else:
+        # A compiler would have rows as sums of rows of other maps, whose places take it many operations.
         total = x + branch
-        y = normalize(total, weight, bias, eps, narrow)
-    return (total, y) if y.shape == shape else (total.view(shape), y.view(shape))
+        y = normalize(total.permute(0, 2, 3, 1), weight, bias, eps, narrow)
+    return total, y.permute(0, 3, 1, 2)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -175,9 +179,7 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
         """A residual connection and the norm of its result, in one pass over memory: `x + branch` and its norm."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not has_hooks(self):
-                x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
-                x, y = add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
-                return x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
+                return add_normalize(x, branch, self.weight, self.bias, self.eps, self.narrow)
         x = x + branch
         return x, self(x)
 

@@ -27,9 +27,6 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
 
-# Channels up to which `vla.ops.conv_norm_relu` is faster than cuDNN's convolution and the passes behind it.
-MOST_IN_ONE_PASS = 32
-
 
 def is_exporting() -> bool:
     """Whether `torch.export` traces. PyTorch 2.11's own `is_exporting` is true in every compilation."""
@@ -150,7 +147,7 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def convolve(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         dtype = dtype_of_one_pass(conv, norm, act, x)
-        if dtype is None or conv.in_channels > MOST_IN_ONE_PASS:
+        if dtype is None:
             return act(norm(conv(x)))
         return in_one_pass(x.to(dtype), conv.weight, norm, padding=(1, 1))
 

@@ -403,9 +403,9 @@ def _tile(channels: int, taps: int, vec: int) -> tuple[int, int]:
     return 2 * vec, 16
 
 
-def _segment(programs: int, height: int, wanted: int) -> int:
-    """Rows that a program walks: all of them, unless there are fewer programs than wanted."""
-    return cdiv(height, max(1, min(wanted // programs, height // 4)))
+def _segment(programs: int, height: int, wanted: int, rows: int = 4) -> int:
+    """Rows that a program walks: all of them, unless there are fewer programs than wanted; `rows` at least."""
+    return cdiv(height, max(1, min(wanted // programs, height // rows)))
 
 
 def convolved(
@@ -422,6 +422,9 @@ def convolved(
     strips = batch * cdiv(width, columns)
     programs = cdiv(strips, block_s) * cdiv(channels, block_c)
     segment = _segment(programs, height, 4096 if kh * kw <= SMALL else 1024)
+    if kh * kw <= SMALL:
+        # The longer the walks, the longer a GPU waits for the last ones.
+        segment = min(segment, _segment(programs, height, 3 * 4096, rows=40))
     depthwise_conv2d_fwd_kernel[(programs, cdiv(height, segment))](
         x,
         weight.contiguous(),
@@ -474,8 +477,9 @@ def backward(
     block_s, block_c = _tile(channels, taps, vec)
     strips = batch * cdiv(width, columns)
     blocks_c = cdiv(channels, block_c)
-    groups = max(1, min(cdiv(strips, block_s), MULTIPROCESSORS * per_multiprocessor // blocks_c))
-    segment = _segment(groups * blocks_c, height, 1024)
+    at_once = MULTIPROCESSORS * per_multiprocessor
+    groups = max(1, min(cdiv(strips, block_s), at_once // blocks_c))
+    segment = _segment(groups * blocks_c, height, at_once)
     segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
     depthwise_conv2d_bwd_kernel[(groups * blocks_c, segments)](

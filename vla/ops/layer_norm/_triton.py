@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, next_power_of_2
+from .._triton import as_rows, cdiv, kernel, next_power_of_2, sum_parts
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -113,10 +113,10 @@ def _silu(row):
 
 
 @triton.jit
-def _place(tile, rows, channel, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Where the rows of a tile start, and which of them are inside, (BLOCK_R, 1)."""
+def _place(tile, rows, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Tokens of the rows of a tile, and which of them are inside, (BLOCK_R, 1)."""
     row = tl.full((1, 1), tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    return row // GROUPS * (GROUPS * CHANNELS) + channel, row < rows
+    return row // GROUPS, row < rows
 
 
 @triton.jit
@@ -136,6 +136,9 @@ def layer_norm_fwd_kernel(
     total,
     rows,
     eps,
+    x_token: tl.constexpr,
+    branch_token: tl.constexpr,
+    gate_token: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -143,14 +146,15 @@ def layer_norm_fwd_kernel(
 ):
     """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS)."""
     channel = _first_channel(CHANNELS, GROUPS, BLOCK_R)
-    start, inside = _place(tl.program_id(0), rows, channel, CHANNELS, GROUPS, BLOCK_R)
-    row = _load(x + start, inside, CHANNELS, WIDTH)
+    token, inside = _place(tl.program_id(0), rows, GROUPS, BLOCK_R)
+    start = token * (GROUPS * CHANNELS) + channel
+    row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
     if branch is not None:
-        row = _add(row, _load(branch + start, inside, CHANNELS, WIDTH))
+        row = _add(row, _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH))
         row = _round(row, total.dtype.element_ty)
         _store(total + start, row, inside, CHANNELS, WIDTH)
     if gate is not None:
-        z = _load(gate + start, inside, CHANNELS, WIDTH)
+        z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH)
     normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
     out = _affine(normal, weight, bias, channel, CHANNELS, WIDTH)
     if gate is not None:
@@ -171,9 +175,14 @@ def layer_norm_bwd_kernel(
     gx,
     g_branch,
     g_gate,
-    sums,
+    parts,
     rows,
     eps,
+    g_token: tl.constexpr,
+    g_total_token: tl.constexpr,
+    x_token: tl.constexpr,
+    branch_token: tl.constexpr,
+    gate_token: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -182,7 +191,7 @@ def layer_norm_bwd_kernel(
 ):
     """Gradients of the rows of every so many tiles, and this program's part of the parameters' gradients.
 
-    `sums` is (2, programs, SUMS, CHANNELS), the first half for the weight: sums over rows that are of one group.
+    `parts` is (programs * SUMS / GROUPS, 2, GROUPS, CHANNELS), of weight and bias: sums over rows of one group.
     """
     channel = _first_channel(CHANNELS, GROUPS, BLOCK_R)
     known = channel >= 0
@@ -192,15 +201,16 @@ def layer_norm_bwd_kernel(
         of_weight = of_weight + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
         of_bias = of_bias + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
-        start, inside = _place(tile, rows, channel, CHANNELS, GROUPS, BLOCK_R)
-        row = _load(x + start, inside, CHANNELS, WIDTH)
+        token, inside = _place(tile, rows, GROUPS, BLOCK_R)
+        start = token * (GROUPS * CHANNELS) + channel
+        row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
         if branch is not None:
-            row = _add(row, _load(branch + start, inside, CHANNELS, WIDTH))
+            row = _add(row, _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH))
             row = _round(row, g_total.dtype.element_ty)
-            direct = _load(g_total + start, inside, CHANNELS, WIDTH)
-        of_out = _load(g + start, inside, CHANNELS, WIDTH)
+            direct = _load(g_total + token * g_total_token + channel, inside, CHANNELS, WIDTH)
+        of_out = _load(g + token * g_token + channel, inside, CHANNELS, WIDTH)
         if gate is not None:
-            z = _load(gate + start, inside, CHANNELS, WIDTH)
+            z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH)
         normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
         if gate is not None:
             values, slopes = _silu(z)
@@ -221,22 +231,22 @@ def layer_norm_bwd_kernel(
             of_row = _add(of_row, direct)
             _store(g_branch + start, of_row, inside, CHANNELS, WIDTH)
         _store(gx + start, of_row, inside, CHANNELS, WIDTH)
-    if weight is not None:
-        _store_sums(sums, of_weight, tl.program_id(0), CHANNELS, SUMS, WIDTH, BLOCK_R)
-    if bias is not None:
-        _store_sums(sums, of_bias, tl.num_programs(0) + tl.program_id(0), CHANNELS, SUMS, WIDTH, BLOCK_R)
+    if parts is not None:
+        row = tl.program_id(0) * SUMS + tl.arange(0, SUMS)[:, None]
+        parts += row // GROUPS * (2 * GROUPS * CHANNELS) + row % GROUPS * CHANNELS
+        if weight is not None:
+            _store_sums(parts, of_weight, CHANNELS, SUMS, WIDTH, BLOCK_R)
+        if bias is not None:
+            _store_sums(parts + GROUPS * CHANNELS, of_bias, CHANNELS, SUMS, WIDTH, BLOCK_R)
 
 
 @triton.jit
-def _store_sums(
-    sums, rows, place, CHANNELS: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """Stores (SUMS, CHANNELS) sums, each over every SUMS-th row."""
+def _store_sums(parts, rows, CHANNELS: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Stores sums, each over every SUMS-th row, where `parts` (SUMS, 1) points to."""
     total = ()
     for i in tl.static_range(0, len(rows)):
         total = total + (tl.sum(tl.reshape(rows[i], (BLOCK_R // SUMS, SUMS, WIDTH)), 0),)
-    row = tl.full((1, 1), place, tl.int64) * SUMS + tl.arange(0, SUMS)[:, None]
-    _store(sums + row * CHANNELS, total, row >= 0, CHANNELS, WIDTH)
+    _store(parts, total, tl.full((SUMS, 1), True, tl.int1), CHANNELS, WIDTH)
 
 
 # Of the backward: enough to fill a GPU, few enough that their sums are quickly added. Twice as many up to 128 channels.
@@ -269,6 +279,12 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def _tokens(*maps: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Maps as rows of neighbouring channels, and the distances of those."""
+    rows = [None if x is None else as_rows(x) for x in maps]
+    return rows, [0 if x is None else x.stride(0) for x in rows]
+
+
 def forward(
     x: Tensor,
     branch: Tensor | None,
@@ -286,16 +302,18 @@ def forward(
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
         constants, _, _ = _config(channels, groups)
+        (x, branch, gate), distances = _tokens(x, branch, gate)
         layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
-            x.contiguous(),
-            _contiguous(branch),
+            x,
+            branch,
             _contiguous(weight),
             _contiguous(bias),
-            _contiguous(gate),
+            gate,
             y,
             total,
             rows,
             eps,
+            *distances,
             **constants,
         )
     return y, x.new_empty(0) if total is None else total
@@ -314,38 +332,39 @@ def backward(
 ) -> list[Tensor | None]:
     if x.numel() == 0:
         return [None] * 5
-    g, g_total = grads
-    channels = x.shape[-1] // groups
+    g, g_total = grads[0], None if branch is None else grads[1]
+    width = x.shape[-1]
+    channels = width // groups
     rows = x.numel() // channels
     constants, sums_of_program, period = _config(channels, groups)
     tiles = cdiv(rows, constants["BLOCK_R"])
-    limit = 2 * _PROGRAMS if x.shape[-1] <= 128 else _PROGRAMS
+    limit = 2 * _PROGRAMS if width <= 128 else _PROGRAMS
     programs = min(cdiv(tiles, period), max(1, limit // period)) * period
     gx, g_branch, g_gate = _empty(x), _empty(branch), _empty(gate)
-    sums = g_weight = g_bias = None
+    parts = g_weight = g_bias = None
     if weight is not None or bias is not None:
-        shape = (2, programs * sums_of_program // groups, x.shape[-1])
-        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+        parts = x.new_empty(programs * sums_of_program // groups, 2 * width, dtype=torch.float32)
+    (g, g_total, x, branch, gate), distances = _tokens(g, g_total, x, branch, gate)
     layer_norm_bwd_kernel[(programs,)](
-        g.contiguous(),
-        None if branch is None else g_total.contiguous(),
-        x.contiguous(),
-        _contiguous(branch),
+        g,
+        g_total,
+        x,
+        branch,
         _contiguous(weight),
         _contiguous(bias),
-        _contiguous(gate),
+        gate,
         gx,
         g_branch,
         g_gate,
-        sums,
+        parts,
         rows,
         eps,
+        *distances,
         SUMS=sums_of_program,
         **constants,
     )
-    if sums is not None:
-        sums = sums.sum(1)
-        g_weight = None if weight is None else sums[0]
-        # Not another view of the same memory, which an operator's results must not be.
-        g_bias = None if bias is None else sums[1].clone()
+    if parts is not None:
+        sums = sum_parts(parts)
+        g_weight = None if weight is None else sums[:width]
+        g_bias = None if bias is None else sums[width:]
     return [gx, g_branch, g_weight, g_bias, g_gate]

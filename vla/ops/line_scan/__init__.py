@@ -66,6 +66,7 @@ operator = Operator(
     backends=("naive", "torch", "numba", "triton"),
     infer=_infer,
     flops=_flops,
+    saves="triton",
 )
 
 

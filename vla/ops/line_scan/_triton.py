@@ -1,13 +1,26 @@
 """GPU kernels of the line scan: which of them runs, and launches of those for stored coefficients."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import _ahead
 from .._triton import cdiv, next_power_of_2
 from . import _triton_pairs, _triton_proxy, _triton_stored
 from .frames import from_map_frame, to_map_frame
+
+
+def _block(lines: int, itemsize: int) -> int:
+    """Lines of a block of the backward, before which a forward leaves the states."""
+    return min(32 // itemsize, next_power_of_2(lines))
+
+
+def _lines(x: Tensor, direction: str, aligned: bool) -> tuple[int, int]:
+    """Rows and lines of a sweep over `x` (B, D, H, W)."""
+    height, width = x.shape[2:]
+    return (width, height) if aligned and direction in ("down", "up") else (height, width)
 
 
 class _Sweep:
@@ -18,8 +31,6 @@ class _Sweep:
 
     # Rows of a band, and rows that it shares with the next at each end: as many as a launch has lines.
     BAND, HALO = 256, 32
-    # Lines of a block, backward, at least: its stores fill more of a sector.
-    LEAST = 8
 
     def __init__(self, args: tuple, k: int):
         x, gates, lam, u, skip, proxy, directions, chunk, self.normalize, aligned = args
@@ -40,8 +51,8 @@ class _Sweep:
             self.skip = None if skip is None else self.maps[:, -1]
             x = x.contiguous()
         self.x = x if self.in_place else to_map_frame(x, self.direction)
-        self.batch, self.channels, *size = self.x.shape
-        self.rows, self.lines = reversed(size) if self.frame in ("down", "up") else size
+        self.batch, self.channels = self.x.shape[:2]
+        self.rows, self.lines = _lines(self.x, self.direction, aligned)
         self.chunk = chunk
 
     def strides(self, t: Tensor | None) -> list[int]:
@@ -62,18 +73,20 @@ class _Sweep:
         g_weights = torch.bmm(flat, self.z.mT).sum(0, dtype=torch.float32).unflatten(0, maps.shape[1:3])
         return g_proxy, g_weights
 
-    def _long(self, maps: list[Tensor | None], least: int = 1) -> tuple[tuple[int], list[list], dict]:
-        """Grid, arguments of every launch and constants for the kernels of longer chunks.
+    def _long(self, maps: list[Tensor | None], backward: bool) -> tuple[tuple[int], list[list], list[int], dict]:
+        """Grid, numbers of every launch, strides and constants for the kernels of longer chunks.
 
         Args:
             maps: (B, D, H, W), or (B, 3, D, H, W).
-            least: Lines of a block at least, where lines are next to each other.
         """
         V, strides = self._vectors(maps, 8)
-        # Lines of a block: whole sectors of memory, if lines are next to each other.
-        W = max(V, least if V > 1 else 4)
-        if V == 8 and self.lines % 16 == 0 and self.x.element_size() == 2:
-            W = 16
+        itemsize = self.x.element_size()
+        # Lines of a block: 32 bytes of a row, or forward, where rows are no longer, as few as can be read at once.
+        W = 4 if V == 1 else _block(self.lines, itemsize)
+        if V > 1 and not backward and self.lines <= W:
+            W = V
+        # Backward, a thread reads its row alone, 16 bytes at once, if they can be. Else threads share the rows' pieces.
+        T = min(W, 16 // itemsize) if V * itemsize >= 16 and backward else W
         blocks, chunk = cdiv(self.lines, W), min(self.chunk or self.lines, self.lines)
         sequences = self.batch * self.channels
         P = min(next_power_of_2(self.rows), self.BAND)
@@ -84,13 +97,17 @@ class _Sweep:
         rows_inner = self.x.stride(1) != 1 or self.channels == 1
         # Lines of one warp exchange states without waiting for others, but channels are read side by side.
         N = max(1, min((32 if rows_inner else 128) // P, next_power_of_2(sequences)))
+        contiguous = [self.rows * self.lines, self.lines, 1]
+        flat = rows_inner and self.channels % N == 0
+        flat = flat and all(self.strides(t)[1:] == contiguous for t in maps if t is not None)
         # Segments of whole chunks, no more than there are processors for.
         whole = chunk // math.gcd(chunk, W)
         segments = 1 if bands > 1 else cdiv(32 * _triton_proxy.processors(self.x), max(1, sequences // N))
         span = min(blocks, cdiv(cdiv(blocks, segments), whole) * whole)
         segments = cdiv(blocks, span)
         constants = dict(
-            N=N, P=P, W=W, V=V, WHOLE=self.lines % W == 0, ROWS_INNER=rows_inner,
+            N=N, P=P, W=W, V=V, T=T, WHOLE=self.lines % W == 0, ROWS_INNER=rows_inner,
+            ROWS=self.rows if flat and N > 1 else 0, LINES=self.lines if flat else 0,
             REVERSE=self.frame in ("left", "up"), SHORT=chunk < W, BANDS=bands > 1, NORMALIZE=self.normalize,
             HAS_U=self.u is not None, HAS_SKIP=self.skip is not None, num_warps=max(1, N * P // 32),
         )  # fmt: skip
@@ -100,10 +117,10 @@ class _Sweep:
         # What passes between launches: of the last one, and of this.
         edges = self.x.new_empty((2, sequences, self.rows) if bands > 1 else (2, 0), dtype=torch.float32)
         launches = [
-            [edges[n % 2], edges[1 - n % 2], *sizes, first, min(first + step, blocks), segments, span, halo, *strides]
+            [edges[n % 2], edges[1 - n % 2], *sizes, first, min(first + step, blocks), segments, span, halo]
             for n, first in enumerate(range(0, blocks, step))
         ]
-        return grid, launches, constants
+        return grid, launches, strides, constants
 
     def _pairs(self, maps: list[Tensor | None]) -> tuple[tuple[int], list[int], dict] | None:
         """Grid, numbers and constants for the kernels of chunks of two lines, or None if they don't fit."""
@@ -132,54 +149,78 @@ class _Sweep:
         across = {s[3] for t, s in zip(maps, each, strict=True) if t is not None}
         threes = [t.stride(1) for t in maps if t is not None and t.dim() == 5]
         V = math.gcd(self.lines, most, *threes, *(v for s in each for v in s[:3])) if across == {1} else 1
+        if any(_ahead.address(t) % min(4, V * t.itemsize) for t in maps if t is not None):
+            V = 1
         flat = []
         for t, s in zip(maps, each, strict=True):
             s = [v // V for v in s[:3]] + s[3:]
             flat += s if t is None or t.dim() == 4 else [s[0], t.stride(1) // V, *s[1:]]
         return V, flat
 
-    def forward(self, y: Tensor, add: bool) -> None:
-        """Writes or adds the outputs to `y` (B, D, H, W)."""
+    def forward(self, y: Tensor, add: bool, borders: Tensor | None = None) -> None:
+        """Writes or adds the outputs to `y` (B, D, H, W), and writes the states before blocks to `borders`."""
         maps = [self.x, self.gates, self.lam, self.u, self.skip, y]
         if pairs := self._pairs(maps):
             grid, numbers, constants = pairs
             arguments = (self.x if t is None else t for t in maps)
             _triton_pairs.line_scan_pairs_fwd_kernel[grid](*arguments, *numbers, ADD=add, **constants)
         else:
-            self._forward(maps, ADD=add, STATES=False)
+            self._forward(maps, borders, _block(self.lines, self.x.element_size()), OUTPUTS=True, ADD=add)
 
-    def _forward(self, maps: list[Tensor | None], least: int = 1, **constants) -> None:
-        grid, launches, common = self._long(maps, least)
-        arguments = [self.x if t is None else t for t in maps]
+    def _forward(self, maps: list[Tensor | None], borders: Tensor | None, block: int, **constants) -> None:
+        grid, launches, strides, common = self._long(maps, False)
+        every = 0 if borders is None else block // common["W"]
+        arguments = [self.x if t is None else t for t in (*maps, borders)]
+        numbers = [cdiv(self.lines, block), *strides]
         for launch in launches:
-            _triton_stored.line_scan_fwd_kernel[grid](*arguments, *launch, **common | constants)
+            _triton_stored.line_scan_fwd_kernel[grid](*arguments, *launch, *numbers, EVERY=every, **common | constants)
 
-    def backward(self, gy: Tensor, gx: Tensor, add: bool, outputs: list[Tensor | None]) -> None:
+    def backward(
+        self, gy: Tensor, gx: Tensor, add: bool, outputs: list[Tensor | None], borders: Tensor | None = None
+    ) -> None:
         """Writes or adds the gradient of `x` to `gx`, and writes those of the coefficients."""
         gx_k = gx if self.in_place else torch.empty_like(self.x, dtype=torch.float32)
         add_k = add and self.in_place
-        inputs = [self.x, self.gates, self.lam, self.u, self.skip, gy]
-        if pairs := self._pairs([*inputs, gx_k, *outputs[:2]]):
+        inputs = [self.x, self.gates, self.lam, self.u, self.skip]
+        # The gradients of lambda, u and skip have one set of strides.
+        maps = [*inputs, gy, gx_k, *outputs[:2]]
+        if pairs := self._pairs(maps):
             grid, numbers, constants = pairs
-            arguments = (self.x if t is None else t for t in (*inputs, gx_k, *outputs))
+            arguments = (self.x if t is None else t for t in (*inputs, gy, gx_k, *outputs))
             _triton_pairs.line_scan_pairs_bwd_kernel[grid](*arguments, *numbers, ADD=add_k, **constants)
         else:
-            states = torch.empty_like(self.x)
-            self._forward([*inputs[:5], states], self.LEAST, ADD=False, STATES=True)
-            # The gradients of lambda, u and skip have one set of strides.
-            grid, launches, constants = self._long([*inputs, states, gx_k, *outputs[:2]], self.LEAST)
+            grid, launches, strides, constants = self._long(maps, True)
+            W = constants["W"]
+            blocks = cdiv(self.lines, W)
+            if blocks > 1 and (borders is None or _block(self.lines, self.x.element_size()) != W):
+                borders = self.x.new_empty((self.batch, self.channels, blocks, self.rows), dtype=torch.float32)
+                self._forward([*inputs, gx_k], borders, W, OUTPUTS=False, ADD=False)
+            # Of an odd number of lines, what may be the last word's second.
+            constants |= dict(BLOCKS=blocks > 1, LAST=min(W, self.lines + self.lines % 2))
             if constants["num_warps"] == 1 and torch.version.cuda is not None:
-                # Four warps a scheduler; in programs of many warps that costs more than it brings.
-                constants["maxnreg"] = 128
-            arguments = [self.x if t is None else t for t in (*inputs, states, gx_k, *outputs)]
+                # Three or four warps a scheduler; in programs of many warps that costs more than it brings.
+                constants["maxnreg"] = 168 if blocks > 1 else 128
+            arguments = [self.x if t is None else t for t in (*inputs, gy, gx_k, *outputs, borders)]
             for launch in reversed(launches):
-                _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, ADD=add_k, **constants)
+                _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, blocks, *strides, ADD=add_k, **constants)
         if not self.in_place:
             turned = from_map_frame(gx_k, self.direction)
             gx.copy_(turned + gx if add else turned)
 
 
-def forward(*args) -> Tensor:
+def to_save(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned) -> list[Tensor]:
+    """The states before the backward's blocks, (B, D, blocks, rows) of every sweep, which the forward meets anyway.
+
+    Not with a proxy, and not for chunks of two lines.
+    """
+    sizes = [_lines(x, direction, aligned) for direction in directions]
+    sizes = [(cdiv(lines, _block(lines, x.dtype.itemsize)), rows) for rows, lines in sizes]
+    if proxy is not None or chunk == 2 or all(blocks == 1 for blocks, _ in sizes):
+        return []
+    return [x.new_empty((*x.shape[:2], *size), dtype=torch.float32) for size in sizes]
+
+
+def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     x, proxy, directions = args[0], args[5], args[6]
     if _triton_proxy.suits(args):
         y = _triton_proxy.forward(*args)
@@ -189,7 +230,7 @@ def forward(*args) -> Tensor:
         x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
     )
     for k in range(len(directions)):
-        _Sweep(args, k).forward(y, add=k > 0)
+        _Sweep(args, k).forward(y, k > 0, saved[k] if saved else None)
     return y.to(x.dtype) if proxy is None else torch.empty_like(x).copy_(y)
 
 
@@ -198,7 +239,7 @@ def _layout_of_coefficients(proxy: Tensor | None) -> torch.memory_format:
     return torch.preserve_format if proxy is None else torch.contiguous_format
 
 
-def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
+def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
     x, gates, lam, u, skip, proxy, directions = args[:7]
     if _triton_proxy.suits(args):
         return _triton_proxy.backward(grads, *args)
@@ -217,7 +258,8 @@ def backward(grads: list[Tensor], *args) -> list[Tensor | None]:
         sweep = _Sweep(args, k)
         if proxy is None:
             g_gates, *others = results
-            sweep.backward(gy, g_x, k > 0, [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)])
+            outputs = [g_gates[:, :, k], *(t if t is None else t[:, k] for t in others)]
+            sweep.backward(gy, g_x, k > 0, outputs, saved[k] if saved else None)
             continue
         maps = torch.empty_like(sweep.maps)
         g_u, g_skip = None if u is None else maps[:, 4], None if skip is None else maps[:, -1]
