@@ -69,6 +69,11 @@ def test_help_shows_every_command_and_option():
         assert "Examples:" in run(command, "--help").stdout
 
 
+def test_version():
+    text = run("--version").stdout
+    assert f"torch {torch.__version__}" in text and re.search(r"^vision-linear-attention \d", text, re.MULTILINE)
+
+
 def test_train_reports_what_it_did(trained):
     path, result = trained
     row = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -238,6 +243,7 @@ def test_models_lists_ours_with_size_and_licence():
     line = next(line for line in text.splitlines() if "vmamba_tiny_s1l8" in line)
     assert re.search(r"in1k.*mit.*30\.25 M.*82\.6 %", line)
     assert "resnet50" not in text
+    assert run("models", "vmamba_tiny_s1").stdout == run("models", "vmamba_tiny_s1*").stdout
     assert "resnet18" in run("models", "resnet18", "--all").stdout
     assert "no name matches 'resnet18'; --all searches timm's too" in complaint("models", "resnet18")
 

@@ -14,7 +14,7 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules, set_scriptable
 from timm.optim import param_groups_layer_decay
 from torch import fx, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 from torchvision.models.feature_extraction import NodePathTracer
 
 import vla.models
@@ -199,6 +199,19 @@ def test_fx_backward(name):
 
 
 @pytest.mark.parametrize("name", ATTO)
+def test_narrow_weights_under_autocast(name):
+    """A model in bfloat16 takes autocast's sums in float32, and trains."""
+    model, x = create(name, num_classes=42), image(2, 64)
+    with torch.no_grad():
+        expected = model(x)
+    model.bfloat16()
+    with torch.autocast(HERE, torch.bfloat16):
+        y = model(x.bfloat16())
+    assert_close("logits", y, expected, relative=0.1)
+    check_gradients(model, y)
+
+
+@pytest.mark.parametrize("name", ATTO)
 def test_compile(name):
     model = create(name)
     x = image(2, 64)
@@ -224,12 +237,39 @@ def test_functional_gradients(name):
 
 
 @pytest.mark.parametrize("name", ATTO)
+def test_gradients_per_picture(name):
+    """`torch.vmap` of `torch.func.grad`: one gradient for each picture, which sum up to that of all."""
+    model, x = create(name), image(2, 32)
+    parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, images: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (images,)).logsumexp(1).sum()
+
+    each = vmap(grad(lambda parameters, picture: loss(parameters, picture[None])), (None, 0))(parameters, x)
+    for key, total in grad(loss)(parameters, x).items():
+        assert torch.allclose(each[key].sum(0), total, rtol=1e-3, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ATTO)
 def test_export(name):
     model = create(name)
     x = image(2, 64)
     exported = torch.export.export(model, (x,)).module()
     with torch.no_grad():
         assert torch.allclose(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", ATTO)
+def test_trace(name, tmp_path):
+    """`torch.jit.trace`, as counters of operations and exporters use it, for any number of pictures."""
+    model, x = create(name), image(2, 64)
+    traced = torch.jit.trace(model, x)
+    traced.save(tmp_path / "model.pt")
+    loaded, more = torch.jit.load(tmp_path / "model.pt"), torch.cat([x, -x])
+    with torch.no_grad():
+        assert torch.allclose(traced(x), model(x), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(loaded(more), model(more), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ATTO)
@@ -240,6 +280,19 @@ def test_any_size_and_channels(name, size):
         y = model(torch.randn(3, 2, *size))
     assert y.shape == (3, 5)
     assert not has_nan(y)
+
+
+@pytest.mark.parametrize("name", ATTO)
+def test_hooks(name):
+    """Whoever hooks modules, to look on or to fetch their weights from elsewhere, sees each that has some called."""
+    model, x = create(name), image(2, 64)
+    called = set()
+    with torch.no_grad():
+        expected = model(x)
+        for path, module in model.named_modules():
+            module.register_forward_hook(lambda *_, path=path: called.add(path))
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert {path.rpartition(".")[0] for path, _ in model.named_parameters()} <= called
 
 
 @pytest.mark.parametrize("name", ATTO)

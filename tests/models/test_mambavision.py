@@ -368,6 +368,28 @@ def test_single_time_step_bias():
         assert 1e-3 <= dt.min() < 2e-3 and 0.05 < dt.max() <= 0.1
 
 
+@pytest.mark.parametrize("double_dt_bias", [True, False])
+def test_time_step_by_another_layer(double_dt_bias):
+    """A layer that takes the place of the time step's projection, like an adapter or a quantised one, is called."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer: nn.Linear):
+            super().__init__()
+            self.layer = layer
+            self.change = nn.Parameter(torch.zeros_like(layer.weight))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + x @ self.change.T
+
+    mixer = MambaVisionMixer(16, double_dt_bias=double_dt_bias)
+    x = torch.randn(2, 16, 5, 3)
+    expected = mixer(x)
+    mixer.dt_proj = Adapter(mixer.dt_proj)
+    assert_close("adapted", mixer(x), expected)
+    mixer(x).square().sum().backward()
+    assert mixer.dt_proj.change.grad.abs().sum() > 0
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     model = MambaVision(num_classes=10, layer_scale=1e-5)

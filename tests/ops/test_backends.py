@@ -38,6 +38,14 @@ def test_unknown_backend():
         pass
 
 
+@pytest.mark.parametrize(("name", "value"), [("delta", 1.0), ("C", None), ("D", [1.0])])
+def test_what_is_no_tensor(name, value):
+    tensors = dict(u=torch.ones(1, 2, 3), delta=torch.ones(1, 2, 3), A=torch.ones(2, 1), B=torch.ones(2, 1))
+    message = f"selective_scan: {name} is a {type(value).__name__}, expected a tensor"
+    with pytest.raises(TypeError, match=message):
+        selective_scan(**(tensors | dict(C=torch.ones(2, 1)) | {name: value}))
+
+
 def test_asked_for_is_never_replaced(monkeypatch):
     with use_backend("numba"):
         with pytest.raises(RuntimeError, match="ssd: backend 'numba' does not exist, there are naive, torch"):

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
 from vla.ops import group_modulation, use_backend
+from vla.ops.group_modulation import operator
 
 BACKENDS = ["torch", "triton"]
 
@@ -40,6 +41,17 @@ def test_against_naive(backend, shape, groups, dtype):
 def test_many_rows(dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("vla.ops.group_modulation._triton"), "MANY", 1)
     compare("triton", group_modulation, make((3, 9, 8, 148), 4, dtype))
+
+
+def test_wide_gradients():
+    """A result in float32 has a gradient in it, whose products would take more memory than a GPU's processor has."""
+    tensors = make((1, 2, 3, 72), dtype=torch.bfloat16)
+    backward = importlib.import_module("vla.ops.group_modulation._triton").backward
+    grad = torch.ones(1, 2, 3, 72)
+    arguments = (*(tensors[name] for name in operator.arguments[:11]), 1e-5, 1e-5)
+    assert backward([grad], *arguments, torch.float32) is None
+    assert backward([grad.bfloat16()], *arguments, None) is not None
+    compare("triton", group_modulation, tensors, relative=2e-2, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])

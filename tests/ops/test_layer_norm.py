@@ -38,6 +38,7 @@ CASES = [
     ((2, 5, 60), dict(gate=True, weight=False, bias=False), dict(groups=3)),
     ((41, 84), dict(gate=True, bias=False), dict(groups=12)),
     ((5, 348), {}, dict(groups=4)),
+    ((33,), dict(gate=True), dict(groups=3)),
 ]
 
 

@@ -1,6 +1,6 @@
 """The application that commands register with, and how a mistake is told."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -8,6 +8,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..errors import UserError
+from ..timing import environment
 
 # Results go to the output stream, what happens meanwhile to the error stream.
 out = Console()
@@ -40,12 +41,29 @@ def complain(message: str) -> None:
 app = typer.Typer(
     name="vla",
     cls=_Group,
-    help="Vision linear attention: train, evaluate and use its backbones, and any other timm model.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        packages = environment(torch.device("cpu"))["packages"]
+        for name, version in packages.items():
+            out.print(f"{name} {version or '-'}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_versions, is_eager=True, help="Show the versions in use."),
+    ] = False,
+) -> None:
+    """Vision linear attention: train, evaluate and use its backbones, and any other timm model."""
 
 
 def main() -> None:

@@ -18,13 +18,15 @@ from ..train.weights import read_spec, weights_path
 from .app import app, examples, out
 
 
-@app.command("models", epilog=examples("vla models", "vla models 'vmamba_tiny*'", "vla models 'convnext*' --all"))
+@app.command("models", epilog=examples("vla models", "vla models vmamba_tiny", "vla models 'convnext*' --all"))
 def models_command(
-    pattern: Annotated[str, typer.Argument(help="Names to show, with * and ? as wildcards.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Names to show: a part of them, or with * and ? as wildcards.")] = "*",
     everything: Annotated[bool, typer.Option("--all", help="All models of timm, not only this package's.")] = False,
 ) -> None:
     """List the models, with parameters, licence of the weights and reported ImageNet-1k accuracy."""
-    names = [n for n in timm.list_models(pattern) if everything or _is_ours(n)]
+    has_wildcards = not {"*", "?", "["}.isdisjoint(pattern)
+    found = timm.list_models(pattern if has_wildcards else f"*{pattern}*")
+    names = [n for n in found if everything or _is_ours(n)]
     if not names:
         raise UserError(f"models: no name matches {pattern!r}" + ("" if everything else "; --all searches timm's too"))
     table = Table(title=f"{len(names)} models")

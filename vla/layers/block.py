@@ -129,7 +129,8 @@ def _is_plain(block: nn.Module) -> bool:
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
     # A graph that is traced has the blocks as modules.
-    if type(blocks) is not nn.Sequential or has_hooks(blocks) or isinstance(x, torch.fx.Proxy) or is_repeated(x):
+    is_traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    if is_traced or type(blocks) is not nn.Sequential or has_hooks(blocks) or is_repeated(x):
         return blocks(x)
     # The operator keeps both summands for its backward, and takes the host longer than an addition.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import conv_layer_norm
 from .hooks import has_hooks
+from .layout import channels_last
 from .norm import LayerNorm2d, autocast_dtype, narrow, takes_narrow_kernels
 
 # Channels of a picture up to which its convolution costs a GPU no more than to read and write.
@@ -32,7 +33,7 @@ def conv_norm_act(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -
         return conv_layer_norm(
             x, conv.weight, conv.bias, norm.weight, norm.bias, stride, padding, norm.eps, "gelu", dtype
         )
-    return act(norm(conv(x.contiguous(memory_format=torch.channels_last))))
+    return act(norm(conv(channels_last(x))))
 
 
 class PatchStem(nn.Module):
@@ -44,7 +45,7 @@ class PatchStem(nn.Module):
         self.norm1 = norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return self.norm1(self.conv1(x))
 
 
@@ -65,7 +66,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            x = self.act(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+            x = self.act(self.norm1(self.conv1(channels_last(x))))
         else:
             x = conv_norm_act(self.conv1, self.norm1, self.act, x)
         return self.norm2(self.conv2(x))

@@ -17,7 +17,7 @@ from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .hooks import has_hooks
+from .hooks import is_plain
 from .norm import LARGE, LayerNorm2d, as_rows, narrow, normalize
 from .ss2d import SelectiveScan2d
 
@@ -65,11 +65,6 @@ def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     if isinstance(maps[0], Tensor) and not observed and torch.is_grad_enabled() and is_worth_launches(maps[0]):
         return checkpoint(function, *maps, use_reentrant=False)
     return function(*maps)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very class, not one that replaced it, and nobody waits for its call."""
-    return type(module) is kind and not has_hooks(module)
 
 
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

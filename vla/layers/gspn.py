@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import layer_norm_grn, line_scan
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
+from .hooks import is_plain
 from .norm import autocast_dtype
 
 # Tracing wraps a function by its name in the module that calls it.
@@ -163,18 +164,20 @@ class GSPNMixer(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.scan(self.conv(self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
+        return self.drop(self.out_proj(self.normalize(y))).permute(0, 3, 1, 2)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Both norms, in one pass where they are its own: (B, C, H, W) -> (B, H, W, C)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not is_plain(self.out_norm, nn.LayerNorm) or not is_plain(self.grn, GlobalResponseNorm):
+                return self.grn(self.out_norm(x.permute(0, 2, 3, 1)))
+        norm = self.out_norm
+        grn = self.grn
         y = layer_norm_grn(
-            self.scan(self.conv(x)),
-            self.out_norm.weight,
-            self.out_norm.bias,
-            self.grn.weight,
-            self.grn.bias,
-            self.out_norm.eps,
-            self.grn.eps,
-            autocast_dtype(x),
-        )
-        return self.drop(self.out_proj(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            x, norm.weight, norm.bias, grn.weight, grn.bias, norm.eps, grn.eps, autocast_dtype(x)
+        )  # fmt: skip
+        return y.permute(0, 2, 3, 1)
 
 
 class GSPNBlock(ResidualBlock):

@@ -32,3 +32,8 @@ def has_hooks(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return True
     return any(hooks_of(module)) or has_global_hooks()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, not one that replaced it, and nobody waits for its call."""
+    return type(module) is kind and not has_hooks(module)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..ops import scan2d
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
+from .hooks import is_plain
+from .layout import channels_last
 
 __all__ = ["MambaVisionBlock", "MambaVisionMixer", "MapAttention", "window_partition", "window_reverse"]
 
@@ -116,22 +118,24 @@ class MambaVisionMixer(nn.Module):
         u, z = x.split(self.d_scan, dim=1)
         if self.training:
             # By itself: a view kept for the backward would keep z with it, of which `out_proj` keeps a copy.
-            u = u.contiguous(memory_format=torch.channels_last)
+            u = channels_last(u)
         projected = self.x_proj(u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).unsqueeze(1)
         dt, B, C = projected.split(self.splits, dim=2)
-        y = scan2d(
-            u,
-            dt,
-            -torch.exp(self.A_log).unsqueeze(0),
-            B,
-            C,
-            ["row"],
-            self.D.unsqueeze(0),
-            self.dt_proj.weight.unsqueeze(0),
-            self.dt_bias_scale * self.dt_proj.bias.unsqueeze(0),
-        )
+        y = self.scan(u, dt, B, C)
         x = self.out_proj(torch.cat([y, z], dim=1).flatten(2).transpose(1, 2))
         return x.transpose(1, 2).unflatten(2, shape[2:])
+
+    def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """Scan of u (B, D, 1, L) with time steps dt (B, 1, R, 1, L) to be expanded, B and C (B, 1, N, 1, L)."""
+        A, D = -torch.exp(self.A_log).unsqueeze(0), self.D.unsqueeze(0)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not is_plain(self.dt_proj, nn.Linear):
+                dt = self.dt_proj(dt.transpose(2, 4)).transpose(2, 4)
+                # Of zeros it is the bias, whatever stands for the layer.
+                bias = self.dt_proj(dt.new_zeros(1, self.splits[0]))
+                return scan2d(u, dt, A, B, C, ["row"], D, dt_bias=(self.dt_bias_scale - 1) * bias)
+        weight, bias = self.dt_proj.weight.unsqueeze(0), self.dt_bias_scale * self.dt_proj.bias.unsqueeze(0)
+        return scan2d(u, dt, A, B, C, ["row"], D, weight, bias)
 
 
 class MapAttention(nn.Module):

@@ -77,6 +77,9 @@ def _plain(
     gate: Optional[Tensor],  # noqa: UP045
 ) -> Tensor:
     """`vla.ops.layer_norm` of PyTorch's own operators, in the dtype that comes of them."""
+    if x.dtype == torch.float32 and weight.dtype != torch.float32:
+        # A CPU has no kernels for narrower parameters, as a model in 16 bits has them under autocast.
+        weight, bias = weight.float(), bias.float()
     if groups == 1:
         y = F.layer_norm(x, [x.shape[-1]], weight, bias, eps)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import bi_wkv, q_shift, q_shift_mix, squared_relu, wkv6
 from .block import DEFAULT_NORM, ResidualBlock
+from .hooks import is_plain
 from .norm import LayerNorm, autocast_dtype, norm_and_scale, normalize
 
 __all__ = ["ChannelMix", "SpatialMix", "SpatialMix6", "TokenShift", "VRWKVBlock"]
@@ -284,10 +285,16 @@ class SpatialMix6(nn.Module):
         w, k, v, r, g = self.shift.mix(x, mixes, grid, low, self.mix_up).unbind(0)
         w = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
         y = self.wkv_norm(wkv6(self.receptance(r), self.key(k), self.value(v), w, self.bonus))
-        # GroupNorm of single tokens as LayerNorm of heads, whose kernels are many times faster at it.
+        return to_map(self.output(self.normalize(y, self.gate(g))), x.shape[2], x.shape[3])
+
+    def normalize(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Norm of the heads and the gate's SiLU, (B, T, C)."""
         norm = self.group_norm
-        y = normalize(y, norm.weight, norm.bias, norm.eps, True, norm.num_groups, self.gate(g))
-        return to_map(self.output(y), x.shape[2], x.shape[3])
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not is_plain(norm, nn.GroupNorm):
+                return norm(y.flatten(0, 1)).view_as(y) * F.silu(gate)
+        # GroupNorm of single tokens as LayerNorm of heads, whose kernels are many times faster at it.
+        return normalize(y, norm.weight, norm.bias, norm.eps, True, norm.num_groups, gate)
 
 
 class ChannelMix(nn.Module):

@@ -20,6 +20,7 @@ from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer, is_worth_launches
 from ..layers.hooks import has_hooks
+from ..layers.layout import channels_last
 from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
@@ -124,7 +125,7 @@ class Stem(nn.Module):
         self.norm4 = DEFAULT_NORM(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         if torch.jit.is_scripting():
             x = self.act1(self.norm1(self.conv1(x)))
             x = self.act2(self.norm2(self.conv2(x)))

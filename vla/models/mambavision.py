@@ -20,6 +20,7 @@ from timm.layers import (
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..layers.layout import channels_last
 from ..layers.mambavision import MambaVisionBlock, window_partition, window_reverse
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
@@ -40,7 +41,7 @@ class Stem(nn.Module):
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         x = self.act1(self.norm1(self.conv1(x)))
         return self.act2(self.norm2(self.conv2(x)))
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 
 import torch
@@ -125,9 +125,10 @@ class Operator:
         self._overload = getattr(torch.ops.vla, name).default
         forward_schema = self._overload._schema
         self.arguments = [a.name for a in forward_schema.arguments]
-        self.tensor_arguments = [
-            i for i, a in enumerate(forward_schema.arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")
-        ]
+        types = [str(a.type) for a in forward_schema.arguments]
+        self.tensor_arguments = [i for i, kind in enumerate(types) if kind in ("Tensor", "Optional[Tensor]")]
+        self._optional = frozenset(i for i, kind in enumerate(types) if kind == "Optional[Tensor]")
+        self._has_string_lists = "List[str]" in types
         self.without_gradient = frozenset(self.arguments.index(name) for name in without_gradient)
         inputs, outputs = (part.strip().removeprefix("(").removesuffix(")") for part in schema.split("->"))
         torch.library.define(
@@ -174,10 +175,17 @@ class Operator:
                 return self._overload(*args)
             if torch._C._are_functorch_transforms_active():
                 return transform(self, *args)
+            if torch._C._is_tracing() and self._has_string_lists:
+                return self._script(**dict(zip(self.arguments, args, strict=True)))
             # A recording of more than this operator goes on with its launches.
             if _replay.current() is None:
                 return self._overload(*args)
         return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
+
+    @cached_property
+    def _script(self) -> torch.jit.ScriptFunction:
+        """The public function as TorchScript: `torch.jit.trace` takes its calls, and no lists of strings otherwise."""
+        return torch.jit.script(getattr(importlib.import_module(self.package), self.name))
 
     def _is_observed(self, args: tuple) -> bool:
         """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a subclass of tensors looks on."""
@@ -235,10 +243,14 @@ class Operator:
         return self._modules[backend]
 
     def _check_devices(self, args: tuple) -> torch.device:
-        """The device of the first tensor; raises `ValueError` unless all others are there too."""
+        """The device of the first tensor; raises `TypeError` for what is none, `ValueError` for one elsewhere."""
         first = args[self.tensor_arguments[0]].device
         for i in self.tensor_arguments[1:]:
-            if args[i] is not None and args[i].device != first:
+            if args[i] is None and i in self._optional:
+                continue
+            if not isinstance(args[i], Tensor):
+                raise TypeError(f"{self.name}: {self.arguments[i]} is a {type(args[i]).__name__}, expected a tensor")
+            if args[i].device != first:
                 raise ValueError(
                     f"{self.name}: {self.arguments[i]} is on {args[i].device}, "
                     f"expected {first} like {self.arguments[self.tensor_arguments[0]]}"

@@ -644,10 +644,13 @@ def backward(
 ) -> list[Tensor | None] | None:
     batch, channels, pixels = y.shape[0], y.shape[3], y.shape[1] * y.shape[2]
     groups, size, _ = out_proj.shape
-    # Factors of float16 are multiplied as TF32, which takes twice the memory.
-    if channels > (WHOLE if y.dtype == torch.bfloat16 else WHOLE // 2) or y.dtype.itemsize > 2 or y.numel() == 0:
+    columns = _columns(channels, size, groups)
+    maps = (grads[0], y, z, n)
+    # Factors of float16 are multiplied as TF32, which takes twice the memory, and those of 32 bits as several of it.
+    most = WHOLE if all(x.dtype == torch.bfloat16 for x in maps) else WHOLE // 2
+    if columns["WIDTH"] > most or any(x.dtype.itemsize > 2 for x in maps) or y.numel() == 0:
         return None
-    g, y, z, n = (as_rows(x) for x in (grads[0], y, z, n))
+    g, y, z, n = map(as_rows, maps)
     # Where gy will be, the gradient of out_proj's result is before.
     gy, gz, gn = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, z, n))
     out_norm_weight, out_norm_bias, out_proj = (t.contiguous() for t in (out_norm_weight, out_norm_bias, out_proj))
@@ -676,7 +679,7 @@ def backward(
         *(x.stride(0) for x in (g, y, z, n)),
         out_eps,
         eps,
-        **_columns(channels, size, groups),
+        **columns,
         BLOCK_R=min(block_r, 64 if channels <= 64 else 32),
         PRECISION=precision,
         num_warps=4 if channels <= 64 else 8,

@@ -58,9 +58,10 @@ def backward(
         share = torch.sigmoid(z)
         g_gate = g * out * share * (1 + z * (1 - share))
         g = g * z * share
-    leading = tuple(range(g.dim() - 1))
-    g_weight = None if weight is None else (g * flat).sum(leading)
-    g_bias = None if bias is None else g.sum(leading)
+    # Not over the leading dimensions: where there are none, PyTorch sums over all.
+    tokens = (g.shape[:-1].numel(), g.shape[-1])
+    g_weight = None if weight is None else (g * flat).reshape(tokens).sum(0)
+    g_bias = None if bias is None else g.reshape(tokens).sum(0)
     g = g if weight is None else g * weight
     gx, _, _ = torch.ops.aten.native_layer_norm_backward(
         g.unflatten(-1, (groups, -1)), rows, rows.shape[-1:], mean, inverse, None, None, [True, False, False]
