@@ -1,6 +1,7 @@
 """GPU kernels of the line scan: which of them runs, and launches of those for stored coefficients."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -179,10 +180,10 @@ class _Sweep:
             gx.copy_(turned + gx if add else turned)
 
 
-def forward(*args) -> Tensor:
+def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     x, proxy, directions = args[0], args[5], args[6]
     if _triton_proxy.suits(args):
-        y = _triton_proxy.forward(*args)
+        y = _triton_proxy.forward(*args, saved=saved)
         # Those kernels write channels last, the operator's result lies in memory as x does.
         return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
     y = torch.empty_like(
