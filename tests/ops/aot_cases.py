@@ -449,9 +449,29 @@ def _line_scan() -> Iterator[Case]:
     yield Case("dense, odd", f, dense(2, 5, 7, 9, k=4, layout=maps, output=True, chunk=4, normalize=False))
 
 
+def _projected_line_scan() -> Iterator[Case]:
+    def arguments(batch, channels, height, width, **options):
+        return lambda dtype: dict(
+            x=maps(dtype, batch, channels, height, width),
+            weight=weight(8, channels),
+            gates=weight(3, 4, channels, 8),
+            lam=weight(4, channels, 8),
+            u=weight(4, channels, 8),
+            skip=weight(4, channels, 8),
+            directions=["right", "down", "left", "up"],
+            **options,
+        )
+
+    f = ops.projected_line_scan
+    yield Case("gspn stage 1", f, arguments(128, 144, 56, 56, chunk=2, aligned=False), (BF16,))
+    yield Case("gspn stage 3", f, arguments(128, 576, 14, 14, aligned=False), (BF16, FP16))
+    yield Case("odd", f, arguments(2, 33, 13, 17), (FP32,))
+
+
 CASES: dict[str, tuple[Case, ...]] = {
     "selective_scan": tuple(_selective_scan()),
     "scan2d": tuple(_scan2d()),
+    "projected_line_scan": tuple(_projected_line_scan()),
     "projected_scan2d": tuple(_projected_scan2d()),
     "bi_wkv": tuple(_bi_wkv()),
     "wkv6": tuple(_wkv6()),

@@ -21,6 +21,7 @@ from tests.ops import (
     test_layer_norm_grn,
     test_line_scan,
     test_mlp,
+    test_projected_line_scan,
     test_projected_scan2d,
     test_q_shift_mix,
     test_scan2d,
@@ -41,6 +42,7 @@ from vla.ops import (
     layer_norm_grn,
     line_scan,
     mlp,
+    projected_line_scan,
     projected_scan2d,
     q_shift,
     q_shift_mix,
@@ -83,6 +85,14 @@ def projected(shape: tuple[int, ...], states: int = 1, rank: int = 6) -> Case:
 
 def lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
     return line_scan, lambda: test_line_scan.make(shape, rank), dict(directions=SWEEPS) | options
+
+
+def projected_lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
+    return (
+        projected_line_scan,
+        lambda: test_projected_line_scan.make(shape, rank),
+        dict(directions=SWEEPS) | options,
+    )
 
 
 def depthwise(shape: tuple[int, ...], side: int, act: str | None = None, bias: bool = False) -> Case:
@@ -136,6 +146,8 @@ CASES: dict[str, Case] = {
     "bi_wkv T16385 strong": (bi_wkv, lambda: test_bi_wkv.make(1, 16385, 40, decay=50.0, seed=2), {}),
     "wkv6 T196": (wkv6, lambda: test_wkv6.make(5, 196, 3, 64), {}),
     "wkv6 T4097": (wkv6, lambda: test_wkv6.make(1, 4097, 2, 32), {}),
+    "projected_line_scan 56x56": projected_lines((2, 144, 56, 56), chunk=2, aligned=False),
+    "projected_line_scan 15x22": projected_lines((3, 33, 15, 22)),
     "line_scan 56x56": lines((2, 144, 56, 56), chunk=2),
     "line_scan 14x14": lines((8, 96, 14, 14)),
     "line_scan 67x130": lines((1, 18, 67, 130), aligned=True),

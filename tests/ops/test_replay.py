@@ -18,12 +18,19 @@ import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402
 
 import vla.ops  # noqa: E402
-from tests.ops import test_depthwise_conv2d, test_layer_norm, test_projected_scan2d, test_scan2d  # noqa: E402
+from tests.ops import (  # noqa: E402
+    test_depthwise_conv2d,
+    test_layer_norm,
+    test_projected_line_scan,
+    test_projected_scan2d,
+    test_scan2d,
+)
 from vla.ops import (  # noqa: E402
     _replay,
     _triton,
     add_layer_norm,
     depthwise_conv2d,
+    projected_line_scan,
     projected_scan2d,
     scan2d,
     squared_relu,
@@ -292,6 +299,11 @@ def test_hooks_see_every_launch(monkeypatch):
         (add_layer_norm, lambda: test_layer_norm.make((2, 5), branch=True, weight=True, bias=True), {}),
         (depthwise_conv2d, lambda: test_depthwise_conv2d.make((1, 3, 4, 5), (3, 3), True), dict(act="silu")),
         (scan2d, lambda: test_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
+        (
+            projected_line_scan,
+            lambda: test_projected_line_scan.make((1, 2, 2, 3), 1),
+            dict(directions=test_projected_line_scan.ALL),
+        ),
         (projected_scan2d, lambda: test_projected_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
     ],
 )

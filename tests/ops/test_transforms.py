@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch.func import functionalize, grad, grad_and_value, jacrev, jvp, vjp, vmap
 
-from tests.ops import test_bi_wkv, test_layer_norm, test_mlp, test_projected_scan2d, test_scan2d
+from tests.ops import (
+    test_bi_wkv,
+    test_layer_norm,
+    test_mlp,
+    test_projected_line_scan,
+    test_projected_scan2d,
+    test_scan2d,
+)
 from tests.ops.harness import randn
 from tests.tolerance import assert_close
-from vla.ops import add_layer_norm, bi_wkv, layer_norm, mlp, projected_scan2d, scan2d, squared_relu
+from vla.ops import add_layer_norm, bi_wkv, layer_norm, mlp, projected_line_scan, projected_scan2d, scan2d, squared_relu
 
 CASES = {
     "mlp": (mlp, lambda: test_mlp.make((3, 4), 5, 2, bias=False), {}),
@@ -18,6 +25,11 @@ CASES = {
         projected_scan2d,
         lambda: test_projected_scan2d.make((2, 3, 4, 5)),
         dict(directions=["row", "col", "row_rev", "col_rev"]),
+    ),
+    "projected_line_scan": (
+        projected_line_scan,
+        lambda: test_projected_line_scan.make((2, 3, 4, 5)),
+        dict(directions=test_projected_line_scan.ALL, chunk=2),
     ),
     "bi_wkv": (bi_wkv, lambda: test_bi_wkv.make(2, 5, 3), {}),
 }

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from ..ops import layer_norm_grn, line_scan
+from ..ops import layer_norm_grn, projected_line_scan
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
@@ -24,8 +23,8 @@ class LineScan2d(nn.Module):
     r"""Line scan in four directions with input-dependent coefficients: (B, D, H, W) to the same, D being `dim`.
 
     Gates, input weight lambda, output weight u and skip weight of all directions are linear functions of S proxy
-    channels of each pixel, expanded inside `vla.ops.line_scan`. The directions' outputs are summed with one learned
-    weight each.
+    channels of each pixel, expanded inside `vla.ops.projected_line_scan`. The directions' outputs are summed with one
+    learned weight each.
 
     Args:
         dim: Channels D.
@@ -73,17 +72,16 @@ class LineScan2d(nn.Module):
         nn.init.uniform_(self.merge_weight, -0.5, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        proxy = F.linear(x.permute(0, 2, 3, 1), self.proxy_weight).permute(0, 3, 1, 2)
-        return line_scan(
+        return projected_line_scan(
             x,
+            self.proxy_weight,
             self.gate_weight.expand(-1, -1, x.shape[1], -1),
             self.lam_weight,
-            self.directions,
             self.u_weight * self.merge_weight,
             self.skip_weight * self.merge_weight,
-            proxy,
-            chunk=self.chunk,
-            aligned=self.aligned,
+            self.directions,
+            self.chunk,
+            self.aligned,
         )
 
 

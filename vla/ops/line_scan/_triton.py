@@ -223,7 +223,7 @@ def to_save(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned
 def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     x, proxy, directions = args[0], args[5], args[6]
     if _triton_proxy.suits(args):
-        y = _triton_proxy.forward(*args)
+        y = _triton_proxy.forward(*args, saved=saved)
         # Those kernels write channels last, the operator's result lies in memory as x does.
         return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
     y = torch.empty_like(

@@ -1,7 +1,7 @@
 """GPU kernels of the line scan whose coefficients are linear functions of a proxy."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -169,8 +169,8 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
 
 @triton.jit
 def _pick(k, v0, v1, v2, v3):
-    """The k-th of four numbers, with 64 bits."""
-    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3))).to(tl.int64)
+    """The k-th of four numbers."""
+    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3)))
 
 
 @triton.jit
@@ -206,21 +206,36 @@ def _positions(T: tl.constexpr):
 
 @triton.jit
 def _rows_of_tile(n, batch, rows, tiles, halo, P: tl.constexpr, Q: tl.constexpr):
-    """Of the P rows of the n-th tile: picture, row, whether it exists and whether it is the tile's own."""
+    """The first picture of the n-th tile; of its P rows, pictures after that, rows, if they exist and are its own."""
     p = _positions(P // 16)
-    tile = n % tiles
-    b = (n // tiles * (P // Q) + p // Q).to(tl.int64)
-    i = tile * (Q - 2 * halo) - halo + p % Q
-    inside = (i >= 0) & (i < rows) & (b < batch)
+    first = (n // tiles * (P // Q)).to(tl.int64)
+    i = n % tiles * (Q - 2 * halo) - halo + p % Q
+    inside = (i >= 0) & (i < rows) & (first + p // Q < batch)
     own = inside & (p % Q >= halo) & (p % Q < Q - halo)
-    return b, i, inside, own
+    return first, p // Q, i, inside, own
 
 
 @triton.jit
-def _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first):
-    """Pixels (P,) that the line `first` of sweep `k` reads, and the way to the next line's."""
-    across = _pick(k, t0, t1, t2, t3)
-    return _pick(k, o0, o1, o2, o3) + first * across + i * _pick(k, i0, i1, i2, i3), across
+def _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i):
+    """Pixels (P,) that the first line of sweep `k` reads, and the way to the next line's."""
+    return _pick(k, o0, o1, o2, o3) + i * _pick(k, i0, i1, i2, i3), _pick(k, t0, t1, t2, t3).to(tl.int64)
+
+
+@triton.jit
+def _first_states(group, sweeps, blocks, block):
+    """Number of the first sweep's states of a chunk among all, which are (groups, sweeps, blocks)."""
+    return (group * blocks).to(tl.int64) * sweeps + block
+
+
+@triton.jit
+def _held_places(C: tl.constexpr, P: tl.constexpr):
+    """Places of a tile (C, 16), or P // 16 of them, in what a line leaves in memory, (C, P).
+
+    Contiguity is understated, so that threads access what they hold and exchange nothing.
+    """
+    T: tl.constexpr = P // 16
+    places = _first(tl.arange(0, C), T) * P + _rows_second(_positions(T), T)
+    return tl.max_contiguous(places, [1, 2] if T == 1 else [1, 1, 2])
 
 
 @kernel(do_not_specialize=[
@@ -228,7 +243,7 @@ def _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first):
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_fwd_kernel(
-    x, z, w, y, scratch, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
+    x, z, w, y, scratch, states, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
     EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
@@ -244,9 +259,8 @@ def line_scan_proxy_fwd_kernel(
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     segment = tl.program_id(0) // blocks % segments
-    b, i, inside, own = _rows_of_tile(tl.program_id(0) // (blocks * segments), batch, rows, tiles, halo, P, Q)
+    b, j, i, inside, own = _rows_of_tile(tl.program_id(0) // (blocks * segments), batch, rows, tiles, halo, P, Q)
     T: tl.constexpr = P // 16
-    p = _positions(T)
     before, after = _shifts(Q, low)
     zero = _zeros(C, 16, T)
     no_left = tl.where(_rows_second((i > 0) | (rows == 1), T), zero, _CLOSED)
@@ -260,21 +274,23 @@ def line_scan_proxy_fwd_kernel(
     first = (segment * chunk).to(tl.int64)
     tt = tt.to(tl.int64)
     steps = tl.minimum(chunk, lines - segment * chunk)
-    target = _rows_second(b * pixels + to + i * ti + first * tt, T)
+    # Numbers of one picture are counted with 32 bits.
+    j *= pixels
+    target = _rows_second(j + to + i * ti, T)
     # (R, 16) or (T, R, 16): with half precision each number twice, for the two halves of a weight
-    z_ptr = z + target * S + _first(s % HALF, T)
-    y_ptr = y + target * channels + _first(c, T)
+    z_ptr = z + (b * pixels + first * tt) * S + (target * S + _first(s % HALF, T))
+    y_ptr = y + (b * pixels + first * tt) * channels + (target * channels + _first(c, T))
     # w (sweeps, 6, w_width, R)
     w_j = R * w_width
     w += c[:, None] * R + s[None, :]
-    x += _rows_second(b, T) * pixels * channels + _first(c, T)
+    x += b * pixels * channels
     if KEEP:
         more = _second(tl.arange(0, 1), T) + 1 < steps
         z0, z1 = tl.load(z_ptr, z_mask, 0.0), tl.load(z_ptr + tt * S, z_mask & more, 0.0)
         y0 = zero
         y1 = zero
-        at, across = _sweep_pixels(0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-        x_ptr = x + _rows_second(at, T) * channels
+        at, across = _sweep_pixels(0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+        x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
         x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
         for k in range(sweeps):
             w_k = w + k * 6 * w_j
@@ -283,13 +299,15 @@ def line_scan_proxy_fwd_kernel(
             xa, xb = x0.to(tl.float32), x1.to(tl.float32)
             # The next sweep's maps are read while this one computes.
             k_next = tl.minimum(k + 1, sweeps - 1)
-            at, across = _sweep_pixels(k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-            x_ptr = x + _rows_second(at, T) * channels
+            at, across = _sweep_pixels(k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
             x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
             h = _dot(w3, z0) * xa
-            y0 += _dot(w4, z0) * h + _dot(w5, z0) * xa
+            y0 += _dot(w4, z0) * h
+            y0 += _dot(w5, z0) * xa
             h = _dot(w3, z1) * xb + _mix(w0, w1, w2, z1, no_left, no_right, h, before, after, EXACT)
-            y1 += _dot(w4, z1) * h + _dot(w5, z1) * xb
+            y1 += _dot(w4, z1) * h
+            y1 += _dot(w5, z1) * xb
         if ADD:
             y0 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
         tl.store(y_ptr, y0.to(y.dtype.element_ty), own_mask)
@@ -299,23 +317,26 @@ def line_scan_proxy_fwd_kernel(
             y1 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
         tl.store(y_ptr, y1.to(y.dtype.element_ty), own_mask)
     else:
-        # Contiguity is understated, so that threads access what they hold and exchange nothing.
-        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + tl.max_contiguous(
-            _first(tl.arange(0, C), T) * P + _rows_second(p, T), [1, 2] if T == 1 else [1, 1, 2]
-        )
+        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _held_places(C, P)
+        if states is not None:
+            states += _first_states(tl.program_id(0) // blocks, sweeps, blocks, block) * chunk * (P * C)
+            states += _held_places(C, P)
         for k in range(0, sweeps, G):
+            states_k = states
+            if states is not None:
+                states_k += (k * blocks).to(tl.int64) * chunk * (P * C)
             w_k = w + k * 6 * w_j
             w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
             w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-            at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-            x_ptr = x + _rows_second(at, T) * channels
+            at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
             xn = tl.load(x_ptr, mask, 0.0)
             if G == 2:
                 w_k += 6 * w_j
                 v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
                 v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-                at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, first)
-                x2_ptr = x + _rows_second(at, T) * channels
+                at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+                x2_ptr = x + first * x2_across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
                 x2n = tl.load(x2_ptr, mask, 0.0)
             zn = tl.load(z_ptr, z_mask, 0.0)
             h = zero
@@ -330,12 +351,18 @@ def line_scan_proxy_fwd_kernel(
                 if k > 0:
                     out = tl.load(scratch + t * (P * C)).to(tl.float32)
                 h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
-                out += _dot(w4, zt) * h + _dot(w5, zt) * xt
+                if states is not None:
+                    tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
+                out += _dot(w4, zt) * h
+                out += _dot(w5, zt) * xt
                 if G == 2:
                     xt = x2n.to(tl.float32)
                     x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
                     h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
-                    out += _dot(v4, zt) * h2 + _dot(v5, zt) * xt
+                    if states is not None:
+                        tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
+                    out += _dot(v4, zt) * h2
+                    out += _dot(v5, zt) * xt
                 if k + G < sweeps:
                     tl.store(scratch + t * (P * C), out)
                 else:
@@ -375,9 +402,9 @@ def _proxy_line_gradients(
         mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
         share *= g
         sl, sm, sr = al * share, am * share, ar * share
-        g_l = sl * (above - mean) * (1 - al)
-        g_m = sm * (h - mean) * (1 - am)
-        g_r = sr * (below - mean) * (1 - ar)
+        g_l = (above - mean) * (sl - sl * al)
+        g_m = (h - mean) * (sm - sm * am)
+        g_r = (below - mean) * (sr - sr * ar)
         carry = sm
         if len(sr.shape) == 3:
             from_above, from_below = _around(sr, sl)
@@ -426,15 +453,15 @@ def _sum_of_tiles(gw):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "groups", "per", "span", "workers",
+    "batch", "rows", "lines", "chunk", "tiles", "halo", "groups", "per", "span", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
-    x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width,
+    x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, halo, w_width,
     groups, per, span, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr,
+    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one sweep over one block of C channels of some groups.
 
@@ -452,7 +479,6 @@ def line_scan_proxy_bwd_kernel(
     k = tl.program_id(0) // blocks % K
     worker = tl.program_id(0) // (blocks * K)
     T: tl.constexpr = P // 16
-    p = _positions(T)
     before, after = _shifts(Q, low)
     c = block * C + tl.arange(0, C)
     c_mask = _first(c < channels, T)
@@ -469,7 +495,11 @@ def line_scan_proxy_bwd_kernel(
     # Contiguity is understated here and below, so that threads access what they hold and exchange nothing.
     gw += worker.to(tl.int64) * (K * 6) * v_j + tl.max_contiguous(c[:, None] * V + sv[None, :], [1, 2])
     v += c[:, None] * V + sv[None, :]
-    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _first(tl.arange(0, C), T) + _rows_second(p, T) * C
+    if SAVED:
+        scratch += _held_places(C, P)
+    else:
+        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C)
+        scratch += _first(tl.arange(0, C), T) + _rows_second(_positions(T), T) * C
     w_k, v_k = w + k * 6 * w_j, v + k * 6 * v_j
     w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
     w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
@@ -480,8 +510,11 @@ def line_scan_proxy_bwd_kernel(
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     for group in range(worker, groups, workers):
-        b, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
-        start = group % per * span
+        b, j, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
+        # Numbers of one picture are counted with 32 bits.
+        j *= pixels
+        first = (group % per * (span * chunk)).to(tl.int64)
+        steps = tl.minimum(span * chunk, lines - group % per * (span * chunk))
         has_left = _rows_second((i > 0) | (rows == 1), T)
         has_right = _rows_second(i < rows - 1, T)
         mask = _rows_second(inside, T) & c_mask
@@ -489,79 +522,81 @@ def line_scan_proxy_bwd_kernel(
         z_mask = _rows_second(inside, T) & s_mask
         own_z_mask = _rows_first(own, T) & _second(sv % HALF < S, T)
         gz_mask = _rows_first(own, T) & _second(sg < S, T)
-        target = b * pixels + to + i * ti
-        z_row = z + _rows_second(target, T) * S + _first(s % HALF, T)
-        own_z_row = z + _rows_first(target, T) * S + _second(sv % HALF, T)
-        gy_row = gy + _rows_second(target, T) * channels + _first(c, T)
-        gz_row = gz + tl.max_contiguous(_rows_first(target, T) * S + _second(sg, T), [1, 2] if T == 1 else [1, 1, 2])
-        source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i, 0)
-        source = _rows_second(b * pixels + source, T) * channels + _first(c, T)
-        x_row, gx_row = x + source, gx + source
-        for segment in range(start, tl.minimum(start + span, segments)):
-            first = (segment * chunk).to(tl.int64)
-            steps = tl.minimum(chunk, lines - segment * chunk)
-            z_ptr, own_z_ptr = z_row + first * tt * S, own_z_row + first * tt * S
-            gy_ptr, gz_ptr = gy_row + first * tt * channels, gz_row + first * tt * S
-            x_ptr, gx_ptr = x_row + first * st * channels, gx_row + first * st * channels
-            carry = zero
+        target, start = j + to + i * ti, b * pixels + first * tt
+        z_at = _rows_second(target, T) * S + _first(s % HALF, T)
+        own_z_at = _rows_first(target, T) * S + _second(sv % HALF, T)
+        gy_at = _rows_second(target, T) * channels + _first(c, T)
+        gz_at = tl.max_contiguous(_rows_first(target, T) * S + _second(sg, T), [1, 2] if T == 1 else [1, 1, 2])
+        source, st = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+        source_start = b * pixels + first * st
+        x_at = _rows_second(j + source, T) * channels + _first(c, T)
+        carry = zero
+        states = scratch
+        if SAVED:
+            states += (_first_states(group, K, blocks, block) + k * blocks) * chunk * (P * C)
+        elif not KEEP:
+            # What other threads read of the last group's states is overwritten.
+            tl.debug_barrier()
+            h = zero
+            no_left, no_right = tl.where(has_left, zero, _CLOSED), tl.where(has_right, zero, _CLOSED)
+            zn = tl.load(z + start * S + z_at, z_mask, 0.0)
+            xn = tl.load(x + source_start * channels + x_at, mask, 0.0)
+            for t in range(steps):
+                zt, xt = zn, xn.to(tl.float32)
+                t_next = tl.minimum(t + 1, steps - 1)
+                zn = tl.load(z + (start + t_next * tt) * S + z_at, z_mask, 0.0)
+                xn = tl.load(x + (source_start + t_next * st) * channels + x_at, mask, 0.0)
+                h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+                tl.store(states + t * (P * C), h.to(scratch.dtype.element_ty))
+            tl.debug_barrier()
+        if not KEEP:
+            h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))
+        for n in range(steps):
+            t = steps - 1 - n
+            to_t, from_t = start + t * tt, source_start + t * st
+            zt = tl.load(z + to_t * S + z_at, z_mask, 0.0)
+            own_z = tl.load(z + to_t * S + own_z_at, own_z_mask, 0.0)
+            xt = tl.load(x + from_t * channels + x_at, mask, 0.0)
+            xt = xt.to(tl.float32) if KEEP or T > 1 else _hold(xt)
+            gyt = tl.load(gy + to_t * channels + gy_at, mask, 0.0).to(tl.float32)
+            if T > 1:
+                xt, gyt = _settle(xt, EXACT), _settle(gyt, EXACT)
             if not KEEP:
-                # What other threads read of the last group's states is overwritten.
-                tl.debug_barrier()
-                h = zero
-                no_left, no_right = tl.where(has_left, zero, _CLOSED), tl.where(has_right, zero, _CLOSED)
-                zn, xn = tl.load(z_ptr, z_mask, 0.0), tl.load(x_ptr, mask, 0.0)
-                for t in range(steps):
-                    zt, xt = zn, xn.to(tl.float32)
-                    t_next = tl.minimum(t + 1, steps - 1)
-                    zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
-                    xn = tl.load(x_ptr + t_next * st * channels, mask, 0.0)
-                    h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
-                    tl.store(scratch + t * (P * C), h.to(scratch.dtype.element_ty))
-                tl.debug_barrier()
-                h_next = tl.load(scratch + tl.maximum(steps - 2, 0) * (P * C))
-            for n in range(steps):
-                t = steps - 1 - n
-                zt = tl.load(z_ptr + t * tt * S, z_mask, 0.0)
-                own_z = tl.load(own_z_ptr + t * tt * S, own_z_mask, 0.0)
-                xt = tl.load(x_ptr + t * st * channels, mask, 0.0)
-                xt = xt.to(tl.float32) if KEEP or T > 1 else _hold(xt)
-                gyt = tl.load(gy_ptr + t * tt * channels, mask, 0.0).to(tl.float32)
-                if T > 1:
-                    xt, gyt = _settle(xt, EXACT), _settle(gyt, EXACT)
-                if not KEEP:
-                    # Read one line before it is needed.
-                    state = tl.where(t > 0, h_next, 0.0)
-                    h_next = tl.load(scratch + tl.maximum(t - 2, 0) * (P * C))
-                g_z = _zeros(16, V, T)
-                if V > HALF:
-                    z_high, z_low = _halves(own_z.to(tl.float32))
-                    own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
-                # In a long chunk the first line is one of many: states of 0 cost less than a branch.
-                if t > 0 or not KEEP:
-                    if KEEP:
-                        state = _dot(w3, tl.load(z_ptr, z_mask, 0.0)) * tl.load(x_ptr, mask, 0.0).to(tl.float32)
-                        state = state.to(kept)
-                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                        zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                        False, EXACT, KEEP and not TWICE)  # fmt: skip
-                    gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
-                    gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
-                    gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
-                    g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
-                    g_z = _proxy_gradient(g2, v2, g_z, TWICE)
-                else:
-                    g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                        zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                        True, EXACT, KEEP and not TWICE)  # fmt: skip
-                gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
-                gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
-                gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
-                g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
-                g_z = _proxy_gradient(g5, v5, g_z, TWICE)
-                tl.store(gx_ptr + t * st * channels, g_x.to(gx.dtype.element_ty), own_mask)
-                if V > HALF:
-                    g_z = tl.sum(tl.reshape(g_z, [16, 2, HALF] if T == 1 else [T, 16, 2, HALF]), 1 if T == 1 else 2)
-                tl.store(gz_ptr + t * tt * S, g_z.to(gz.dtype.element_ty), gz_mask)
+                # Read one line before it is needed.
+                state = tl.where(t > 0, h_next, 0.0)
+                h_next = tl.load(states + tl.maximum(t - 2, 0) * (P * C))
+            g_z = _zeros(16, V, T)
+            if V > HALF:
+                z_high, z_low = _halves(own_z.to(tl.float32))
+                own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
+            # In a long chunk the first line is one of many: states of 0 cost less than a branch.
+            if not KEEP or t & (chunk - 1) > 0:
+                if KEEP:
+                    z_before = tl.load(z + (to_t - tt) * S + z_at, z_mask, 0.0)
+                    x_before = tl.load(x + (from_t - st) * channels + x_at, mask, 0.0)
+                    state = (_dot(w3, z_before) * x_before.to(tl.float32)).to(kept)
+                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                    zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                    False, EXACT, KEEP and not TWICE)  # fmt: skip
+                gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
+                gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
+                gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
+                g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
+                g_z = _proxy_gradient(g2, v2, g_z, TWICE)
+            else:
+                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                    zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
+                    True, EXACT, KEEP and not TWICE)  # fmt: skip
+                carry = zero
+            gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
+            gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
+            gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
+            g_z = _proxy_gradient(g4, v4, _proxy_gradient(g3, v3, g_z, TWICE), TWICE)
+            g_z = _proxy_gradient(g5, v5, g_z, TWICE)
+            tl.store(gx + from_t * channels + x_at, g_x.to(gx.dtype.element_ty), own_mask)
+            if V > HALF:
+                g_z = tl.sum(tl.reshape(g_z, [16, 2, HALF] if T == 1 else [T, 16, 2, HALF]), 1 if T == 1 else 2)
+            tl.store(gz + to_t * S + gz_at, g_z.to(gz.dtype.element_ty), gz_mask)
     gw += k * 6 * v_j
     tl.store(gw, _sum_of_tiles(gw0), gw_mask)
     tl.store(gw + v_j, _sum_of_tiles(gw1), gw_mask)
@@ -642,6 +677,27 @@ def line_scan_unpack_kernel(
         tl.store(skip + at, value.to(skip.dtype.element_ty), mask)
 
 
+@kernel
+def line_scan_projected_sum_kernel(
+    gx, gz, weight, total, rows, channels,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of P pixels of x through the scan, gx (K, rows, channels), and through its proxy's, gz (rows, S)."""
+    blocks = tl.cdiv(channels, C)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * P + tl.arange(0, P)[:, None]
+    c = tl.program_id(0) % blocks * C + tl.arange(0, C)[None, :]
+    s = tl.arange(0, R)
+    mask = (row < rows) & (c < channels)
+    at = row * channels + c
+    value = tl.load(gx + at, mask, 0.0).to(tl.float32)
+    for k in tl.static_range(1, K):
+        value += tl.load(gx + k * rows.to(tl.int64) * channels + at, mask, 0.0).to(tl.float32)
+    z = tl.load(gz + row * S + s[None, :], (row < rows) & (s < S)[None, :], 0.0)  # (P, R)
+    w = tl.load(weight + s[:, None] * channels + c, (s < S)[:, None] & (c < channels), 0.0)  # (R, C)
+    value += _dot(z, w)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask)
+
+
 def frame(direction: str, height: int, width: int) -> tuple[int, int, int]:
     """First pixel of a sweep over a map, and the ways to the next row and to the next line."""
     return {
@@ -719,7 +775,8 @@ class _Launch:
         frames = [v for d in directions for v in frame(d, self.height, self.width)]
         return frames + [0] * (12 - len(frames))
 
-    def forward(self) -> Tensor:
+    def forward(self, states: Tensor | None = None) -> Tensor:
+        """The output; fills `states`, see `to_save`."""
         groups = list(self.groups())
         y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
         for k, directions, x, target in groups:
@@ -732,15 +789,15 @@ class _Launch:
             if not keep and len(directions) > together:
                 scratch = y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
             line_scan_proxy_fwd_kernel[(programs,)](
-                x, self.proxy, self.w[k:], y, scratch, self.batch, self.channels, self.height * self.width, rows,
-                lines, chunk, tiles, segments, halo, self.w_width, len(directions), *target,
+                x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels, self.height * self.width,
+                rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions), *target,
                 *self._sources(directions),
                 S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, KEEP=keep, ADD=k > 0,
                 num_stages=2, **self._resources(P, light=True)[1],
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
-    def backward(self, gy: Tensor) -> list[Tensor]:
+    def backward(self, gy: Tensor, projection: Tensor | None, states: Tensor | None = None) -> list[Tensor]:
         """Gradients of x, of the weights, and of the proxy."""
         gy = _pixels(gy)
         pixels = self.height * self.width
@@ -762,14 +819,15 @@ class _Launch:
             slots, options = self._resources(P, light=P == 16 and (keep or self.V < self.R))
             workers = _workers(groups, self.blocks * len(directions), slots)
             part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
-            scratch = part
-            if not keep:
+            scratch = part if states is None else states
+            if not keep and states is None:
                 scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=rounded)
             line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
                 x, self.proxy, self.w[k:], self.v[k:], gy, gx[k:], gz[k:], part, scratch, self.batch, self.channels,
-                pixels, rows, lines, chunk, tiles, segments, halo, self.w_width, groups, per, span, workers, *target,
+                pixels, rows, lines, chunk, tiles, halo, self.w_width, groups, per, span, workers, *target,
                 *self._sources(directions),
                 K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
+                SAVED=states is not None,
                 **options,
             )  # fmt: skip
             if x is not self.x:
@@ -780,15 +838,24 @@ class _Launch:
                 g_gates.stride(0), K=len(directions), S=self.rank, HALF=self.R if self.exact else self.R // 2,
                 V=self.V, C=self.C, N=16,
             )  # fmt: skip
-        if turned_gx is None:
-            turned_gx = _map(_sum(gx, gx.dtype) if len(gx) > 1 else gx[0], self.height)
-        return [turned_gx, g_gates, *others, _map(_sum(gz.flatten(0, 1), self.proxy.dtype), self.height)]
+        g_proxy = _sum(gz.flatten(0, 1), self.proxy.dtype)
+        if turned_gx is not None:
+            gx = _pixels(turned_gx)[None]
+        if projection is not None:
+            total, rows, P, C = torch.empty_like(self.x), self.batch * pixels, 64, 32
+            line_scan_projected_sum_kernel[(cdiv(rows, P) * cdiv(self.channels, C),)](
+                gx, g_proxy, projection, total, rows, self.channels,
+                K=len(gx), S=self.rank, R=max(16, next_power_of_2(self.rank)), P=P, C=C,
+            )  # fmt: skip
+        else:
+            total = _sum(gx, gx.dtype) if len(gx) > 1 else gx[0]
+        return [_map(total, self.height), g_gates, *others, _map(g_proxy, self.height)]
 
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the first axis, taken in float32."""
     if maps[0].numel() < _LARGE:
-        return maps.sum(0, dtype=torch.float32)
+        return maps.sum(0).to(dtype)
     total = maps.new_empty(maps.shape[1:], dtype=dtype)
     sum_maps(maps, total)
     return total
@@ -801,7 +868,7 @@ def _is_exact(x: Tensor, proxy: Tensor) -> bool:
 
 def _most_rows(x: Tensor, proxy: Tensor) -> int:
     """Rows of the largest tiles that all GPUs have the shared memory for."""
-    half = max(8, next_power_of_2(proxy.shape[1]))
+    half = max(8, next_power_of_2(int(proxy.shape[1])))
     if _is_exact(x, proxy):
         return 1024 // max(16, half)
     return (2048 if x.dtype == torch.bfloat16 else 1024) // half
@@ -854,14 +921,41 @@ def suits(args: tuple) -> bool:
     x, _, _, u, skip, proxy, _, chunk, normalize, aligned = args
     if proxy is None or u is None or skip is None or not normalize or not 1 <= proxy.shape[1] <= 32:
         return False
-    sizes = {x.shape[2:], x.shape[:1:-1] if aligned else x.shape[2:]}
+    # Numbers also where a compiler traces with symbols.
+    height, width = map(int, x.shape[2:])
+    sizes = {(height, width), (width, height) if aligned else (height, width)}
     most = _most_rows(x, proxy)
-    return all(_tile(rows, min(chunk or lines, lines), most) is not None for rows, lines in sizes)
+    for rows, lines in sizes:
+        # Pictures that share a tile, within which places are counted with 32 bits.
+        pictures = 16 // min(16, next_power_of_2(rows))
+        if _tile(rows, min(chunk or lines, lines), most) is None or pictures * x.shape[1] * rows * lines >= 1 << 31:
+            return False
+    return True
 
 
-def forward(*args) -> Tensor:
-    return _Launch(args, with_gradients=False).forward()
+def to_save(*args) -> list[Tensor]:
+    """States of all sweeps over long chunks, (groups of rows, K, blocks of channels, chunk, C, P) in bfloat16.
+
+    Only where all sweeps are one launch, and bfloat16 are the digits that gradients need.
+    """
+    x, directions, chunk, aligned = args[0], args[6], args[7], args[9]
+    batch, channels = x.shape[:2]
+    height, width = map(int, x.shape[2:])
+    chunk = min(chunk or width, width)
+    if x.dtype != torch.bfloat16 or aligned or height != width or len(directions) > 4 or chunk <= 2:
+        return []
+    P, halo = _tile(height, chunk, _most_rows(x, args[5]))
+    Q = min(P, next_power_of_2(height)) if halo == 0 else P
+    groups = cdiv(batch * Q, P) * cdiv(height, Q - 2 * halo) * cdiv(width, chunk)
+    return [x.new_empty(groups, len(directions), cdiv(channels, _Launch.C), chunk, _Launch.C, P)]
 
 
-def backward(grads: list[Tensor], *args) -> list[Tensor]:
-    return _Launch(args, with_gradients=True).backward(grads[0])
+def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
+    return _Launch(args, with_gradients=False).forward(*saved)
+
+
+def backward(
+    grads: list[Tensor], *args, projection: Tensor | None = None, saved: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Gradients; with `projection` (S, D), which the proxy was made of x with, that of x also through the proxy."""
+    return _Launch(args, with_gradients=True).backward(grads[0], projection, *saved)
