@@ -122,6 +122,19 @@ def test_half_precision(dtype):
     assert_close("half", half, expected, 3e-2)
 
 
+def test_hooks_of_scan_and_norm():
+    """Who looks on at the scan or its norm gets their calls, and the same result."""
+    torch.manual_seed(0)
+    mixer = SS2D(8)
+    x = torch.randn(1, 8, 5, 4)
+    expected = mixer(x)
+    called = []
+    for name in ("scan", "out_norm"):
+        getattr(mixer, name).register_forward_hook(lambda *_, name=name: called.append(name))
+    assert_close("output", mixer(x), expected)
+    assert called == ["scan", "out_norm"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

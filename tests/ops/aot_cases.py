@@ -126,6 +126,7 @@ def _scan2d() -> Iterator[Case]:
     yield Case("vmamba stage 2", f, arguments(128, 192, 28, 28, rank=12), (BF16,))
     yield Case("vmamba stage 3", f, arguments(128, 384, 14, 14, rank=24), (BF16,))
     yield Case("vmamba stage 4", f, arguments(128, 768, 7, 7, rank=48), (BF16,))
+    yield Case("vmamba stage 3, one picture", f, arguments(1, 384, 14, 14, rank=24), (BF16,))
     yield Case("vmamba 2048", f, arguments(1, 96, 512, 512), (BF16,))
     yield Case("16 states", f, arguments(8, 192, 56, 56, states=16), (BF16,))
     yield Case("groupmamba", f, arguments(128, 16, 56, 56, rank=1, grouped=True), (BF16,))
@@ -137,7 +138,7 @@ def _scan2d() -> Iterator[Case]:
 
 
 def _projected_scan2d() -> Iterator[Case]:
-    def arguments(batch, channels, height, width, states=1, rank=6):
+    def arguments(batch, channels, height, width, states=1, rank=6, norm=False):
         return lambda dtype: dict(
             x=maps(dtype, batch, channels, height, width),
             weight=weight(4, rank + 2 * states, channels),
@@ -146,8 +147,11 @@ def _projected_scan2d() -> Iterator[Case]:
             D=weight(4, channels),
             dt_weight=weight(4, channels, rank),
             dt_bias=weight(4, channels),
+            norm_weight=weight(channels) if norm else None,
+            norm_bias=weight(channels) if norm else None,
         )
 
+    yield Case("vmamba stage 1, normalised", ops.projected_scan2d, arguments(128, 96, 56, 56, norm=True), (BF16,))
     yield Case("vmamba stage 1", ops.projected_scan2d, arguments(128, 96, 56, 56), (BF16,))
     yield Case("odd", ops.projected_scan2d, arguments(2, 33, 13, 17, states=2, rank=3), (FP32,))
 

@@ -14,11 +14,11 @@ FAST_BACKENDS = [name for name in operator.backends if name not in ("naive", "tr
 CROSS = ["row", "col", "row_rev", "col_rev"]
 
 
-def make(shape, states=2, rank=3, directions=CROSS, optional=True, seed=0):
+def make(shape, states=2, rank=3, directions=CROSS, optional=True, norm=False, seed=0):
     """Tensor arguments by name, float64."""
     normal = randn(seed)
     channels, k = shape[1], len(directions)
-    return {
+    tensors = {
         "x": normal(*shape),
         "weight": normal(k, rank + 2 * states, channels) * channels**-0.5,
         "A": -normal(k, channels, states).exp(),
@@ -26,6 +26,9 @@ def make(shape, states=2, rank=3, directions=CROSS, optional=True, seed=0):
         "dt_weight": normal(k, channels, rank),
         "dt_bias": normal(k, channels) if optional else None,
     }
+    if norm:
+        tensors |= {"norm_weight": normal(channels), "norm_bias": normal(channels) if optional else None}
+    return tensors
 
 
 @pytest.fixture
@@ -50,6 +53,29 @@ def test_against_naive(shape, directions, per_line, backend):
 def test_dtypes(dtype, backend):
     tensors = {n: t.to(dtype) for n, t in make((2, 24, 7, 6), 1).items()}
     compare(backend, projected_scan2d, tensors, 3e-5 if dtype == torch.float32 else None, directions=CROSS)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("optional", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(2, 3, 3, 5), (1, 2, 1, 1), (0, 5, 1, 7)], ids=str)
+def test_norm(shape, optional, backend):
+    compare(backend, projected_scan2d, make(shape, optional=optional, norm=True), directions=CROSS)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one map", "maps of directions"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((2, 18, 3, 5), torch.float32), ((1, 18, 5, 4), torch.bfloat16), ((0, 3, 2, 2), torch.float32)],
+    ids=str,
+)
+def test_kernels_of_norm(shape, dtype, layout, apart, small_tiles, monkeypatch):
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("vla.ops.scan2d._triton")
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: kernels.Config(4, 16, 2, 1, apart=apart))
+    tensors = {n: t.to(dtype) for n, t in make(shape, 1, norm=True).items()}
+    tensors["x"] = tensors["x"].contiguous(memory_format=layout)
+    compare("triton", projected_scan2d, tensors, directions=CROSS)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
@@ -97,15 +123,16 @@ class Scan(torch.nn.Module):
         super().__init__()
         self.directions = list(CROSS)
 
-    def forward(self, x, weight, A, D, dt_weight, dt_bias):
-        return projected_scan2d(x, weight, A, self.directions, D, dt_weight, dt_bias)
+    def forward(self, x, weight, A, D, dt_weight, dt_bias, norm_weight, norm_bias):
+        norm = (norm_weight, norm_bias)
+        return projected_scan2d(x, weight, A, self.directions, D, dt_weight, dt_bias, True, False, *norm)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
-    tensors = tuple(make((2, 3, 4, 5)).values())
+    tensors = tuple(make((2, 3, 4, 5), norm=True).values())
     leaves = [t.clone().requires_grad_() for t in tensors]
-    arguments = (*leaves[:3], CROSS, *leaves[3:], True, False)
+    arguments = (*leaves[:3], CROSS, *leaves[3:6], True, False, *leaves[6:], 1e-5)
     check_machinery(Scan(), tensors, torch.ops.vla.projected_scan2d.default, arguments)
 
 
@@ -122,6 +149,8 @@ def test_flops():
         ({"directions": ["row", "diagonal"]}, "unknown direction 'diagonal', expected one of row, col"),
         ({"directions": []}, "directions is empty"),
         ({"weight": torch.ones(4, 6, 3)}, r"weight has shape \(4, 6, 3\), expected \(K, R \+ 2N, D\) = \(4, 7, 3\)"),
+        ({"norm_weight": torch.ones(4)}, r"norm_weight has shape \(4,\), expected \(D,\) = \(3,\)"),
+        ({"norm_bias": torch.ones(3)}, "norm_bias is given without norm_weight"),
         ({"D": torch.ones(12)}, r"D has shape \(12,\), expected \(K, D\) = \(4, 3\)"),
     ],
 )
@@ -133,19 +162,20 @@ def test_wrong_arguments(change, message):
 def test_machinery_of_what_is_saved(small_tiles):
     """Compilers see an operator that saves, and give the direct path's gradients."""
     pytest.importorskip("triton")
-    leaves = [t.float().requires_grad_() for t in make((1, 2, 3, 6), 1, directions=["row_rev"]).values()]
+    tensors = make((1, 2, 3, 6), 1, directions=["row_rev"], norm=True)
+    leaves = [t.float().requires_grad_() for t in tensors.values()]
 
     def gradients(function):
         return torch.autograd.grad(function(*leaves).square().sum(), leaves)
 
     def scan(*leaves):
-        return projected_scan2d(*leaves[:3], ["row_rev"], *leaves[3:])
+        return projected_scan2d(*leaves[:3], ["row_rev"], *leaves[3:6], True, False, *leaves[6:])
 
     with use_backend("triton"):
         expected = gradients(scan)
         assert all(map(torch.equal, gradients(torch.compile(scan, fullgraph=True, backend="aot_eager")), expected))
         arguments = tuple(t.detach() for t in leaves)
-        arguments = (*arguments[:3], ["row_rev"], *arguments[3:], True, False)
+        arguments = (*arguments[:3], ["row_rev"], *arguments[3:6], True, False, *arguments[6:], 1e-5)
         assert set(torch.library.opcheck(torch.ops.vla.projected_scan2d_train.default, arguments).values()) == {
             "SUCCESS"
         }

@@ -51,6 +51,13 @@ def test_against_naive(shape, directions, options):
     compare("triton", scan2d, tensors, directions=directions, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_forward_in_maps_of_directions(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: kernels.Config(4, 16, 2, 1, ahead=True, apart=True))
+    tensors = {n: t.to(dtype) for n, t in make((1, 5, 5, 4), 1, directions=CROSS).items()}
+    compare("triton", scan2d, tensors, directions=CROSS)
+
+
 @pytest.mark.parametrize("states", [3, 8], ids=lambda n: f"N{n}")
 def test_states(states):
     compare("triton", scan2d, single((1, 3, 3, 6), states, directions=["col_rev"]), directions=["col_rev"])

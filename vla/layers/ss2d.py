@@ -13,7 +13,7 @@ from ..ops import cross_merge, projected_scan2d, ssd
 from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import narrow
+from .norm import LayerNorm2d, autocast_dtype, has_hooks, narrow, normalize
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
 SCANS = {
@@ -48,6 +48,28 @@ def init_decay(init: str, decay: Tensor, *steps: Tensor) -> None:
 def inverse_softplus(x: Tensor) -> Tensor:
     """The `y` with `softplus(y) = x`, for positive `x`."""
     return x + torch.log(-torch.expm1(-x))
+
+
+@torch.fx.wrap
+def scan_and_normalize(
+    x: Tensor, groups: list[Tensor], directions: list[str], weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """The scan of a map and the layer norm of its result, in autocast's dtype: one operator where there are kernels.
+
+    Args:
+        x: Map, (B, D, H, W).
+        groups: See `SelectiveScan2d.parameter_groups`.
+        directions: K directions, see `vla.ops.scan2d`.
+        weight: Scale of the norm per channel, (D,).
+        bias: Shift of the norm per channel, (D,).
+        eps: Added to the norm's variance.
+    """
+    x_proj_weight, A_log, D, dt_proj_weight, dt_proj_bias = groups
+    arguments = (x, x_proj_weight, -torch.exp(A_log), directions, D, dt_proj_weight, dt_proj_bias)
+    if x.device.type in ("cuda", "xpu") and autocast_dtype(x) in (None, x.dtype):
+        return projected_scan2d(*arguments, norm_weight=weight, norm_bias=bias, eps=eps)
+    y = projected_scan2d(*arguments).permute(0, 2, 3, 1)
+    return normalize(y, weight, bias, eps, narrow=True).permute(0, 3, 1, 2)
 
 
 class SelectiveScan2d(nn.Module):
@@ -336,7 +358,22 @@ class SS2D(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Everything between the two projections but the gate, (B, D, H, W) to the same."""
-        return self.out_act(self.out_norm(self.scan(self.conv(x))))
+        return self.out_act(self.scan_and_norm(self.conv(x)))
+
+    def scan_and_norm(self, x: Tensor) -> Tensor:
+        """`out_norm(scan(x))`: a layer norm takes part in the sum over directions."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.is_plain():
+                norm = self.out_norm
+                groups = self.scan.parameter_groups()
+                return scan_and_normalize(x, groups, self.scan.directions, norm.weight, norm.bias, norm.eps)
+        return self.out_norm(self.scan(x))
+
+    @torch.jit.ignore
+    def is_plain(self) -> bool:
+        """Whether nobody looks at what is between a selective scan and a layer norm."""
+        plain = type(self.scan) is SelectiveScan2d and type(self.out_norm) is LayerNorm2d
+        return plain and not has_hooks(self.scan) and not has_hooks(self.out_norm)
 
 
 class VSSBlock(ResidualBlock):

@@ -199,7 +199,11 @@ class Recording(TorchDispatchMode):
         for step in steps:
             group = casts.setdefault(self._slots[step.slot].dtype, []) if self._is_cast(step) else rest
             group.append(step)
-        joined: list = [Casts(group, [self._slots[step.slot] for step in group]) for group in casts.values()]
+        # A launch for many tensors gives a small one to a single block of threads: one cast by itself is faster.
+        joined: list = [
+            Casts(group, [self._slots[step.slot] for step in group]) if len(group) > 1 else group[0]
+            for group in casts.values()
+        ]
         early = set(range(self._given))
         for function in OF_MANY:
             calls = [step for step in rest if isinstance(step, Call) and step.function is function]

@@ -3,36 +3,86 @@
 from collections.abc import Sequence
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from .._triton import cdiv, kernel
+from ..layer_norm import _triton as layer_norm
+from ..layer_norm._triton import _add, _affine, _load, _place, _standardize, _store
 from ..scan2d import _triton as scan
-from .project import as_map, matrix_of, pixels, scan_arguments, split
+from .project import as_map, matrix_of, norm_arguments, pixels, scan_arguments, split
+
+
+@kernel
+def projected_scan2d_norm_kernel(
+    maps, weight, bias, y, total, rows, stride, eps,
+    COUNT: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Layer norm of the sum of the directions' maps (COUNT, rows, CHANNELS), and the sum."""
+    channel = tl.zeros((BLOCK_R, 1), tl.int32)
+    start, inside = _place(tl.program_id(0), rows, channel, CHANNELS, GROUPS, BLOCK_R)
+    row = _load(maps + start, inside, CHANNELS, WIDTH)
+    for k in tl.static_range(1, COUNT):
+        row = _add(row, _load(maps + k * tl.cast(stride, tl.int64) + start, inside, CHANNELS, WIDTH))
+    if total is not None:
+        _store(total + start, row, inside, CHANNELS, WIDTH)
+    normal, _ = _standardize(row, inside, eps, CHANNELS, WIDTH)
+    _store(y + start, _affine(normal, weight, bias, channel, CHANNELS, WIDTH), inside, CHANNELS, WIDTH)
 
 
 def to_save(*args) -> list[Tensor]:
-    """The projections, and what the scan saves."""
-    x, weight, *_ = args
+    """The projections, the scans' sum if it is normalised, and what the scan saves."""
+    x, weight, *_, norm_weight, _, _ = args
     projected = x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], weight.shape[0] * weight.shape[1]))
-    return [projected, *scan.to_save(*scan_arguments(projected, args))]
+    totals = [] if norm_weight is None else [torch.empty_like(x, memory_format=torch.channels_last)]
+    return [projected, *totals, *scan.to_save(*scan_arguments(projected, args))]
+
+
+def _unpack(saved: Sequence[Tensor], args: tuple) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+    """What `to_save` has made: projections, the scans' sum, and the scan's."""
+    projected, *rest = saved
+    return (projected, None, rest) if args[-3] is None else (projected, rest[0], rest[1:])
 
 
 def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
-    x, weight, *_ = args
-    projected = torch.mm(pixels(x), matrix_of(weight, x).T, out=saved[0] if saved else None)
-    return scan.forward(*scan_arguments(projected, args), saved=saved[1:])
+    x, weight, *_, norm_weight, norm_bias, eps = args
+    projected, total, states = _unpack(saved, args) if saved else (None, None, ())
+    projected = torch.mm(pixels(x), matrix_of(weight, x).T, out=projected)
+    arguments = scan_arguments(projected, args)
+    if norm_weight is None:
+        return scan.forward(*arguments, saved=states)
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    out = torch.empty_like(x, memory_format=torch.channels_last) if total is None else total
+    rows = y if y.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(out)
+    maps = scan.walk(out, *arguments, saved=states)
+    constants, _, _ = layer_norm._config(x.shape[1], 1)
+    # Half as many rows for as many warps: a thread has several maps to wait for.
+    block_r = max(1, constants["BLOCK_R"] // 2)
+    projected_scan2d_norm_kernel[(cdiv(len(projected), block_r),)](
+        maps, norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous(), rows,
+        None if maps is out else total, len(projected), maps.stride(0), eps,
+        COUNT=1 if maps is out else len(maps), **constants | dict(BLOCK_R=block_r),
+    )  # fmt: skip
+    return y if rows is y else y.copy_(rows)
 
 
 def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
-    x, weight, *_ = args
+    x, weight, *_, norm_weight, _, _ = args
     x_rows, matrix = pixels(x), matrix_of(weight, x)
-    projected, *states = saved or [torch.mm(x_rows, matrix.T)]
+    projected, total, states = _unpack(saved, args) if saved else (torch.mm(x_rows, matrix.T), None, ())
+    arguments = scan_arguments(projected, args)
+    g_norm: list[Tensor | None] = [None, None]
+    if norm_weight is not None and x.numel() > 0:
+        total = scan.forward(*arguments) if total is None else total
+        g_y, _, *g_norm, _ = layer_norm.backward([grads[0].permute(0, 2, 3, 1), None], *norm_arguments(total, args))
+        grads = [g_y.permute(0, 3, 1, 2)]
     g_rows = torch.empty_like(projected)
-    gx, _, g_A, _, _, *g_parameters = scan.backward(
-        grads, *scan_arguments(projected, args), saved=states, projections=split(g_rows, args)
-    )
+    gx, _, g_A, _, _, *g_parameters = scan.backward(grads, *arguments, saved=states, projections=split(g_rows, args))
     gx_rows = gx.permute(0, 2, 3, 1)
     if gx_rows.is_contiguous():
         gx_rows.view(x_rows.shape).addmm_(g_rows, matrix)
     else:
         gx += as_map(g_rows @ matrix, x)
-    return [gx, (g_rows.T @ x_rows).view(weight.shape), g_A, *g_parameters]
+    return [gx, (g_rows.T @ x_rows).view(weight.shape), g_A, *g_parameters, *g_norm]

@@ -5,6 +5,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..layer_norm import _torch as layer_norm
+
 
 def pixels(x: Tensor) -> Tensor:
     """A map (B, D, H, W) as (B H W, D), a view if it is channels-last."""
@@ -31,23 +33,39 @@ def split(projected: Tensor, args: tuple) -> tuple[Tensor, ...]:
 
 def scan_arguments(projected: Tensor, args: tuple) -> tuple:
     """The arguments of `scan2d`, from the projections and the arguments here."""
-    x, _, A, directions, D, dt_weight, dt_bias, delta_softplus, per_line = args
+    x, _, A, directions, D, dt_weight, dt_bias, delta_softplus, per_line, *_ = args
     dt, B, C = (part.permute(0, 3, 4, 1, 2) for part in split(projected, args))
     return x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, False, per_line
 
 
+def norm_arguments(y: Tensor, args: tuple) -> tuple:
+    """The arguments of `layer_norm`, from the scans' sum and the arguments here."""
+    *_, norm_weight, norm_bias, eps = args
+    return y.permute(0, 2, 3, 1), None, norm_weight, norm_bias, None, 1, eps, None
+
+
 def forward(scan: ModuleType, args: tuple) -> Tensor:
     """The forward, by a backend of `scan2d`."""
-    x, weight, *_ = args
-    return scan.forward(*scan_arguments(pixels(x) @ matrix_of(weight, x).T, args))
+    x, weight, *_, norm_weight, _, _ = args
+    y = scan.forward(*scan_arguments(pixels(x) @ matrix_of(weight, x).T, args))
+    if norm_weight is None:
+        return y
+    rows, _ = layer_norm.forward(*norm_arguments(y, args))
+    return torch.empty_like(y).copy_(rows.permute(0, 3, 1, 2))
 
 
 def backward(scan: ModuleType, grads: list[Tensor], args: tuple) -> list[Tensor | None]:
     """The backward, by a backend of `scan2d`."""
-    x, weight, *_ = args
+    x, weight, *_, norm_weight, _, _ = args
     x_rows, matrix = pixels(x), matrix_of(weight, x)
-    gx, g_dt, g_A, g_B, g_C, *g_parameters = scan.backward(grads, *scan_arguments(x_rows @ matrix.T, args))
+    arguments = scan_arguments(x_rows @ matrix.T, args)
+    g_norm: list[Tensor | None] = [None, None]
+    if norm_weight is not None:
+        g_rows = [g.permute(0, 2, 3, 1) for g in grads]
+        g_y, _, *g_norm, _ = layer_norm.backward(g_rows, *norm_arguments(scan.forward(*arguments), args))
+        grads = [g_y.permute(0, 3, 1, 2)]
+    gx, g_dt, g_A, g_B, g_C, *g_parameters = scan.backward(grads, *arguments)
     g_rows = torch.cat([g.permute(0, 3, 4, 1, 2) for g in (g_dt, g_B, g_C)], dim=-1)
     g_rows = g_rows.reshape(x_rows.shape[0], matrix.shape[0]).to(x.dtype)
     gx = gx.to(x.dtype) + as_map(g_rows @ matrix, x)
-    return [gx, (g_rows.T @ x_rows).view(weight.shape), g_A, *g_parameters]
+    return [gx, (g_rows.T @ x_rows).view(weight.shape), g_A, *g_parameters, *g_norm]

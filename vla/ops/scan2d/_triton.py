@@ -389,23 +389,24 @@ def scan2d_carry_kernel(
 def scan2d_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr, y_ptr,
     borders, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p,
+    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p, ys_k,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
     PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr, AHEAD: tl.constexpr, BORDER: tl.constexpr,
+    AXES: tl.constexpr, APART: tl.constexpr, AHEAD: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
-    directions in turn.
+    directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
     """
+    ALONE: tl.constexpr = GROUPED or APART
     block = tl.program_id(0) % blocks
     begin = 0
     end = 2 * K
     index = tl.program_id(0) // blocks
-    if GROUPED:
+    if ALONE:
         begin = index % K
         end = begin + 1
         index = index // K
@@ -431,14 +432,19 @@ def scan2d_fwd_kernel(
     slots = runs * tiles * (T * S)
 
     for turn in range(begin, end):
-        k, walks, first, last = _turn(turn, K, chosen, columns, order, GROUPED)
+        k, walks, first, last = _turn(turn, K, chosen, columns, order, ALONE)
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
-            skip = _load_skip(D_ptr, k, K, d, d_mask & first, channels, GROUPED)
+            # The first program, or the first turn, of a map also passes the skip.
+            skips = k == 0 if APART else first
+            skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             # The width of a thread's loads decides how many lanes the channels of a pixel take.
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            out_ptr = y_ptr
+            if APART:
+                out_ptr += k * ys_k.to(tl.int64)
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
@@ -461,7 +467,7 @@ def scan2d_fwd_kernel(
                 x = _tile(x_rows, T, S)
                 y_at = (pixel * ys_p)[:, None] + (vector * ys_d)[None, :]
                 y = skip[None, None, :] * x
-                if not GROUPED:
+                if not ALONE:
                     earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if AHEAD:
                     pixel, mask = _visit(o, (run * tiles + tile + 1) * (T * S), slots, direction, length, AXES, WIDE)
@@ -470,7 +476,7 @@ def scan2d_fwd_kernel(
                     low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
 
                 logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
-                if not GROUPED:
+                if not ALONE:
                     y += _tile(earlier, T, S)
                 for n in range(N):
                     A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
@@ -494,7 +500,7 @@ def scan2d_fwd_kernel(
 
                 y = tl.reshape(y, (T * S, BLOCK_D))
                 if last:
-                    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
+                    tl.store(out_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + y_at, y, mask=full_mask)
             # The next direction reads what other threads of this program have written.
@@ -748,7 +754,7 @@ class Config(NamedTuple):
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
         ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
-        apart: Whether the backward's directions are programs of their own, with a map of sums each.
+        apart: Whether directions are programs of their own, with a map of results (backward: of sums) each.
     """
 
     T: int
@@ -766,7 +772,8 @@ class Config(NamedTuple):
         return max(1, 32 * self.num_warps * self.VECTOR // self.BLOCK_D)
 
 
-# Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too.
+# Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too, as are "narrow
+# apart" and "wide apart"; "many apart" are 16.
 FORWARD = {
     "runs": Config(8, 32, 4, 1, tiles=4),
     "3": Config(4, 32, 4, 4, maxnreg=168, ahead=True),
@@ -775,10 +782,15 @@ FORWARD = {
     "many": Config(4, 32, 4, 1, maxnreg=168, ahead=True),
     "many states": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2),
+    "few apart": Config(4, 32, 4, 4, maxnreg=128, apart=True),
+    "narrow apart": Config(4, 32, 4, 1, maxnreg=168, ahead=True, apart=True),
+    "wide apart": Config(4, 64, 4, 2, maxnreg=168, ahead=True, apart=True),
+    "many apart": Config(4, 64, 4, 2, maxnreg=128, apart=True),
 }
 BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=9),
     "long runs": Config(4, 32, 4, 1, tiles=18),
+    "long runs apart": Config(4, 32, 4, 1, tiles=18, apart=True),
     "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2, apart=True),
@@ -787,6 +799,12 @@ BACKWARD = {
 
 
 def _fwd_config(problem: "_Sizes") -> Config:
+    if problem.separable and (problem.programs >= 48 or problem.length < 1024):
+        if problem.programs < 132:
+            return FORWARD["few apart"]
+        if problem.channels < 128:
+            return FORWARD["narrow apart"]
+        return FORWARD["wide apart" if problem.programs < 1024 else "many apart"]
     if problem.programs < 132 and problem.length >= 512:
         return FORWARD["runs"]
     if problem.states > 1 and problem.programs < 1024:
@@ -805,7 +823,7 @@ def _bwd_config(problem: "_Sizes") -> Config:
     fewest = 132 if problem.states > 1 else 512 if narrow else 640
     if problem.programs < fewest and problem.length >= 512:
         # Of long ones there may be fewer than the 8 programs that a multiprocessor of 132 runs at once.
-        long = BACKWARD["long runs"]
+        long = BACKWARD["long runs apart" if problem.separable else "long runs"]
         enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= 8 * 132
         return long if enough else BACKWARD["runs"]
     if narrow:
@@ -858,7 +876,7 @@ _known_cut = lru_cache(_cut)
 
 
 class _Sizes:
-    """What the choice of configurations depends on: sizes alone, which a compiler knows, too."""
+    """What the choice of configurations depends on: sizes and a dtype, which a compiler knows, too."""
 
     def __init__(self, x: Tensor, A: Tensor, dt_weight: Tensor | None, grouped: bool, per_line: bool):
         self.grouped, self.per_line = grouped, per_line
@@ -869,6 +887,8 @@ class _Sizes:
         self.sequences, self.length = 1, self.height * self.width
         if per_line:
             self.sequences = self.length = max(self.height, self.width)
+        # Whether a map for each direction moves no more bytes than a float32 one that all directions add to.
+        self.separable = x.dtype == torch.bfloat16 and self.count > 1 and self.states == 1 and not (grouped or per_line)
         # Programs of 32 channels that walk whole sequences.
         self.programs = self.batch * self.sequences * cdiv(self.channels, 32) * (self.count if grouped else 1)
 
@@ -930,6 +950,15 @@ class _Problem(_Sizes):
         """Where sums over directions grow: float32 memory laid out like the result, or the result itself."""
         alone = self.count == 1 or self.grouped or result.dtype == torch.float32
         return result if alone else torch.empty_like(result, dtype=torch.float32)
+
+    def walks_apart(self, config: Config) -> bool:
+        return config.apart and self.count > 1 and not self.grouped
+
+    def maps(self, result: Tensor) -> Tensor:
+        """A map laid out like the result for each direction, (K, numbers of a map)."""
+        # bfloat16 has float32's range, which a direction's part of a gradient may need.
+        dtype = result.dtype if result.dtype == torch.bfloat16 else torch.float32
+        return result.new_empty((self.count, result.numel()), dtype=dtype)
 
     def sizes(self, config: Config) -> tuple[int, ...]:
         """Arguments of all kernels but one, between their own and the strides."""
@@ -1031,20 +1060,37 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     y = torch.empty_like(args[0])
     if y.numel() == 0:
         return y
+    out = _flat(y)
+    maps = walk(out, *args, saved=saved)
+    if maps is not out:
+        sum_maps(maps, out)
+    return y if out is y else y.copy_(out)
+
+
+def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
+    """Scans into `out`, a flat map like x, or into a map for each direction, which are then still to be summed.
+
+    Returns:
+        `out`, or maps laid out like it, (K, numbers of a map).
+    """
     problem = _Problem(*args)
-    x, out = problem.x, _flat(y)
+    x = problem.x
     config = _fwd_config(problem)
     entries, _ = problem.enter(config)
     borders, count, border = None, 0, 0
     if saved:
         (borders,), backward_config = saved, _bwd_config(problem)
         count, border = borders.shape[2] * borders.shape[3], backward_config.T * backward_config.S
-    tensors = (x, *problem.parameters(), entries, borders, problem.sums(out), out, count)
-    strides = (*_map_strides(x), *problem.strides(), *_map_strides(out))
+    apart = problem.walks_apart(config)
+    maps = problem.maps(out) if apart else out
+    partial = maps if apart else problem.sums(out)
+    tensors = (x, *problem.parameters(), entries, borders, partial, maps, count)
+    strides = (*_map_strides(x), *problem.strides(), *_map_strides(out), maps.stride(0))
     problem.launch(
-        scan2d_fwd_kernel, config, tensors, strides, x, out, alone=problem.grouped, AHEAD=config.ahead, BORDER=border
-    )
-    return y if out is y else y.copy_(out)
+        scan2d_fwd_kernel, config, tensors, strides, x, out,
+        alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, BORDER=border,
+    )  # fmt: skip
+    return maps
 
 
 def backward(
@@ -1078,10 +1124,8 @@ def backward(
     sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
 
     entries, borders = problem.enter(config, gy, *saved)
-    apart = config.apart and count > 1 and not grouped
-    # bfloat16 has float32's range, which a direction's part of a gradient may need.
-    narrow = gx.dtype == torch.bfloat16
-    maps = gx.new_empty((count, gx.numel()), dtype=gx.dtype if narrow else torch.float32) if apart else gx
+    apart = problem.walks_apart(config)
+    maps = problem.maps(gx) if apart else gx
     partial = maps if apart else problem.sums(gx)
     tensors = (gy, x, *problem.parameters(), entries, borders, partial, maps, g_dt, parts, *sums.split(sizes, dim=1))
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
