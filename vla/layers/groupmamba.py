@@ -38,8 +38,8 @@ def is_worth_launches(x: Tensor) -> bool:
 
 def is_narrow(x: Tensor) -> bool:
     """Whether a map has 16 bits and is on a GPU, which is what the kernels of GroupMamba's own operators are for."""
-    # Tracing by torch.fx hands proxies through.
-    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2
+    # Tracing by torch.fx hands proxies through, and what is traced must not depend on whether gradients are on.
+    return isinstance(x, Tensor) and x.is_cuda and x.dtype.itemsize == 2 and not torch.jit.is_tracing()
 
 
 def infers(x: Tensor) -> bool:
@@ -76,7 +76,8 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     out_features, in_features = weight.shape
     # A product with fewer rows takes hardly longer than the copy that x may have to be.
     columns = -in_features % ALIGNMENT if out_features >= in_features else 0
-    if bias is not None and columns == 0 and out_features > in_features and torch.is_grad_enabled():
+    trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    if bias is not None and columns == 0 and out_features > in_features and trains:
         columns = ALIGNMENT
     rows = -out_features % ALIGNMENT
     if columns == 0 and rows == 0:
@@ -139,7 +140,7 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         # Parts of rows, so that a compiler has their gradients side by side with channels last.
         parts = linear(as_rows(x.permute(0, 2, 3, 1)), block_diagonal(weights)).chunk(len(weights), dim=-1)
         batch, _, height, width = x.shape
-        return [part.view(batch, height, width, -1).permute(0, 3, 1, 2) for part in parts]
+        return [part.view(batch, height, width, part.shape[-1]).permute(0, 3, 1, 2) for part in parts]
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
 

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 def _expect(model: nn.Module, args: tuple, kwargs: Mapping) -> None:
     """Prepares for a kernel that this call has to compile."""
     images = args[0] if args else None
-    if type(images) is not Tensor or not images.is_cuda:
+    if type(images) is not Tensor or not images.is_cuda or torch._C._are_functorch_transforms_active():
         return
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     kind = (images.get_device(), images.dtype, autocast, torch.is_grad_enabled(), model.training)

@@ -91,7 +91,8 @@ class ImageConv2d(nn.Conv2d):
 def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> torch.dtype | None:
     """dtype in which `vla.ops.conv_norm_relu` does what three modules would, None where it doesn't."""
     # Tracing by torch.fx hands proxies through.
-    if not isinstance(x, Tensor) or not x.is_cuda or torch.is_grad_enabled() or norm.training:
+    trains = torch.is_grad_enabled() or torch.jit.is_tracing() or norm.training
+    if not isinstance(x, Tensor) or not x.is_cuda or trains:
         return None
     kinds = (type(conv) in (nn.Conv2d, ImageConv2d), type(norm) is nn.BatchNorm2d, type(act) is nn.ReLU)
     if not all(kinds) or any(map(has_hooks, (conv, norm, act))) or norm.running_mean is None or norm.weight is None:

@@ -1,7 +1,7 @@
 """GPU kernels of the line scan whose coefficients are linear functions of a proxy."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_maps
 from .frames import from_map_frame, to_map_frame
+
+# Of gradients (sweeps, B, pixels, D) and (B, pixels, S), those of x, (B, pixels, D).
+Join = Callable[[Tensor, Tensor], Tensor]
 
 # The least sum of sigmoids that divides them.
 _MIN_TOTAL = tl.constexpr(1e-7)
@@ -677,27 +680,6 @@ def line_scan_unpack_kernel(
         tl.store(skip + at, value.to(skip.dtype.element_ty), mask)
 
 
-@kernel
-def line_scan_projected_sum_kernel(
-    gx, gz, weight, total, rows, channels,
-    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Gradient of P pixels of x through the scan, gx (K, rows, channels), and through its proxy's, gz (rows, S)."""
-    blocks = tl.cdiv(channels, C)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * P + tl.arange(0, P)[:, None]
-    c = tl.program_id(0) % blocks * C + tl.arange(0, C)[None, :]
-    s = tl.arange(0, R)
-    mask = (row < rows) & (c < channels)
-    at = row * channels + c
-    value = tl.load(gx + at, mask, 0.0).to(tl.float32)
-    for k in tl.static_range(1, K):
-        value += tl.load(gx + k * rows.to(tl.int64) * channels + at, mask, 0.0).to(tl.float32)
-    z = tl.load(gz + row * S + s[None, :], (row < rows) & (s < S)[None, :], 0.0)  # (P, R)
-    w = tl.load(weight + s[:, None] * channels + c, (s < S)[:, None] & (c < channels), 0.0)  # (R, C)
-    value += _dot(z, w)
-    tl.store(total + at, value.to(total.dtype.element_ty), mask)
-
-
 def frame(direction: str, height: int, width: int) -> tuple[int, int, int]:
     """First pixel of a sweep over a map, and the ways to the next row and to the next line."""
     return {
@@ -797,7 +779,7 @@ class _Launch:
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
-    def backward(self, gy: Tensor, projection: Tensor | None, states: Tensor | None = None) -> list[Tensor]:
+    def backward(self, gy: Tensor, join: Join | None, states: Tensor | None = None) -> list[Tensor]:
         """Gradients of x, of the weights, and of the proxy."""
         gy = _pixels(gy)
         pixels = self.height * self.width
@@ -841,12 +823,8 @@ class _Launch:
         g_proxy = _sum(gz.flatten(0, 1), self.proxy.dtype)
         if turned_gx is not None:
             gx = _pixels(turned_gx)[None]
-        if projection is not None:
-            total, rows, P, C = torch.empty_like(self.x), self.batch * pixels, 64, 32
-            line_scan_projected_sum_kernel[(cdiv(rows, P) * cdiv(self.channels, C),)](
-                gx, g_proxy, projection, total, rows, self.channels,
-                K=len(gx), S=self.rank, R=max(16, next_power_of_2(self.rank)), P=P, C=C,
-            )  # fmt: skip
+        if join is not None:
+            total = join(gx, g_proxy)
         else:
             total = _sum(gx, gx.dtype) if len(gx) > 1 else gx[0]
         return [_map(total, self.height), g_gates, *others, _map(g_proxy, self.height)]
@@ -954,8 +932,6 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     return _Launch(args, with_gradients=False).forward(*saved)
 
 
-def backward(
-    grads: list[Tensor], *args, projection: Tensor | None = None, saved: Sequence[Tensor] = ()
-) -> list[Tensor]:
-    """Gradients; with `projection` (S, D), which the proxy was made of x with, that of x also through the proxy."""
-    return _Launch(args, with_gradients=True).backward(grads[0], projection, *saved)
+def backward(grads: list[Tensor], *args, join: Join | None = None, saved: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Gradients; that of x is what `join` makes of all sweeps' and of the proxy's, without it their sum."""
+    return _Launch(args, with_gradients=True).backward(grads[0], join, *saved)

@@ -1,14 +1,38 @@
-"""The projected scan with the kernels of `line_scan`, the last of which takes the gradient of x through the proxy."""
+"""The projected scan with the kernels of `line_scan`, and one that takes the gradient of x through the proxy, too."""
 
 from collections.abc import Sequence
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from .._triton import cdiv, kernel, next_power_of_2
 from ..line_scan import _triton as scan
 from ..line_scan import _triton_proxy as proxy_scan
+from ..line_scan._triton_proxy import _dot
 from . import project
 from .project import pixels, scan_arguments
+
+
+@kernel
+def projected_line_scan_sum_kernel(
+    gx, gz, weight, total, rows, channels,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of P pixels of x through the scan, gx (K, rows, channels), and through its proxy's, gz (rows, S)."""
+    blocks = tl.cdiv(channels, C)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * P + tl.arange(0, P)[:, None]
+    c = tl.program_id(0) % blocks * C + tl.arange(0, C)[None, :]
+    s = tl.arange(0, R)
+    mask = (row < rows) & (c < channels)
+    at = row * channels + c
+    value = tl.load(gx + at, mask, 0.0).to(tl.float32)
+    for k in tl.static_range(1, K):
+        value += tl.load(gx + k * tl.cast(rows, tl.int64) * channels + at, mask, 0.0).to(tl.float32)
+    z = tl.load(gz + row * S + s[None, :], (row < rows) & (s < S)[None, :], 0.0)  # (P, R)
+    w = tl.load(weight + s[:, None] * channels + c, (s < S)[:, None] & (c < channels), 0.0)  # (R, C)
+    value += _dot(z, w)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask)
 
 
 def to_save(*args) -> list[Tensor]:
@@ -32,5 +56,15 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     arguments = scan_arguments(projected, args)
     if not proxy_scan.suits(arguments):
         return project.backward(scan, grads, args)
-    gx, *g_weights, g_proxy = proxy_scan.backward(grads, *arguments, projection=matrix, saved=states)
+
+    def join(gx: Tensor, g_proxy: Tensor) -> Tensor:
+        (sweeps, *_, channels), rank, total = gx.shape, len(matrix), torch.empty_like(gx[0], dtype=x.dtype)
+        P, C = 64, 32
+        projected_line_scan_sum_kernel[(cdiv(len(rows), P) * cdiv(channels, C),)](
+            gx, g_proxy, matrix, total, len(rows), channels,
+            K=sweeps, S=rank, R=max(16, next_power_of_2(rank)), P=P, C=C,
+        )  # fmt: skip
+        return total
+
+    gx, *g_weights, g_proxy = proxy_scan.backward(grads, *arguments, join=join, saved=states)
     return [gx, pixels(g_proxy).T @ rows, *g_weights]

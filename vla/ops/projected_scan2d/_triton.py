@@ -20,7 +20,8 @@ def projected_scan2d_norm_kernel(
 ):  # fmt: skip
     """Layer norm of the sum of the directions' maps (COUNT, rows, CHANNELS), and the sum."""
     channel = tl.zeros((BLOCK_R, 1), tl.int32)
-    start, inside = _place(tl.program_id(0), rows, channel, CHANNELS, GROUPS, BLOCK_R)
+    token, inside = _place(tl.program_id(0), rows, GROUPS, BLOCK_R)
+    start = token * CHANNELS
     row = _load(maps + start, inside, CHANNELS, WIDTH)
     for k in tl.static_range(1, COUNT):
         row = _add(row, _load(maps + k * tl.cast(stride, tl.int64) + start, inside, CHANNELS, WIDTH))
