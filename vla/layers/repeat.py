@@ -101,8 +101,8 @@ class Repeated(nn.Module):
 
     That needs a module of parts of this package, timm and PyTorch, without hooks, and no gradients; modules in it may
     be repeated where the whole is not. Numbers in parameters may change. Whatever else is changed, attributes, hooks,
-    parts, the place of a parameter, makes it start anew. What is computed on the way stays in one workspace for all of
-    a stream's repetitions, see `vla/ops/_bound.py`.
+    parts, the place of a parameter, makes it start anew, and so does training. What is computed on the way stays in one
+    workspace for all of a stream's repetitions, see `vla/ops/_bound.py`.
     """
 
     # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
@@ -135,6 +135,12 @@ class Repeated(nn.Module):
         # Repetitions would keep the memory that a module is moved out of.
         _repetitions.pop(self, None)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        if mode:
+            # Training needs the memory that they keep.
+            _repetitions.pop(self, None)
+        return super().train(mode)
 
     def _repetitions(self) -> _Repetitions | None:
         """Those of the module as it is now, None at the first call."""

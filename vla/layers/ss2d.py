@@ -13,7 +13,8 @@ from ..ops import cross_merge, projected_scan2d, ssd
 from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
-from .norm import LayerNorm2d, autocast_dtype, has_hooks, narrow, normalize
+from .hooks import is_plain
+from .norm import LayerNorm2d, autocast_dtype, narrow, normalize
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
 SCANS = {
@@ -363,17 +364,11 @@ class SS2D(nn.Module):
     def scan_and_norm(self, x: Tensor) -> Tensor:
         """`out_norm(scan(x))`: a layer norm takes part in the sum over directions."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if self.is_plain():
+            if is_plain(self.scan, SelectiveScan2d) and is_plain(self.out_norm, LayerNorm2d):
                 norm = self.out_norm
                 groups = self.scan.parameter_groups()
                 return scan_and_normalize(x, groups, self.scan.directions, norm.weight, norm.bias, norm.eps)
         return self.out_norm(self.scan(x))
-
-    @torch.jit.ignore
-    def is_plain(self) -> bool:
-        """Whether nobody looks at what is between a selective scan and a layer norm."""
-        plain = type(self.scan) is SelectiveScan2d and type(self.out_norm) is LayerNorm2d
-        return plain and not has_hooks(self.scan) and not has_hooks(self.out_norm)
 
 
 class VSSBlock(ResidualBlock):
