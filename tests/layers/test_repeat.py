@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("triton")
+from tests.kernels import need_triton
+
+need_triton()
 
 from triton import knobs  # noqa: E402
 

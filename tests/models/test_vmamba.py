@@ -293,7 +293,8 @@ def test_initialisation():
     assert step.max() < 1e-1 * 1.01
     assert torch.allclose(scan.A_log.exp(), torch.arange(1.0, 17.0))
     assert scan.D.eq(1).all()
-    assert 0.99 < scan.x_proj_weight.abs().max() * scan.x_proj_weight.shape[-1] ** 0.5 <= 1
-    assert 0.99 < scan.dt_proj_weight.abs().max() * scan.dt_rank**0.5 <= 1
+    # Rounding may take the largest one past its bound.
+    assert 0.99 < scan.x_proj_weight.abs().max() * scan.x_proj_weight.shape[-1] ** 0.5 < 1 + 1e-6
+    assert 0.99 < scan.dt_proj_weight.abs().max() * scan.dt_rank**0.5 < 1 + 1e-6
     assert abs(model.stages[3].blocks[0].mixer.in_proj.weight.std().item() - 0.02) < 1e-3
     assert abs(model.head.fc.weight.std().item() - 0.02) < 1e-3 and model.head.fc.bias.eq(0).all()
