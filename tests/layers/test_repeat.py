@@ -349,6 +349,31 @@ def test_functions_of_several_tensors():
 
 
 @torch.no_grad()
+def test_what_is_done_to_many_is_not_put_before_changes_in_place():
+    def changed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        exps = a.exp(), b.exp()
+        exps[0].mul_(2)
+        return exps[0].neg() + exps[1].neg() + x
+
+    x, *constants = (torch.randn(4) for _ in range(3))
+    with _replay.Recording([x, *constants]) as recording:
+        y = changed(x, *constants)
+    known = _bound.Bound(recording.finish(y, needs_launch=False), constants)
+    assert torch.equal(known(x, x.data_ptr(), 0), y)
+
+
+@torch.no_grad()
+def test_results_in_memory_of_others_are_not_repeated():
+    library = torch.library.Library("vla_test_repeat", "DEF")
+    library.define("both(Tensor(a) x) -> (Tensor(a), Tensor)")
+    library.impl("both", lambda x: (x.view_as(x), x + 1), "CompositeExplicitAutograd")
+    x, a = torch.randn(4), torch.randn(4)
+    with _replay.Recording([x, a]) as recording:
+        outputs = torch.ops.vla_test_repeat.both(x * a)
+    assert recording.finish(outputs, needs_launch=False) is None
+
+
+@torch.no_grad()
 def test_results_are_not_written_to_again(bound):
     block = recorded()
     results = [(y, y.clone()) for y in (block(image()) for _ in range(3))]

@@ -154,6 +154,7 @@ def _projected_scan2d() -> Iterator[Case]:
     yield Case("vmamba stage 1, normalised", ops.projected_scan2d, arguments(128, 96, 56, 56, norm=True), (BF16,))
     yield Case("vmamba stage 1", ops.projected_scan2d, arguments(128, 96, 56, 56), (BF16,))
     yield Case("odd", ops.projected_scan2d, arguments(2, 33, 13, 17, states=2, rank=3), (FP32,))
+    yield Case("a single number", ops.projected_scan2d, arguments(1, 1, 1, 1, rank=1), (BF16,))
 
 
 def _bi_wkv() -> Iterator[Case]:

@@ -60,6 +60,7 @@ def test_kernels(shape, rank, options, layout):
     pytest.importorskip("triton")
     tensors = {n: t.float() for n, t in make(shape, rank).items()}
     tensors["x"] = tensors["x"].contiguous(memory_format=layout)
+    tensors["weight"] = tensors["weight"].T.contiguous().T
     compare("triton", projected_line_scan, tensors, directions=ALL, **options)
 
 

@@ -131,8 +131,13 @@ class MambaVisionMixer(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not is_plain(self.dt_proj, nn.Linear):
                 dt = self.dt_proj(dt.transpose(2, 4)).transpose(2, 4)
-                # Of zeros it is the bias, whatever stands for the layer.
-                bias = self.dt_proj(dt.new_zeros(1, self.splits[0]))
+                if self.dt_bias_scale == 1.0:
+                    return scan2d(u, dt, A, B, C, ["row"], D)
+                if type(self.dt_proj) is nn.Linear and "forward" not in self.dt_proj.__dict__:
+                    bias = self.dt_proj.bias.unsqueeze(0)  # whoever waits for its calls sees one
+                else:
+                    # Of zeros it is the bias, whatever stands for the layer.
+                    bias = self.dt_proj(dt.new_zeros(1, self.splits[0]))
                 return scan2d(u, dt, A, B, C, ["row"], D, dt_bias=(self.dt_bias_scale - 1) * bias)
         weight, bias = self.dt_proj.weight.unsqueeze(0), self.dt_bias_scale * self.dt_proj.bias.unsqueeze(0)
         return scan2d(u, dt, A, B, C, ["row"], D, weight, bias)

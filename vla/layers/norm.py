@@ -135,7 +135,7 @@ def add_normalize(
         total, y = (t if t.shape == x.shape else t.view(x.shape) for t in (total, y))
         total = total.permute(0, 3, 1, 2)
     else:
-        # A compiler would have rows as sums of rows of other maps, whose places take it many operations.
+        # As maps, not as rows: a compiler would else work out, for every row of the sum, where it lies in each map.
         total = x + branch
         y = normalize(total.permute(0, 2, 3, 1), weight, bias, eps, narrow)
     return total, y.permute(0, 3, 1, 2)

@@ -364,7 +364,7 @@ class SS2D(nn.Module):
     def scan_and_norm(self, x: Tensor) -> Tensor:
         """`out_norm(scan(x))`: a layer norm takes part in the sum over directions."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if is_plain(self.scan, SelectiveScan2d) and is_plain(self.out_norm, LayerNorm2d):
+            if is_plain(self.scan, SelectiveScan2d) and is_plain(self.out_norm, LayerNorm2d) and self.out_norm.narrow:
                 norm = self.out_norm
                 groups = self.scan.parameter_groups()
                 return scan_and_normalize(x, groups, self.scan.directions, norm.weight, norm.bias, norm.eps)

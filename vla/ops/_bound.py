@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._replay import Repetition, full_precision
-from ._steps import Layout, Places, Step, fill, slots_of
+from ._steps import Layout, Places, fill, slots_of
 
 # Bytes that tensors start at multiples of, enough for every kernel that is compiled or chosen for aligned memory.
 _ALIGNMENT = 256
@@ -80,9 +80,8 @@ class Bound:
         self._pointers = [t.data_ptr() for t in constants]
         self._workspaces: dict[int, _Workspace] = {}
         self._offsets, self._size = _plan(repetition)
-        # Launches all have the same answer, and other steps none.
-        steps = (step for step, _ in repetition.steps)
-        self._watched = next((step for step in steps if step.is_launch), Step())
+        # One launch answers for all: hooks on launches are global.
+        self._launch = next((step for step, _ in repetition.steps if step.is_launch), None)
 
     def __call__(self, x: Tensor, pointer: int, stream: int):
         workspace = self._workspace(x, stream)
@@ -111,7 +110,8 @@ class Bound:
     def _workspace(self, x: Tensor, stream: int) -> _Workspace | None:
         """That of a stream, None if all tensors have to be new ones."""
         # A CUDA graph keeps its memory for itself.
-        if self._watched.is_watched() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        watched = self._launch is not None and self._launch.is_watched()
+        if watched or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         found = self._workspaces.get(stream)
         if found is None and self._size <= _Workspace.LIMIT:

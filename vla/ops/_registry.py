@@ -193,7 +193,7 @@ class Operator:
             return True
         if torch._C._are_functorch_transforms_active():
             return True
-        return not _PLAIN.issuperset(map(type, args)) or args[self.tensor_arguments[0]].is_meta
+        return not _PLAIN.issuperset(map(type, args)) or getattr(args[self.tensor_arguments[0]], "is_meta", True)
 
     def backend_for(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """Name of the backend that serves tensors on `device` under the current `use_backend` setting.

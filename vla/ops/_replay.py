@@ -129,7 +129,9 @@ class Recording(TorchDispatchMode):
             return out
         # What the function was given is not its own to write to.
         written = any(s in owners and (owners[s] is None or owners[s] < self._given) for s in storages)
-        if written or _is_unrepeatable(func, args, kwargs):
+        # Of such a result it is not known whose memory it is, which would be taken for free while it is in use.
+        aliased = not func._schema.is_mutable and any(s in owners for s in storages)
+        if written or aliased or _is_unrepeatable(func, args, kwargs):
             self.complete = False
             return out
         args, kwargs = tree_map_only(Tensor, self._view, (args, kwargs))
@@ -205,11 +207,12 @@ class Recording(TorchDispatchMode):
             for group in casts.values()
         ]
         early = set(range(self._given))
+        written = {slot for step in rest if step.is_mutable for slot in step.slots()}
         for function in OF_MANY:
             calls = [step for step in rest if isinstance(step, Call) and step.function is function]
             calls = [call for call in calls if call.views[0].slot in early]
             if len(calls) > 1:
-                early.update(call.slot for call in calls)
+                early.update({call.slot for call in calls} - written)
                 joined.append(CallOfMany(calls))
                 rest = [step for step in rest if step not in calls]
         return joined + rest

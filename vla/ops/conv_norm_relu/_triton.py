@@ -104,7 +104,8 @@ def conv_norm_relu_fold_kernel(
 def _is_for_cudnn(x: Tensor, weight: Tensor) -> bool:
     """Whether cuDNN's convolution, which adds a vector and applies ReLU, is faster."""
     many = weight.shape[1] > FEW and x.dtype.itemsize == 2
-    return many and x.device.type != "cpu" and torch.version.hip is None and torch.backends.cudnn.is_available()
+    cudnn = torch.backends.cudnn
+    return many and x.device.type != "cpu" and torch.version.hip is None and cudnn.is_available() and cudnn.enabled
 
 
 def _by_cudnn(

@@ -783,7 +783,7 @@ class _Launch:
         """Gradients of x, of the weights, and of the proxy."""
         gy = _pixels(gy)
         pixels = self.height * self.width
-        groups = list(self.groups())
+        sweeps = list(self.groups())
         # So that nothing has to be added in memory: one gradient of the proxy a sweep and block of channels, and one of
         # x a sweep. The sums are taken in float32.
         rounded = torch.bfloat16 if self.w.dtype == torch.bfloat16 else torch.float32
@@ -791,7 +791,7 @@ class _Launch:
         gx = gy.new_empty(self.k, *self.x.shape, dtype=self.x.dtype)
         turned_gx = None
         g_gates, *others = (t.new_empty(t.shape) for t in self.weights)
-        for k, directions, x, target in groups:
+        for k, directions, x, target in sweeps:
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             keep = chunk <= 2
             # Groups of chunks in one row of tiles.

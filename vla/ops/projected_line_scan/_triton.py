@@ -51,7 +51,7 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
 
 def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
     x, weight, *_ = args
-    rows, matrix = pixels(x), weight.to(x.dtype)
+    rows, matrix = pixels(x), weight.to(x.dtype).contiguous()
     projected, *states = saved or [torch.mm(rows, matrix.T)]
     arguments = scan_arguments(projected, args)
     if not proxy_scan.suits(arguments):

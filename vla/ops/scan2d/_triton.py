@@ -89,15 +89,15 @@ def _ends(decay, step, T: tl.constexpr):
 
 
 @triton.jit
-def _turn(turn, K, chosen, columns, order, GROUPED: tl.constexpr):
+def _turn(turn, K, chosen, columns, order, ALONE: tl.constexpr):
     """Which direction a program walks in its turn, of 2K: rows before columns, so that a direction's reverse follows it
-    and finds in the cache what it has left.
+    and finds in the cache what it has left. One that walks ALONE has but one.
 
     Returns:
         The direction, whether this launch walks it in this turn, and whether it is the first, and the last, that gives
         to a sum.
     """
-    if GROUPED:
+    if ALONE:
         return turn, True, True, True
     k = turn % K
     late = turn // K
@@ -444,7 +444,7 @@ def scan2d_fwd_kernel(
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             out_ptr = y_ptr
             if APART:
-                out_ptr += k * ys_k.to(tl.int64)
+                out_ptr += k * tl.cast(ys_k, tl.int64)
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
@@ -576,7 +576,7 @@ def scan2d_bwd_kernel(
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             out_ptr = gx_ptr
             if APART:
-                out_ptr += k * os_k.to(tl.int64)
+                out_ptr += k * tl.cast(os_k, tl.int64)
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
