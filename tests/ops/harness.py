@@ -50,6 +50,27 @@ def compare(
         assert_close(name, value, expected[name], relative)
 
 
+def check_saving(function: Callable, leaves: list[Tensor], overload, arguments: tuple) -> None:
+    """Compilers see an operator whose kernels save, and give the direct path's gradients.
+
+    Args:
+        function: The public function of the leaves.
+        leaves: Tensors that require gradients.
+        overload: The dispatcher's overload of the operator that saves.
+        arguments: Arguments of the operator, none of them requiring gradients.
+    """
+
+    def gradients(function: Callable) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+    with use_backend("triton"):
+        expected = gradients(function)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert all(map(torch.equal, gradients(compiled), expected))
+        results = torch.library.opcheck(overload, arguments)
+        assert set(results.values()) == {"SUCCESS"}, results
+
+
 def check_machinery(module: nn.Module, inputs: tuple[Tensor, ...], overload, arguments: tuple) -> None:
     """opcheck on the operator; compile, export, fx and script on a module that calls its public function.
 

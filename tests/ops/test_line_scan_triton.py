@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import need_triton
-from tests.ops.harness import compare, run
+from tests.ops.harness import check_saving, compare, run
 from tests.ops.test_line_scan import ALL, make
 from tests.tolerance import assert_close
 from vla.ops import line_scan, use_backend
@@ -157,20 +157,13 @@ def test_states_that_the_forward_leaves(shape, aligned, blocks):
 
 
 def test_machinery_of_the_states_that_are_saved():
-    """Compilers see an operator that saves, and give the direct path's gradients."""
     leaves = [t.requires_grad_() for t in make((1, 2, 3, 18), 0, ["left"], False, FP32).values() if t is not None]
 
     def scan(*leaves):
         return line_scan(*leaves, ["left"])
 
-    def gradients(function):
-        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
-
-    with use_backend("triton"):
-        expected = gradients(scan)
-        assert all(map(torch.equal, gradients(torch.compile(scan, fullgraph=True, backend="aot_eager")), expected))
-        arguments = (*(t.detach() for t in leaves), None, None, None, ["left"], 0, True, True)
-        assert set(torch.library.opcheck(torch.ops.vla.line_scan_train.default, arguments).values()) == {"SUCCESS"}
+    arguments = (*(t.detach() for t in leaves), None, None, None, ["left"], 0, True, True)
+    check_saving(scan, leaves, torch.ops.vla.line_scan_train.default, arguments)
 
 
 @pytest.mark.parametrize(

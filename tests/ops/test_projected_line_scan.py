@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ops.harness import check_machinery, compare, randn, run
+from tests.ops.harness import check_machinery, check_saving, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import line_scan, projected_line_scan, use_backend
 from vla.ops.line_scan.frames import DIRECTIONS
@@ -144,19 +144,11 @@ def test_wrong_arguments(change, message):
 
 
 def test_machinery_of_what_is_saved():
-    """Compilers see an operator that saves, and give the direct path's gradients."""
     pytest.importorskip("triton")
     leaves = [t.bfloat16().requires_grad_() for t in make((1, 2, 3, 3), 1, directions=["up"]).values()]
 
     def scan(*leaves):
         return projected_line_scan(*leaves, ["up"], aligned=False)
 
-    def gradients(function):
-        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
-
-    with use_backend("triton"):
-        expected = gradients(scan)
-        assert all(map(torch.equal, gradients(torch.compile(scan, fullgraph=True, backend="aot_eager")), expected))
-        arguments = (*(t.detach() for t in leaves), ["up"], 0, False)
-        results = torch.library.opcheck(torch.ops.vla.projected_line_scan_train.default, arguments)
-        assert set(results.values()) == {"SUCCESS"}
+    arguments = (*(t.detach() for t in leaves), ["up"], 0, False)
+    check_saving(scan, leaves, torch.ops.vla.projected_line_scan_train.default, arguments)

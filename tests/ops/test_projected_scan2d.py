@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.ops.harness import check_machinery, compare, randn, run
+from tests.ops.harness import check_machinery, check_saving, compare, randn, run
 from vla.ops import projected_scan2d, scan2d, use_backend
 from vla.ops.projected_scan2d import operator
 
@@ -160,22 +160,13 @@ def test_wrong_arguments(change, message):
 
 
 def test_machinery_of_what_is_saved(small_tiles):
-    """Compilers see an operator that saves, and give the direct path's gradients."""
     pytest.importorskip("triton")
     tensors = make((1, 2, 3, 6), 1, directions=["row_rev"], norm=True)
     leaves = [t.float().requires_grad_() for t in tensors.values()]
 
-    def gradients(function):
-        return torch.autograd.grad(function(*leaves).square().sum(), leaves)
-
     def scan(*leaves):
         return projected_scan2d(*leaves[:3], ["row_rev"], *leaves[3:6], True, False, *leaves[6:])
 
-    with use_backend("triton"):
-        expected = gradients(scan)
-        assert all(map(torch.equal, gradients(torch.compile(scan, fullgraph=True, backend="aot_eager")), expected))
-        arguments = tuple(t.detach() for t in leaves)
-        arguments = (*arguments[:3], ["row_rev"], *arguments[3:6], True, False, *arguments[6:], 1e-5)
-        assert set(torch.library.opcheck(torch.ops.vla.projected_scan2d_train.default, arguments).values()) == {
-            "SUCCESS"
-        }
+    arguments = tuple(t.detach() for t in leaves)
+    arguments = (*arguments[:3], ["row_rev"], *arguments[3:6], True, False, *arguments[6:], 1e-5)
+    check_saving(scan, leaves, torch.ops.vla.projected_scan2d_train.default, arguments)

@@ -27,7 +27,6 @@ class _Snapshot:
 
     Attributes:
         tensors: Parameters and buffers.
-        pointers: Where they are.
         is_all: Whether there is nothing else.
     """
 
@@ -40,7 +39,6 @@ class _Snapshot:
         self.is_hooked = any(self.hooks)
         self.tensors = [*module.parameters(), *module.buffers()]
         self.layouts = self._layouts()
-        self.pointers = [t.data_ptr() for t in self.tensors]
         self.is_all = not self.is_hooked and all(self._are_plain(modules))
 
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:

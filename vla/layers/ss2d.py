@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ..ops.scan2d.order import to_sequence
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
-from .norm import LayerNorm2d, autocast_dtype, narrow, normalize
+from .norm import LayerNorm2d, autocast_dtype, narrow
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
 SCANS = {
@@ -49,28 +50,6 @@ def init_decay(init: str, decay: Tensor, *steps: Tensor) -> None:
 def inverse_softplus(x: Tensor) -> Tensor:
     """The `y` with `softplus(y) = x`, for positive `x`."""
     return x + torch.log(-torch.expm1(-x))
-
-
-@torch.fx.wrap
-def scan_and_normalize(
-    x: Tensor, groups: list[Tensor], directions: list[str], weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """The scan of a map and the layer norm of its result, in autocast's dtype: one operator where there are kernels.
-
-    Args:
-        x: Map, (B, D, H, W).
-        groups: See `SelectiveScan2d.parameter_groups`.
-        directions: K directions, see `vla.ops.scan2d`.
-        weight: Scale of the norm per channel, (D,).
-        bias: Shift of the norm per channel, (D,).
-        eps: Added to the norm's variance.
-    """
-    x_proj_weight, A_log, D, dt_proj_weight, dt_proj_bias = groups
-    arguments = (x, x_proj_weight, -torch.exp(A_log), directions, D, dt_proj_weight, dt_proj_bias)
-    if x.device.type in ("cuda", "xpu") and autocast_dtype(x) in (None, x.dtype):
-        return projected_scan2d(*arguments, norm_weight=weight, norm_bias=bias, eps=eps)
-    y = projected_scan2d(*arguments).permute(0, 2, 3, 1)
-    return normalize(y, weight, bias, eps, narrow=True).permute(0, 3, 1, 2)
 
 
 class SelectiveScan2d(nn.Module):
@@ -127,11 +106,22 @@ class SelectiveScan2d(nn.Module):
         """Every parameter, with the K groups in front."""
         return [self.x_proj_weight, self.A_log, self.D, self.dt_proj_weight, self.dt_proj_bias]
 
-    def scan(self, x: Tensor, groups: list[Tensor], directions: list[str], per_line: bool) -> Tensor:
-        """Scans with some of the `parameter_groups`, one per direction, and sums."""
-        x_proj_weight, A_log, D, dt_proj_weight, dt_proj_bias = groups
+    def scan(
+        self,
+        x: Tensor,
+        groups: list[Tensor],
+        directions: list[str],
+        per_line: bool,
+        norm_weight: Optional[Tensor] = None,  # noqa: UP045
+        norm_bias: Optional[Tensor] = None,  # noqa: UP045
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Sum of scans with some of the `parameter_groups`, one per direction; with weights for it, its layer norm."""
+        weight, A_log, D, dt_weight, dt_bias = groups
         A = -torch.exp(A_log)
-        return projected_scan2d(x, x_proj_weight, A, directions, D, dt_proj_weight, dt_proj_bias, per_line=per_line)
+        return projected_scan2d(
+            x, weight, A, directions, D, dt_weight, dt_bias, True, per_line, norm_weight, norm_bias, eps
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scan(x, self.parameter_groups(), self.directions, False)
@@ -364,11 +354,21 @@ class SS2D(nn.Module):
     def scan_and_norm(self, x: Tensor) -> Tensor:
         """`out_norm(scan(x))`: a layer norm takes part in the sum over directions."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if is_plain(self.scan, SelectiveScan2d) and is_plain(self.out_norm, LayerNorm2d) and self.out_norm.narrow:
-                norm = self.out_norm
-                groups = self.scan.parameter_groups()
-                return scan_and_normalize(x, groups, self.scan.directions, norm.weight, norm.bias, norm.eps)
+            if self.scan_takes_norm(x):
+                scan, norm = self.scan, self.out_norm
+                groups = scan.parameter_groups()
+                return scan.scan(x, groups, scan.directions, False, norm.weight, norm.bias, norm.eps)
         return self.out_norm(self.scan(x))
+
+    @torch.jit.ignore
+    def scan_takes_norm(self, x: Tensor) -> bool:
+        """Whether there are kernels for scan and norm as one operator, whose result has the norm's dtype."""
+        # Tracing by torch.fx hands proxies through.
+        if not isinstance(x, Tensor) or x.device.type not in ("cuda", "xpu"):
+            return False
+        if autocast_dtype(x) not in (None, x.dtype):
+            return False
+        return is_plain(self.scan, SelectiveScan2d) and is_plain(self.out_norm, LayerNorm2d) and self.out_norm.narrow
 
 
 class VSSBlock(ResidualBlock):

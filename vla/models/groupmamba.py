@@ -19,7 +19,7 @@ from .. import ops
 from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer, is_worth_launches
-from ..layers.hooks import has_hooks
+from ..layers.hooks import is_plain
 from ..layers.layout import channels_last
 from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
 from ._checkpoint import unwrap
@@ -90,12 +90,16 @@ class ImageConv2d(nn.Conv2d):
 
 def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> torch.dtype | None:
     """dtype in which `vla.ops.conv_norm_relu` does what three modules would, None where it doesn't."""
-    # Tracing by torch.fx hands proxies through.
-    trains = torch.is_grad_enabled() or torch.jit.is_tracing() or norm.training
-    if not isinstance(x, Tensor) or not x.is_cuda or trains:
+    # Tracing by torch.fx hands proxies through, and what is traced must not depend on whether gradients are on.
+    if not isinstance(x, Tensor) or not x.is_cuda or torch.jit.is_tracing():
         return None
-    kinds = (type(conv) in (nn.Conv2d, ImageConv2d), type(norm) is nn.BatchNorm2d, type(act) is nn.ReLU)
-    if not all(kinds) or any(map(has_hooks, (conv, norm, act))) or norm.running_mean is None or norm.weight is None:
+    if torch.is_grad_enabled() or norm.training:
+        return None
+    if not is_plain(conv, nn.Conv2d) and not is_plain(conv, ImageConv2d):
+        return None
+    if not is_plain(norm, nn.BatchNorm2d) or not is_plain(act, nn.ReLU):
+        return None
+    if norm.running_mean is None or norm.weight is None:
         return None
     dtype = autocast_dtype(x) or x.dtype
     return dtype if dtype.itemsize == 2 else None

@@ -109,15 +109,7 @@ def _is_for_cudnn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _by_cudnn(
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    padding: tuple[int, int],
-    eps: float,
-    size: tuple[int, int, int, int],
+    x: Tensor, weight: Tensor, norm: list[Tensor], padding: tuple[int, int], eps: float, size: tuple[int, int, int, int]
 ) -> Tensor:
     """The result, `size` (B, H, W, D), with channels last."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -125,15 +117,12 @@ def _by_cudnn(
     taps = weight[0].numel()
     conv_norm_relu_fold_kernel[(len(weight),)](
         weight,
-        mean.contiguous(),
-        var.contiguous(),
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
+        *norm,
         scaled,
         shift,
         eps,
         SIZE=taps,
-        NORMED=len(mean),
+        NORMED=len(norm[0]),
         BLOCK=next_power_of_2(taps),
     )
     # Nothing is computed where kernels are compiled ahead, and the operator has no shapes for tensors without numbers.
@@ -156,8 +145,9 @@ def forward(
     out_channels, channels, kh, kw = weight.shape
     height, width = convolved_size(x, weight, 1, (padding_h, padding_w))
     size = x.shape[0], height, width, out_channels
+    norm = [t.contiguous() for t in (mean, var, norm_weight, norm_bias)]
     if 0 not in size and _is_for_cudnn(x, weight):
-        return _by_cudnn(x, weight, mean, var, norm_weight, norm_bias, (padding_h, padding_w), eps, size)
+        return _by_cudnn(x, weight, norm, (padding_h, padding_w), eps, size)
     y = x.new_empty(size)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
@@ -166,10 +156,7 @@ def forward(
     conv_norm_relu_fwd_kernel[(cdiv(pixels, BLOCK_P),)](
         x,
         x.new_empty(kh, kw, channels, out_channels).copy_(weight.permute(2, 3, 1, 0)),
-        mean.contiguous(),
-        var.contiguous(),
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
+        *norm,
         y,
         pixels,
         x.shape[2],

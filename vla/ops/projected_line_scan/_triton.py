@@ -6,12 +6,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .._maps import pixels
 from .._triton import cdiv, kernel, next_power_of_2
 from ..line_scan import _triton as scan
 from ..line_scan import _triton_proxy as proxy_scan
 from ..line_scan._triton_proxy import _dot
 from . import project
-from .project import pixels, scan_arguments
+from .project import scan_arguments
 
 
 @kernel

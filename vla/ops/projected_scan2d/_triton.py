@@ -6,11 +6,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .._maps import as_map, pixels
 from .._triton import cdiv, kernel
 from ..layer_norm import _triton as layer_norm
 from ..layer_norm._triton import _add, _affine, _load, _place, _standardize, _store
 from ..scan2d import _triton as scan
-from .project import as_map, matrix_of, norm_arguments, pixels, scan_arguments, split
+from .project import matrix_of, norm_arguments, scan_arguments, split
 
 
 @kernel

@@ -5,17 +5,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._maps import as_map, pixels
 from ..layer_norm import _torch as layer_norm
-
-
-def pixels(x: Tensor) -> Tensor:
-    """A map (B, D, H, W) as (B H W, D), a view if it is channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def as_map(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows (B H W, D) as a map like x, (B, D, H, W)."""
-    return rows.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
 
 
 def matrix_of(weight: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""Maps as rows of pixels, and back."""
+
+from torch import Tensor
+
+
+def pixels(x: Tensor) -> Tensor:
+    """A map (B, D, H, W) as (B H W, D), a view if it is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def as_map(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (B H W, C) as a map of the size of x (B, D, H, W), (B, C, H, W)."""
+    return rows.view(x.shape[0], *x.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
