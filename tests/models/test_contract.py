@@ -189,7 +189,10 @@ def test_fx_forward(name):
     model = create(name)
     x = image(1, 128)
     with torch.no_grad():
-        assert torch.equal(trace(model)(x), model(x))
+        y = trace(model)(x)
+        # The graph holds the modules apart that a GPU's kernels join, so that rounding differs there.
+        assert_close("graph", y, model(x))
+        assert x.is_cuda or torch.equal(y, model(x))
 
 
 @pytest.mark.parametrize("name", IN_FULL)
