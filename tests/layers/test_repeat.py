@@ -49,7 +49,7 @@ def ordinary(module: nn.Module, *args) -> Tensor:
 
 
 def kinds(module: nn.Module) -> list[str]:
-    own = repeat._repetitions.get(module)
+    own = getattr(module, "_repeated", None)
     return [] if own is None else ["repetition" if callable(known) else known for known in own.known.values()]
 
 
@@ -245,7 +245,6 @@ def test_copies_have_their_own():
     for _ in range(4):
         check(other, image())
         check(block, image())
-    repeat._repetitions.pop(other)
     assert kinds(copy.copy(block)) == []
 
 
@@ -267,7 +266,7 @@ def test_memory_is_given_back():
 def test_memory_of_a_module_in_other_use_is_given_back(leave, back):
     block = recorded()
     block(image())
-    (known,) = repeat._repetitions[block].known.values()
+    (known,) = block._repeated.known.values()
     alive = weakref.ref(known)
     del known
     leave(block)
@@ -299,7 +298,7 @@ def bound(monkeypatch):
 
 def workspace(module: nn.Module) -> _bound._Workspace:
     """What the only repetition of a module uses."""
-    (known,) = repeat._repetitions[module].known.values()
+    (known,) = module._repeated.known.values()
     (found,) = known._workspaces.values()
     return found
 
@@ -312,7 +311,7 @@ def test_nothing_is_read_that_an_earlier_call_has_left(kind):
         with torch.autocast(image().device.type, torch.bfloat16, enabled=autocast):
             recorded(block)
             block(image())
-            for known in repeat._repetitions[block].known.values():
+            for known in block._repeated.known.values():
                 for used in known._workspaces.values():
                     used.memory.fill_(255)  # not a number, in any of the dtypes
             check(block, image())

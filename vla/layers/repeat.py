@@ -5,7 +5,6 @@ of modules, layouts, casts of weights. So what operators do (`vla/ops/_replay.py
 """
 
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class _Snapshot:
     """
 
     def __init__(self, module: nn.Module):
-        # Not the modules themselves: the table of all snapshots would keep them alive.
+        # Not the modules themselves: with a reference to the one that keeps this, memory would have to be collected.
         modules = list(module.modules())
         self.live = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.copies = [d.copy() for d in self.live]
@@ -43,7 +42,8 @@ class _Snapshot:
 
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
-            yield type(m).__module__.startswith(_PACKAGES) and "forward" not in m.__dict__
+            is_own = "forward" not in m.__dict__ and m._compiled_call_impl is None
+            yield is_own and type(m).__module__.startswith(_PACKAGES)
         for t in self.tensors:
             yield type(t) in (Tensor, nn.Parameter)
 
@@ -54,7 +54,7 @@ class _Snapshot:
         """Whether all is still the same."""
         try:
             same = self.live == self.copies
-        except RuntimeError:  # says a comparison of tensors, which there is none of between the same ones
+        except (RuntimeError, ValueError):  # of tensors, of arrays: those that are the same ones are not compared
             return False
         return same and any(self.hooks) == self.is_hooked and self._layouts() == self.layouts
 
@@ -70,10 +70,6 @@ class _Repetitions:
     def __init__(self, module: nn.Module):
         self.snapshot = _Snapshot(module)
         self.known: dict[tuple, object] = {}
-
-
-# None after the first call: some modules live for one.
-_repetitions: WeakKeyDictionary[nn.Module, _Repetitions | None] = WeakKeyDictionary()
 
 
 def _has_function_mode() -> bool:
@@ -103,6 +99,10 @@ class Repeated(nn.Module):
     workspace for all of a stream's repetitions, see `vla/ops/_bound.py`.
     """
 
+    # No part of the module's state, and no key in a table of all: what it holds may refer to the module. None after the
+    # first call, as some modules live for one.
+    __slots__ = ("_repeated",)
+
     # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
     # longer than the host.
     LIMIT = 2**24
@@ -131,21 +131,25 @@ class Repeated(nn.Module):
 
     def _apply(self, *args, **kwargs):
         # Repetitions would keep the memory that a module is moved out of.
-        _repetitions.pop(self, None)
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True):
         if mode:
             # Training needs the memory that they keep.
-            _repetitions.pop(self, None)
+            self._forget()
         return super().train(mode)
+
+    def _forget(self) -> None:
+        if hasattr(self, "_repeated"):
+            del self._repeated
 
     def _repetitions(self) -> _Repetitions | None:
         """Those of the module as it is now, None at the first call."""
-        own = _repetitions.get(self)
+        is_first = not hasattr(self, "_repeated")
+        own = None if is_first else self._repeated
         if own is None or not own.snapshot.holds():
-            is_first = own is not None or self not in _repetitions
-            _repetitions[self] = own = None if is_first else _Repetitions(self)
+            own = self._repeated = None if is_first or own is not None else _Repetitions(self)
         return own
 
     def _record(self, own: _Repetitions, layout: tuple, x: Tensor, *args):
