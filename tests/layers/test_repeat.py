@@ -4,11 +4,13 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -238,6 +240,51 @@ def test_parts_of_others_are_called(counted):
 
 
 @torch.no_grad()
+def test_compiled_modules_stay_compiled():
+    calls = []
+    block = make()
+    block.compile(backend=lambda graph, inputs: lambda *args: calls.append(None) or graph(*args))
+    for _ in range(5):
+        before = len(calls)
+        block(image())
+        assert len(calls) > before
+
+
+def test_forward_mode_derivatives():
+    with torch.no_grad():
+        block = recorded(make("vrwkv"))
+    x = image()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            block(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@torch.no_grad()
+def test_arrays_as_attributes():
+    block = make()
+    block.mean = np.zeros(3)
+    recorded(block)
+    block.mean = np.ones(3)
+    for _ in range(4):
+        check(block, image())
+
+
+@torch.no_grad()
+def test_a_recording_for_which_memory_is_too_small(monkeypatch):
+    def forward(module, x, forward=nn.LayerNorm.forward):
+        if _replay.current() is not None:
+            raise torch.OutOfMemoryError
+        return forward(module, x)
+
+    block = make()
+    monkeypatch.setattr(nn.LayerNorm, "forward", forward)
+    block.norm1 = nn.LayerNorm(3)
+    for _ in range(5):
+        check(block, image())
+    assert kinds(block) == [None]
+
+
+@torch.no_grad()
 def test_copies_have_their_own():
     block = recorded()
     other = copy.deepcopy(block)
@@ -255,6 +302,24 @@ def test_memory_is_given_back():
     del block
     gc.collect()
     assert [a() for a in alive] == [None, None]
+
+
+@pytest.mark.parametrize("how", ["method", "itself", "compiled"])
+@torch.no_grad()
+def test_memory_of_a_module_that_refers_to_itself_is_given_back(how):
+    block = make()
+    if how == "method":
+        block.forward_before = block.forward
+    elif how == "itself":
+        block.parts = (block,)
+    else:
+        block.compile(backend="eager")
+    for _ in range(4):
+        block(image())
+    alive = weakref.ref(block)
+    del block
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from ..ops import _bound, _registry, _replay
@@ -79,13 +80,14 @@ def _has_function_mode() -> bool:
 
 
 def _is_observed() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a hook on all modules looks on."""
+    """Whether a compiler, a tracer, a mode, forward-mode derivatives or a hook on all modules look on."""
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or _has_function_mode()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or has_global_hooks()
     )
 
@@ -122,7 +124,10 @@ class Repeated(nn.Module):
         if callable(known):
             return known(x, pointer, stream)
         if known == 1:
-            return self._record(own, layout, x, *args)
+            try:
+                return self._record(own, layout, x, *args)
+            except torch.OutOfMemoryError:  # as a recording keeps all that is computed
+                own.known[layout] = None
         if known == 0:
             if len(own.known) >= _replay.Replays.LIMIT:
                 own.known.clear()
