@@ -239,11 +239,18 @@ def test_parts_of_others_are_called(counted):
     assert kinds(block) == []
 
 
+@pytest.mark.parametrize("part", ["block", "layer", "method"])
 @torch.no_grad()
-def test_compiled_modules_stay_compiled():
+def test_what_is_compiled_stays_so(part):
+    def backend(graph, inputs):
+        return lambda *args: calls.append(None) or graph(*args)
+
     calls = []
     block = make()
-    block.compile(backend=lambda graph, inputs: lambda *args: calls.append(None) or graph(*args))
+    if part == "method":
+        block.summands = torch.compile(block.summands, backend=backend)
+    else:
+        (block if part == "block" else block.mlp.fc1).compile(backend=backend)
     for _ in range(5):
         before = len(calls)
         block(image())
@@ -349,6 +356,16 @@ def test_networks_have_a_limit_of_their_own(monkeypatch):
     monkeypatch.setattr(type(block), "LIMIT", small.numel())
     for _ in range(4):
         block(small), block(large)
+    assert kinds(block) == ["repetition"]
+
+
+@torch.no_grad()
+def test_forgets_layouts_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(repeat.Repeated, "LAYOUTS", 2)
+    block = make()
+    for width in (1, 2, 3):
+        for _ in range(4):
+            check(block, image(1, 8, 2, width))
     assert kinds(block) == ["repetition"]
 
 

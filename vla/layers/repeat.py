@@ -43,8 +43,9 @@ class _Snapshot:
 
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
-            is_own = "forward" not in m.__dict__ and m._compiled_call_impl is None
-            yield is_own and type(m).__module__.startswith(_PACKAGES)
+            yield type(m).__module__.startswith(_PACKAGES) and m._compiled_call_impl is None
+            # A method of one's own, or a compiled one, in the place of the class's.
+            yield not any(callable(getattr(type(m), name, None)) for name in m.__dict__)
         for t in self.tensors:
             yield type(t) in (Tensor, nn.Parameter)
 
@@ -108,6 +109,8 @@ class Repeated(nn.Module):
     # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
     # longer than the host.
     LIMIT = 2**24
+    # A network's repetition takes a megabyte of the host's memory. One with ever new sizes starts anew.
+    LAYOUTS = 128
 
     def __call__(self, x, *args, **kwargs):
         if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
@@ -129,7 +132,7 @@ class Repeated(nn.Module):
             except torch.OutOfMemoryError:  # as a recording keeps all that is computed
                 own.known[layout] = None
         if known == 0:
-            if len(own.known) >= _replay.Replays.LIMIT:
+            if len(own.known) >= self.LAYOUTS:
                 own.known.clear()
             own.known[layout] = 1
         return super().__call__(x, *args)
