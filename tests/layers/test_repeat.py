@@ -4,11 +4,13 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +51,7 @@ def ordinary(module: nn.Module, *args) -> Tensor:
 
 
 def kinds(module: nn.Module) -> list[str]:
-    own = repeat._repetitions.get(module)
+    own = getattr(module, "_repeated", None)
     return [] if own is None else ["repetition" if callable(known) else known for known in own.known.values()]
 
 
@@ -237,6 +239,58 @@ def test_parts_of_others_are_called(counted):
     assert kinds(block) == []
 
 
+@pytest.mark.parametrize("part", ["block", "layer", "method"])
+@torch.no_grad()
+def test_what_is_compiled_stays_so(part):
+    def backend(graph, inputs):
+        return lambda *args: calls.append(None) or graph(*args)
+
+    calls = []
+    block = make()
+    if part == "method":
+        block.summands = torch.compile(block.summands, backend=backend)
+    else:
+        (block if part == "block" else block.mlp.fc1).compile(backend=backend)
+    for _ in range(5):
+        before = len(calls)
+        block(image())
+        assert len(calls) > before
+
+
+def test_forward_mode_derivatives():
+    with torch.no_grad():
+        block = recorded(make("vrwkv"))
+    x = image()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            block(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@torch.no_grad()
+def test_arrays_as_attributes():
+    block = make()
+    block.mean = np.zeros(3)
+    recorded(block)
+    block.mean = np.ones(3)
+    for _ in range(4):
+        check(block, image())
+
+
+@torch.no_grad()
+def test_a_recording_for_which_memory_is_too_small(monkeypatch):
+    def forward(module, x, forward=nn.LayerNorm.forward):
+        if _replay.current() is not None:
+            raise torch.OutOfMemoryError
+        return forward(module, x)
+
+    block = make()
+    monkeypatch.setattr(nn.LayerNorm, "forward", forward)
+    block.norm1 = nn.LayerNorm(3)
+    for _ in range(5):
+        check(block, image())
+    assert kinds(block) == [None]
+
+
 @torch.no_grad()
 def test_copies_have_their_own():
     block = recorded()
@@ -245,7 +299,6 @@ def test_copies_have_their_own():
     for _ in range(4):
         check(other, image())
         check(block, image())
-    repeat._repetitions.pop(other)
     assert kinds(copy.copy(block)) == []
 
 
@@ -258,6 +311,24 @@ def test_memory_is_given_back():
     assert [a() for a in alive] == [None, None]
 
 
+@pytest.mark.parametrize("how", ["method", "itself", "compiled"])
+@torch.no_grad()
+def test_memory_of_a_module_that_refers_to_itself_is_given_back(how):
+    block = make()
+    if how == "method":
+        block.forward_before = block.forward
+    elif how == "itself":
+        block.parts = (block,)
+    else:
+        block.compile(backend="eager")
+    for _ in range(4):
+        block(image())
+    alive = weakref.ref(block)
+    del block
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize(
     "leave, back",
     [(nn.Module.double, nn.Module.float), (lambda block: block.train(), lambda block: block.eval())],
@@ -267,7 +338,7 @@ def test_memory_is_given_back():
 def test_memory_of_a_module_in_other_use_is_given_back(leave, back):
     block = recorded()
     block(image())
-    (known,) = repeat._repetitions[block].known.values()
+    (known,) = block._repeated.known.values()
     alive = weakref.ref(known)
     del known
     leave(block)
@@ -288,6 +359,16 @@ def test_networks_have_a_limit_of_their_own(monkeypatch):
     assert kinds(block) == ["repetition"]
 
 
+@torch.no_grad()
+def test_forgets_layouts_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(repeat.Repeated, "LAYOUTS", 2)
+    block = make()
+    for width in (1, 2, 3):
+        for _ in range(4):
+            check(block, image(1, 8, 2, width))
+    assert kinds(block) == ["repetition"]
+
+
 @pytest.fixture
 def bound(monkeypatch):
     """Numbers of calls whose tensors stayed."""
@@ -299,7 +380,7 @@ def bound(monkeypatch):
 
 def workspace(module: nn.Module) -> _bound._Workspace:
     """What the only repetition of a module uses."""
-    (known,) = repeat._repetitions[module].known.values()
+    (known,) = module._repeated.known.values()
     (found,) = known._workspaces.values()
     return found
 
@@ -312,7 +393,7 @@ def test_nothing_is_read_that_an_earlier_call_has_left(kind):
         with torch.autocast(image().device.type, torch.bfloat16, enabled=autocast):
             recorded(block)
             block(image())
-            for known in repeat._repetitions[block].known.values():
+            for known in block._repeated.known.values():
                 for used in known._workspaces.values():
                     used.memory.fill_(255)  # not a number, in any of the dtypes
             check(block, image())

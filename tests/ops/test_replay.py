@@ -268,6 +268,20 @@ def test_memory_of_a_recording_is_given_back():
     assert [a() for a in alive] == [None, None] and kinds(replays) == ["replay"]
 
 
+def test_a_recording_for_which_memory_is_too_small():
+    replays = Replays()
+
+    def function(x):
+        if _replay.current() is not None:
+            raise torch.OutOfMemoryError
+        return add(x, x)
+
+    for _ in range(4):
+        x = torch.randn(40)
+        assert torch.equal(call(replays, function, x), x + x)
+    assert kinds(replays) == ["never to be repeated"]
+
+
 def test_forgets_layouts_when_there_are_too_many(monkeypatch):
     monkeypatch.setattr(Replays, "LIMIT", 3)
     replays = Replays()

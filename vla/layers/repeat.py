@@ -5,10 +5,10 @@ of modules, layouts, casts of weights. So what operators do (`vla/ops/_replay.py
 """
 
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from ..ops import _bound, _registry, _replay
@@ -31,7 +31,7 @@ class _Snapshot:
     """
 
     def __init__(self, module: nn.Module):
-        # Not the modules themselves: the table of all snapshots would keep them alive.
+        # Not the modules themselves: with a reference to the one that keeps this, memory would have to be collected.
         modules = list(module.modules())
         self.live = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.copies = [d.copy() for d in self.live]
@@ -43,7 +43,9 @@ class _Snapshot:
 
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
-            yield type(m).__module__.startswith(_PACKAGES) and "forward" not in m.__dict__
+            yield type(m).__module__.startswith(_PACKAGES) and m._compiled_call_impl is None
+            # A method of one's own, or a compiled one, in the place of the class's.
+            yield not any(callable(getattr(type(m), name, None)) for name in m.__dict__)
         for t in self.tensors:
             yield type(t) in (Tensor, nn.Parameter)
 
@@ -54,7 +56,7 @@ class _Snapshot:
         """Whether all is still the same."""
         try:
             same = self.live == self.copies
-        except RuntimeError:  # says a comparison of tensors, which there is none of between the same ones
+        except (RuntimeError, ValueError):  # of tensors, of arrays: those that are the same ones are not compared
             return False
         return same and any(self.hooks) == self.is_hooked and self._layouts() == self.layouts
 
@@ -72,10 +74,6 @@ class _Repetitions:
         self.known: dict[tuple, object] = {}
 
 
-# None after the first call: some modules live for one.
-_repetitions: WeakKeyDictionary[nn.Module, _Repetitions | None] = WeakKeyDictionary()
-
-
 def _has_function_mode() -> bool:
     """Whether there is another mode than those of default devices."""
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
@@ -83,13 +81,14 @@ def _has_function_mode() -> bool:
 
 
 def _is_observed() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform of `torch.func` or a hook on all modules looks on."""
+    """Whether a compiler, a tracer, a mode, forward-mode derivatives or a hook on all modules look on."""
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or _has_function_mode()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or has_global_hooks()
     )
 
@@ -103,9 +102,15 @@ class Repeated(nn.Module):
     workspace for all of a stream's repetitions, see `vla/ops/_bound.py`.
     """
 
+    # No part of the module's state, and no key in a table of all: what it holds may refer to the module. None after the
+    # first call, as some modules live for one.
+    __slots__ = ("_repeated",)
+
     # Numbers in a map up to which a recording has memory to keep all that it computes, and from which on a GPU takes
     # longer than the host.
     LIMIT = 2**24
+    # A network's repetition takes a megabyte of the host's memory. One with ever new sizes starts anew.
+    LAYOUTS = 128
 
     def __call__(self, x, *args, **kwargs):
         if torch.is_grad_enabled() or self.training or type(x) is not Tensor or kwargs or _is_observed():
@@ -122,30 +127,37 @@ class Repeated(nn.Module):
         if callable(known):
             return known(x, pointer, stream)
         if known == 1:
-            return self._record(own, layout, x, *args)
+            try:
+                return self._record(own, layout, x, *args)
+            except torch.OutOfMemoryError:  # as a recording keeps all that is computed
+                own.known[layout] = None
         if known == 0:
-            if len(own.known) >= _replay.Replays.LIMIT:
+            if len(own.known) >= self.LAYOUTS:
                 own.known.clear()
             own.known[layout] = 1
         return super().__call__(x, *args)
 
     def _apply(self, *args, **kwargs):
         # Repetitions would keep the memory that a module is moved out of.
-        _repetitions.pop(self, None)
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True):
         if mode:
             # Training needs the memory that they keep.
-            _repetitions.pop(self, None)
+            self._forget()
         return super().train(mode)
+
+    def _forget(self) -> None:
+        if hasattr(self, "_repeated"):
+            del self._repeated
 
     def _repetitions(self) -> _Repetitions | None:
         """Those of the module as it is now, None at the first call."""
-        own = _repetitions.get(self)
+        is_first = not hasattr(self, "_repeated")
+        own = None if is_first else self._repeated
         if own is None or not own.snapshot.holds():
-            is_first = own is not None or self not in _repetitions
-            _repetitions[self] = own = None if is_first else _Repetitions(self)
+            own = self._repeated = None if is_first or own is not None else _Repetitions(self)
         return own
 
     def _record(self, own: _Repetitions, layout: tuple, x: Tensor, *args):

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
@@ -180,7 +181,10 @@ class Operator:
             # A recording of more than this operator goes on with its launches.
             if _replay.current() is None:
                 return self._overload(*args)
-        return _Direct.apply(self, *args) if torch.is_grad_enabled() else self._forward(*args)
+        # Forward-mode derivatives, which are not subject to `no_grad`, there are none of: autograd says so.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return _Direct.apply(self, *args)
+        return self._forward(*args)
 
     @cached_property
     def _script(self) -> torch.jit.ScriptFunction:

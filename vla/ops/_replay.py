@@ -353,6 +353,13 @@ class Replays:
             return function(*args)
         if replay is not _SEEN:
             return replay(tensors, pointers, stream)
+        try:
+            return self._record(layout, function, args)
+        except torch.OutOfMemoryError:  # as a recording keeps all that is computed
+            self._known[layout] = _NEVER
+        return function(*args)
+
+    def _record(self, layout: tuple, function: Callable, args: tuple):
         # A tensor that is given twice may be two the next time.
         args = [x.detach() if isinstance(x, Tensor) else x for x in args]
         with Recording([x for x in args if isinstance(x, Tensor)]) as recording:
