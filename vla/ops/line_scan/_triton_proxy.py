@@ -1,6 +1,6 @@
 """GPU kernels of the line scan whose coefficients are linear functions of a proxy."""
 
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,54 +9,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_maps
+from ._triton_common import (
+    _CLOSED,
+    _FTZ,
+    _MIN_TOTAL,
+    _STEEPEST,
+    _dot,
+    _dot_add,
+    _exp2,
+    _halves,
+    _inverse,
+    _pick,
+)
+from ._triton_local import PAIRS, fragment_place, line_scan_local_fwd_kernel
 from .frames import from_map_frame, to_map_frame
 
 # Of gradients (sweeps, B, pixels, D) and (B, pixels, S), those of x, (B, pixels, D).
 Join = Callable[[Tensor, Tensor], Tensor]
 
-# The least sum of sigmoids that divides them.
-_MIN_TOTAL = tl.constexpr(1e-7)
-# Logits are multiplied by -log2(e) and clamped where a sigmoid is 2.4e-13, so that products of three stay finite.
-_STEEPEST = tl.constexpr(41.9)
 # Numbers of a sum from which it makes enough programs; PyTorch's kernel splits what is summed.
 _LARGE = 1 << 19
-# In place of a logit whose neighbour does not exist.
-_CLOSED = tl.constexpr(1e3)
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
-_FTZ = tl.constexpr(torch.version.cuda is not None and not _INTERPRETED.value)
-
-
-@triton.jit
-def _dot(a, b):
-    if _INTERPRETED:
-        # Triton's interpreter multiplies the bits of bfloat16.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _dot_add(a, b, acc):
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee")
-
-
-@triton.jit
-def _exp2(x):
-    if _FTZ:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
-def _inverse(x):
-    if _FTZ:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return 1 / x
 
 
 @triton.jit
@@ -71,13 +43,6 @@ def _hold(x):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     else:
         return x
-
-
-@triton.jit
-def _halves(h):
-    """A float32 tile as the sum of two bfloat16 tiles, good to 16 bits."""
-    high = (h.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), (h - high).to(tl.bfloat16)
 
 
 @triton.jit
@@ -171,12 +136,6 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _pick(k, v0, v1, v2, v3):
-    """The k-th of four numbers."""
-    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3)))
-
-
-@triton.jit
 def _mix(w0, w1, w2, z, no_left, no_right, h, before, after, EXACT: tl.constexpr):
     """What a line gets from the states `h` of the line before.
 
@@ -249,13 +208,13 @@ def line_scan_proxy_fwd_kernel(
     x, z, w, y, scratch, states, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
-    EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
+    EXACT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to four sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
 
     Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
-    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. KEEP is
-    for chunks of one or two lines; G is the number of sweeps that walk together in others.
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. G is the
+    number of sweeps that walk together.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
@@ -287,91 +246,58 @@ def line_scan_proxy_fwd_kernel(
     w_j = R * w_width
     w += c[:, None] * R + s[None, :]
     x += b * pixels * channels
-    if KEEP:
-        more = _second(tl.arange(0, 1), T) + 1 < steps
-        z0, z1 = tl.load(z_ptr, z_mask, 0.0), tl.load(z_ptr + tt * S, z_mask & more, 0.0)
-        y0 = zero
-        y1 = zero
-        at, across = _sweep_pixels(0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-        x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-        x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
-        for k in range(sweeps):
-            w_k = w + k * 6 * w_j
-            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-            xa, xb = x0.to(tl.float32), x1.to(tl.float32)
-            # The next sweep's maps are read while this one computes.
-            k_next = tl.minimum(k + 1, sweeps - 1)
-            at, across = _sweep_pixels(k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-            x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
-            h = _dot(w3, z0) * xa
-            y0 += _dot(w4, z0) * h
-            y0 += _dot(w5, z0) * xa
-            h = _dot(w3, z1) * xb + _mix(w0, w1, w2, z1, no_left, no_right, h, before, after, EXACT)
-            y1 += _dot(w4, z1) * h
-            y1 += _dot(w5, z1) * xb
-        if ADD:
-            y0 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-        tl.store(y_ptr, y0.to(y.dtype.element_ty), own_mask)
-        y_ptr += tt * channels
-        own_mask = own_mask & more
-        if ADD:
-            y1 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-        tl.store(y_ptr, y1.to(y.dtype.element_ty), own_mask)
-    else:
-        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _held_places(C, P)
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _held_places(C, P)
+    if states is not None:
+        states += _first_states(tl.program_id(0) // blocks, sweeps, blocks, block) * chunk * (P * C)
+        states += _held_places(C, P)
+    for k in range(0, sweeps, G):
+        states_k = states
         if states is not None:
-            states += _first_states(tl.program_id(0) // blocks, sweeps, blocks, block) * chunk * (P * C)
-            states += _held_places(C, P)
-        for k in range(0, sweeps, G):
-            states_k = states
+            states_k += (k * blocks).to(tl.int64) * chunk * (P * C)
+        w_k = w + k * 6 * w_j
+        w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+        w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
+        at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+        x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
+        xn = tl.load(x_ptr, mask, 0.0)
+        if G == 2:
+            w_k += 6 * w_j
+            v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+            v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
+            at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+            x2_ptr = x + first * x2_across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
+            x2n = tl.load(x2_ptr, mask, 0.0)
+        zn = tl.load(z_ptr, z_mask, 0.0)
+        h = zero
+        h2 = zero
+        for t in range(steps):
+            zt, xt = zn, xn.to(tl.float32)
+            # The next line's maps are read while this one computes.
+            t_next = tl.minimum(t + 1, steps - 1)
+            zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
+            xn = tl.load(x_ptr + t_next * across * channels, mask, 0.0)
+            out = zero
+            if k > 0:
+                out = tl.load(scratch + t * (P * C)).to(tl.float32)
+            h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
             if states is not None:
-                states_k += (k * blocks).to(tl.int64) * chunk * (P * C)
-            w_k = w + k * 6 * w_j
-            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-            at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-            xn = tl.load(x_ptr, mask, 0.0)
+                tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
+            out += _dot(w4, zt) * h
+            out += _dot(w5, zt) * xt
             if G == 2:
-                w_k += 6 * w_j
-                v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-                v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-                at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-                x2_ptr = x + first * x2_across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-                x2n = tl.load(x2_ptr, mask, 0.0)
-            zn = tl.load(z_ptr, z_mask, 0.0)
-            h = zero
-            h2 = zero
-            for t in range(steps):
-                zt, xt = zn, xn.to(tl.float32)
-                # The next line's maps are read while this one computes.
-                t_next = tl.minimum(t + 1, steps - 1)
-                zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
-                xn = tl.load(x_ptr + t_next * across * channels, mask, 0.0)
-                out = zero
-                if k > 0:
-                    out = tl.load(scratch + t * (P * C)).to(tl.float32)
-                h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+                xt = x2n.to(tl.float32)
+                x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
+                h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
                 if states is not None:
-                    tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
-                out += _dot(w4, zt) * h
-                out += _dot(w5, zt) * xt
-                if G == 2:
-                    xt = x2n.to(tl.float32)
-                    x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
-                    h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
-                    if states is not None:
-                        tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
-                    out += _dot(v4, zt) * h2
-                    out += _dot(v5, zt) * xt
-                if k + G < sweeps:
-                    tl.store(scratch + t * (P * C), out)
-                else:
-                    if ADD:
-                        out += tl.load(y_ptr + t * tt * channels, own_mask, 0.0).to(tl.float32)
-                    tl.store(y_ptr + t * tt * channels, out.to(y.dtype.element_ty), own_mask)
+                    tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
+                out += _dot(v4, zt) * h2
+                out += _dot(v5, zt) * xt
+            if k + G < sweeps:
+                tl.store(scratch + t * (P * C), out)
+            else:
+                if ADD:
+                    out += tl.load(y_ptr + t * tt * channels, own_mask, 0.0).to(tl.float32)
+                tl.store(y_ptr + t * tt * channels, out.to(y.dtype.element_ty), own_mask)
 
 
 @triton.jit
@@ -612,11 +538,12 @@ def line_scan_proxy_bwd_kernel(
 @kernel
 def line_scan_pack_kernel(
     gates, lam, u, skip, w, v, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    EXACT: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, LOCAL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Weights of one coefficient as `w` (K, 6, width, R), gates times -log2(e), and `v` (K, 6, width, V) if V > 0.
 
-    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide.
+    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide. LOCAL has `w` in fragments,
+    (K, blocks, 6, R * 16), and `v` (K, 6, V, width).
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     k, j = tl.program_id(0) // 6, tl.program_id(0) % 6
@@ -636,9 +563,14 @@ def line_scan_pack_kernel(
     else:
         value = tl.load(skip + at, mask, 0.0).to(tl.float32)
     row = tl.program_id(0) * width + c
-    _store_halves(w + row * R + s, value * scale, s < HALF, c < width)
+    if LOCAL:
+        w += ((k * (width // 16) + c // 16) * 6 + j) * (R * 16) + fragment_place(c, s, R, EXACT)
+    else:
+        w += row * R + s
+    _store_halves(w, value * scale, s < HALF, c < width)
     if V > 0:
-        _store_halves(v + row * V + s, value, s < HALF, (c < width) & (s < V))
+        v += (tl.program_id(0) * V + s) * width + c if LOCAL else row * V + s
+        _store_halves(v, value, s < HALF, (c < width) & (s < V))
 
 
 @triton.jit
@@ -702,9 +634,12 @@ class _Launch:
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
         self.batch, self.channels, self.height, self.width = self.x.shape
         self.k, self.rank = len(self.directions), proxy.shape[1]
+        self.local = 1 <= self.chunk <= 2
         self.exact, self.most = _is_exact(self.x, proxy), _most_rows(self.x, proxy)
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
         half = max(8, next_power_of_2(self.rank))
+        # Channels are a multiple of it, which a compiler needs to know.
+        self.unit = math.gcd(self.channels, self.C)
         self.R = max(16, half) if self.exact else 2 * half
         # bfloat16 holds all of a bfloat16 proxy, and weights well enough for gradients.
         self.V = half if self.proxy.dtype == torch.bfloat16 else self.R
@@ -718,7 +653,7 @@ class _Launch:
             self.v = self.x.new_empty(self.k, 6, self.w_width, self.V, dtype=dtype)
         line_scan_pack_kernel[(6 * self.k, cdiv(self.w_width, 64))](
             *(t.contiguous() for t in self.weights), self.w, self.v, self.channels, self.w_width,
-            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, C=64,
+            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, LOCAL=self.local, C=64,
         )  # fmt: skip
 
     def groups(self) -> Iterator[tuple[int, list[str], Tensor, tuple[int, int, int]]]:
@@ -735,10 +670,14 @@ class _Launch:
                 turned = to_map_frame(self.x.unflatten(1, size).permute(0, 3, 1, 2), direction)
                 yield k, ["right"], _pixels(turned), (0, self.width, 1)
 
+    def lengths(self, direction: str) -> tuple[int, int]:
+        """Rows and lines of a sweep."""
+        turned = self.aligned and direction in ("down", "up")
+        return (self.width, self.height) if turned else (self.height, self.width)
+
     def tiling(self, direction: str) -> tuple[int, int, int, int, int, int, int, int]:
         """Rows of a tile, of a picture in it, and of the line; lines, and of a chunk; tiles, chunks, rows shared."""
-        turned = self.aligned and direction in ("down", "up")
-        rows, lines = (self.width, self.height) if turned else (self.height, self.width)
+        rows, lines = self.lengths(direction)
         chunk = min(self.chunk or lines, lines)
         P, halo = _tile(rows, chunk, self.most)
         Q = min(P, next_power_of_2(rows)) if halo == 0 else P
@@ -748,10 +687,7 @@ class _Launch:
         """Programs that run at a time, and options of their launch: with 168 registers, three warps fit a scheduler."""
         registers = 128 if P == 256 else 168 if light and not self.exact else 255
         warps = 4 * {128: 4, 168: 3, 255: 2}[registers]
-        options = dict(num_warps=P // 16)
-        if torch.version.cuda is not None:
-            options["maxnreg"] = registers
-        return warps * 16 // P * processors(self.x), options
+        return warps * 16 // P * processors(self.x), _options(P // 16, registers)
 
     def _sources(self, directions: list[str]) -> list[int]:
         frames = [v for d in directions for v in frame(d, self.height, self.width)]
@@ -762,19 +698,28 @@ class _Launch:
         groups = list(self.groups())
         y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
         for k, directions, x, target in groups:
+            arguments = (*target, *self._sources(directions))
+            if self.local:
+                rows, lines = self.lengths(directions[0])
+                tiles = cdiv(cdiv(rows, 2) * cdiv(lines, self.chunk), PAIRS)
+                line_scan_local_fwd_kernel[(self.blocks * tiles * self.batch,)](
+                    x, self.proxy, self.w[k:], y, self.channels // self.unit, self.height * self.width, rows, lines,
+                    self.chunk, tiles, len(directions), *arguments,
+                    S=self.rank, R=self.R, U=self.unit, EXACT=self.exact, ADD=k > 0,
+                    num_stages=1, **_options(1, 255 if self.exact else 128),
+                )  # fmt: skip
+                continue
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             programs = self.blocks * cdiv(self.batch * Q, P) * tiles * segments
-            keep = chunk <= 2
             # Two sweeps need more registers than a thread of 16 warps can have.
-            together = 2 if len(directions) % 2 == 0 and not keep and P < 256 else 1
+            together = 2 if len(directions) % 2 == 0 and P < 256 else 1
             scratch = y
-            if not keep and len(directions) > together:
+            if len(directions) > together:
                 scratch = y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
             line_scan_proxy_fwd_kernel[(programs,)](
                 x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels, self.height * self.width,
-                rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions), *target,
-                *self._sources(directions),
-                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, KEEP=keep, ADD=k > 0,
+                rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions), *arguments,
+                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, ADD=k > 0,
                 num_stages=2, **self._resources(P, light=True)[1],
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
@@ -828,6 +773,11 @@ class _Launch:
         else:
             total = _sum(gx, gx.dtype) if len(gx) > 1 else gx[0]
         return [_map(total, self.height), g_gates, *others, _map(g_proxy, self.height)]
+
+
+def _options(warps: int, registers: int) -> dict:
+    """Options of a launch: warps of a program, and the most registers of a thread."""
+    return dict(num_warps=warps) | ({} if torch.version.cuda is None else dict(maxnreg=registers))
 
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:

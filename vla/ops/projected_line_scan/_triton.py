@@ -10,7 +10,7 @@ from .._maps import pixels
 from .._triton import cdiv, kernel, next_power_of_2
 from ..line_scan import _triton as scan
 from ..line_scan import _triton_proxy as proxy_scan
-from ..line_scan._triton_proxy import _dot
+from ..line_scan._triton_common import _dot
 from . import project
 from .project import scan_arguments
 

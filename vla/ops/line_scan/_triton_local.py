@@ -1,0 +1,312 @@
+"""GPU kernels of the line scan with a proxy, for chunks of one or two lines: GSPN's local propagation.
+
+A tile is 8 pairs of rows and 16 channels of one line, in one warp, and even and odd rows are tiles (8, 16) of their own.
+A thread has four channels of an even row and of the odd one after it: as the tensor cores leave them in its registers,
+as it reads and writes them in memory, and where a row finds one of its two neighbours. So nothing passes through shared
+memory but what is transposed for the weights' gradients. The orders of rows and channels that this takes are written
+below as reshapes and permutations, which are right however a compiler lays tiles out.
+"""
+
+import triton
+import triton.language as tl
+
+from .._triton import kernel
+from ._triton_common import (
+    _CLOSED,
+    _FTZ,
+    _MIN_TOTAL,
+    _STEEPEST,
+    _dot,
+    _dot_add,
+    _exp2,
+    _halves,
+    _inverse,
+    _pick,
+)
+
+# Pairs of rows of a tile, and its channels.
+PAIRS = 8
+CHANNELS = 16
+_P = tl.constexpr(PAIRS)
+_C = tl.constexpr(CHANNELS)
+# log2 of `_MIN_TOTAL`.
+_LOG_MIN = tl.constexpr(-23.253496664211536)
+
+
+@triton.jit
+def _unpaired(even, odd):
+    """Even and odd rows (P, N) -> (2 P, N), as the first factor of a product: first all even rows, then the odd."""
+    N: tl.constexpr = even.shape[1]
+    return tl.reshape(tl.permute(tl.join(even, odd), [2, 0, 1]), [2 * _P, N])
+
+
+@triton.jit
+def _paired(rows):
+    """The inverse of `_unpaired`."""
+    N: tl.constexpr = rows.shape[1]
+    return tl.split(tl.permute(tl.reshape(rows, [2, _P, N]), [1, 2, 0]))
+
+
+@triton.jit
+def _expanded(product):
+    """A product with a `_fragment`, (2 P, C) -> even and odd rows (P, C), channels in the map's order."""
+    x = tl.reshape(product, [2, _P, 2, 4, 2])
+    return tl.split(tl.reshape(tl.permute(x, [1, 3, 2, 4, 0]), [_P, _C, 2]))
+
+
+@triton.jit
+def _collapsed(even, odd):
+    """The inverse of `_expanded`."""
+    x = tl.reshape(tl.join(even, odd), [_P, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(x, [4, 0, 2, 1, 3]), [2 * _P, _C])
+
+
+@triton.jit
+def _fragment(pointer, R: tl.constexpr):
+    """Weights (R, C), which lie in memory as the threads of a warp need them, see `fragment_place`."""
+    x = tl.load(pointer + tl.arange(0, R * _C))
+    # step of the product, channel, pair of proxy channels, half of the channels, half of a weight, proxy channel
+    x = tl.reshape(x, [R // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(x, [0, 2, 4, 5, 3, 1]), [R, _C])
+
+
+@triton.jit
+def fragment_place(c, r, R: tl.constexpr, EXACT: tl.constexpr):
+    """Where the r-th of a channel's R weights lies in the fragment of its block."""
+    if EXACT:
+        k = r
+    else:
+        half: tl.constexpr = R // 2
+        k = r % half // 2 * 4 + r // half * 2 + r % 2
+    c %= 16
+    # The tensor cores give a thread columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9: they are to be channels 4 t to 4 t + 3.
+    column = c // 4 * 2 + c % 2
+    return k // 16 * 256 + ((column * 4 + k % 16 // 4) * 2 + c // 2 % 2) * 4 + k % 4
+
+
+@triton.jit
+def _distinct(x, zero):
+    """`x` as something else for a compiler, who would make copies of a tile that is in a product twice."""
+    if _FTZ and x.dtype != tl.float32:
+        zeros = tl.zeros(x.shape, tl.int16) + zero.to(tl.int16)
+        return tl.inline_asm_elementwise("add.s32 $0, $1, $2;", "=r,r,r", [x, zeros], x.dtype, True, 2)
+    else:
+        return x
+
+
+@triton.jit
+def _proxy(even, odd, zero, EXACT: tl.constexpr):
+    """A proxy's rows (P, S) as a product's first factor, in half precision twice, for both halves of a weight."""
+    x = _unpaired(even, odd)
+    if EXACT:
+        return x
+    else:
+        N: tl.constexpr = 2 * x.shape[1]
+        twice = tl.reshape(tl.join(x, _distinct(x, zero)), [2 * _P, N // 4, 2, 2])
+        return tl.reshape(tl.permute(twice, [0, 1, 3, 2]), [2 * _P, N])
+
+
+@triton.jit
+def _wide(x):
+    """In float32; bfloat16 with one instruction a number."""
+    if _FTZ and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, True, 2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _load(pointer, step, even, odd):
+    """Even rows, and the odd ones, which are a step on."""
+    return tl.load(pointer, even, 0.0), tl.load(pointer + step, odd, 0.0)
+
+
+@triton.jit
+def _store(pointer, step, even_rows, odd_rows, even, odd):
+    tl.store(pointer, even_rows.to(pointer.dtype.element_ty), even)
+    tl.store(pointer + step, odd_rows.to(pointer.dtype.element_ty), odd)
+
+
+@triton.jit
+def _mixed(l, m, r, above, h, below):
+    """What a pixel gets from its neighbours' states, from logits times -log2(e), plus log2 of the least total.
+
+    As `_mix` in `_triton_proxy`, with `b` and the sum both in units of the least total.
+    """
+    steepest: tl.constexpr = _STEEPEST.value + _LOG_MIN.value
+    bl = _MIN_TOTAL + _exp2(tl.minimum(l, steepest))
+    bm = _MIN_TOTAL + _exp2(tl.minimum(m, steepest))
+    br = _MIN_TOTAL + _exp2(tl.minimum(r, steepest))
+    nm = bl * br
+    total = (bl + br) * bm + nm
+    mixed = (br * above + bl * below) * bm + nm * h
+    return mixed * _inverse(tl.maximum(total, nm * bm))
+
+
+@kernel(do_not_specialize=[
+    "units", "pixels", "rows", "lines", "chunk", "tiles", "sweeps",
+    "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
+])  # fmt: skip
+def line_scan_local_fwd_kernel(
+    x, z, w, y, units, pixels, rows, lines, chunk, tiles, sweeps,
+    to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
+    S: tl.constexpr, R: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Outputs of up to four sweeps on one block of channels and 8 pairs of rows, in all lines of their chunks.
+
+    Maps are channels-last: x, y (B, pixels, units U), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. w (sweeps, blocks, 6, R C) are fragments. A
+    picture's pairs are counted along the rows of one chunk after the other, and no tile needs rows of another: the
+    neighbours' states are those of a chunk's first line, which are a product of what lies in memory.
+    """
+    HALF: tl.constexpr = R if EXACT else R // 2
+    W: tl.constexpr = R * _C
+    channels = units * U
+    blocks = tl.cdiv(channels, _C)
+    block = tl.program_id(0) % blocks
+    b = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
+    x += b * pixels * channels
+    y += b * pixels * channels
+    z += b * pixels * S
+    w += block * (6 * W)
+    c = block * _C + tl.arange(0, _C)[None, :]
+    s = tl.arange(0, HALF)[None, :]
+    # Numbers of one picture are counted with 32 bits.
+    pair = (tl.program_id(0) // blocks % tiles * _P + tl.arange(0, _P))[:, None]
+    pairs = tl.cdiv(rows, 2)
+    i = pair % pairs * 2
+    t = pair // pairs * chunk
+    even = t < lines
+    odd = even & (i + 1 < rows)
+    above = even & (i > 0)
+    below = even & (i + 2 < rows)
+    second = (chunk > 1) & (t + 1 < lines)
+    logits = tl.full([_P, _C], _LOG_MIN, tl.float32)
+    no_left = _collapsed(tl.where((i > 0) | (rows == 1), logits, _CLOSED), logits)
+    no_right = _collapsed(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
+    logits = _collapsed(logits, logits)
+    target = to + i * ti + t * tt
+    zero = rows >> 31
+    z += target * S + s
+    z_mask = s < S
+    z0e, z0o = _load(z, ti * S, even & z_mask, odd & z_mask)
+    z1e, z1o = _load(z + tt * S, ti * S, even & second & z_mask, odd & second & z_mask)
+    zre, zro = _load(z - ti * S, 3 * ti * S, above & z_mask, below & z_mask)
+    z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
+    z_around = _proxy(zre, zro, zero, EXACT)
+    mask = c < channels
+    even, odd, above, below = even & mask, odd & mask, above & mask, below & mask
+    even1, odd1 = even & second, odd & second
+    y0e = tl.zeros([_P, _C], tl.float32)
+    y0o, y1e, y1o = y0e, y0e, y0e
+    for k in range(sweeps):
+        o = _pick(k, o0, o1, o2, o3) * channels
+        down, across = _pick(k, i0, i1, i2, i3) * channels, _pick(k, t0, t1, t2, t3) * channels
+        x_k = x + (o + i * down + t * across + c)
+        x0e, x0o = _load(x_k, down, even, odd)
+        x1e, x1o = _load(x_k + across, down, even1, odd1)
+        xre, xro = _load(x_k - down, 3 * down, above, below)
+        x0e, x0o, x1e, x1o, xre, xro = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o), _wide(xre), _wide(xro)
+        w_k = w + k * blocks * (6 * W)
+        lam, u, skip = _fragment(w_k + 3 * W, R), _fragment(w_k + 4 * W, R), _fragment(w_k + 5 * W, R)
+        ce, co = _expanded(_dot(z0, lam))
+        he, ho = ce * x0e, co * x0o
+        ce, co = _expanded(_dot(z0, u))
+        y0e += ce * he
+        y0o += co * ho
+        ce, co = _expanded(_dot(z0, skip))
+        y0e += ce * x0e
+        y0o += co * x0o
+        ce, co = _expanded(_dot(z_around, lam))
+        hre, hro = ce * xre, co * xro
+        le, lo = _expanded(_dot_add(z1, _fragment(w_k, R), no_left))
+        me, mo = _expanded(_dot_add(z1, _fragment(w_k + W, R), logits))
+        re, ro = _expanded(_dot_add(z1, _fragment(w_k + 2 * W, R), no_right))
+        ce, co = _expanded(_dot(z1, lam))
+        h1e = ce * x1e + _mixed(le, me, re, hre, he, ho)
+        h1o = co * x1o + _mixed(lo, mo, ro, he, ho, hro)
+        ce, co = _expanded(_dot(z1, u))
+        y1e += ce * h1e
+        y1o += co * h1o
+        ce, co = _expanded(_dot(z1, skip))
+        y1e += ce * x1e
+        y1o += co * x1o
+    y += target * channels + c
+    down, across = ti * channels, tt * channels
+    if ADD:
+        beforee, beforeo = _load(y, down, even, odd)
+        y0e += beforee.to(tl.float32)
+        y0o += beforeo.to(tl.float32)
+        beforee, beforeo = _load(y + across, down, even1, odd1)
+        y1e += beforee.to(tl.float32)
+        y1o += beforeo.to(tl.float32)
+    _store(y, down, y0e, y0o, even, odd)
+    _store(y + across, down, y1e, y1o, even1, odd1)
+
+
+@triton.jit
+def _product(a, b):
+    """Of tiles as they were loaded; of bfloat16 ones rounded once, two numbers at a time."""
+    if _FTZ and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+        zeros = tl.full(a.shape, -0.0, tl.bfloat16)
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, zeros], tl.bfloat16, True, 2
+        )
+    else:
+        return a.to(tl.float32) * b.to(tl.float32)
+
+
+@triton.jit
+def _beside(a, b):
+    """(N, M) and (N, M) -> (N, 2 M)."""
+    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def _moved(x, STEP: tl.constexpr):
+    """The tile (P, C) `STEP` pairs on, 0 beyond its ends.
+
+    As tiles of one number a thread, so that each is one shuffle.
+    """
+    n = tl.arange(0, 4 * _P)
+    source = n + 4 * STEP
+    inside = (source >= 0) & (source < 4 * _P)
+    source = tl.where(inside, source, n)
+    first, second = tl.split(tl.reshape(x, [4 * _P, 2, 2]))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    a, b = tl.where(inside, tl.gather(a, source, 0), 0.0), tl.where(inside, tl.gather(b, source, 0), 0.0)
+    c, d = tl.where(inside, tl.gather(c, source, 0), 0.0), tl.where(inside, tl.gather(d, source, 0), 0.0)
+    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [_P, _C])
+
+
+@triton.jit
+def _through_gates(l, m, r, g, own, above, h, below):
+    """A pixel's state, of which `own` is no neighbour's, and gradients: what goes to its neighbours, and its logits'."""
+    al, am, ar = _inverse(1 + _exp2(l)), _inverse(1 + _exp2(m)), _inverse(1 + _exp2(r))
+    total = al + am + ar
+    share = _inverse(tl.maximum(total, _MIN_TOTAL))
+    mixed = (al * above + am * h + ar * below) * share
+    mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
+    share *= g
+    sl, sm, sr = al * share, am * share, ar * share
+    g_l = (above - mean) * (sl - sl * al)
+    g_m = (h - mean) * (sm - sm * am)
+    g_r = (below - mean) * (sr - sr * ar)
+    return own + mixed, sl, sm, sr, g_l, g_m, g_r
+
+
+@triton.jit
+def _contract(g, z, v, gw, gz, TWICE: tl.constexpr):
+    """Adds what coefficients' gradients g (2 P, N) make of those of weights (N, V), and of the proxy (2 P, V)."""
+    if TWICE:
+        high, low = _halves(g)
+        gw = _dot_add(tl.trans(high), z, _dot_add(tl.trans(low), z, gw))
+        gz = _dot_add(high, v, _dot_add(low, v, gz))
+    else:
+        g = g.to(v.dtype)
+        gw = _dot_add(tl.trans(g), z, gw)
+        gz = _dot_add(g, v, gz)
+    return gw, gz
