@@ -266,20 +266,17 @@ def _beside(a, b):
 
 @triton.jit
 def _moved(x, STEP: tl.constexpr):
-    """The tile (P, C) `STEP` pairs on, 0 beyond its ends.
+    """The rows (P, C) of the pairs that are STEP on, those at the ends from the other end.
 
     As tiles of one number a thread, so that each is one shuffle.
     """
-    n = tl.arange(0, 4 * _P)
-    source = n + 4 * STEP
-    inside = (source >= 0) & (source < 4 * _P)
-    source = tl.where(inside, source, n)
+    source = (tl.arange(0, 4 * _P) + 4 * STEP) & (4 * _P - 1)
     first, second = tl.split(tl.reshape(x, [4 * _P, 2, 2]))
     a, b = tl.split(first)
     c, d = tl.split(second)
-    a, b = tl.where(inside, tl.gather(a, source, 0), 0.0), tl.where(inside, tl.gather(b, source, 0), 0.0)
-    c, d = tl.where(inside, tl.gather(c, source, 0), 0.0), tl.where(inside, tl.gather(d, source, 0), 0.0)
-    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [_P, _C])
+    first = tl.join(tl.gather(a, source, 0), tl.gather(b, source, 0))
+    second = tl.join(tl.gather(c, source, 0), tl.gather(d, source, 0))
+    return tl.reshape(tl.join(first, second), [_P, _C])
 
 
 @triton.jit
@@ -310,3 +307,164 @@ def _contract(g, z, v, gw, gz, TWICE: tl.constexpr):
         gw = _dot_add(tl.trans(g), z, gw)
         gz = _dot_add(g, v, gz)
     return gw, gz
+
+
+@triton.jit
+def _own_proxy(even, odd, own_even, own_odd, TWICE: tl.constexpr):
+    """A proxy's rows (2 P, V), 0 but for those that count, TWICE as the two halves of a number."""
+    x = _unpaired(tl.where(own_even, even, 0.0), tl.where(own_odd, odd, 0.0))
+    if TWICE:
+        high, low = _halves(x.to(tl.float32))
+        return _beside(high, low)
+    else:
+        return x
+
+
+@triton.jit
+def _store_proxy(pointer, step, gz, even, odd, HALF: tl.constexpr):
+    """Gradients (2 P, V), the sum of both halves if there are two."""
+    if gz.shape[1] > HALF:
+        gz = tl.sum(tl.reshape(gz, [2 * _P, 2, HALF]), 1)
+    even_rows, odd_rows = _paired(gz)
+    _store(pointer, step, even_rows, odd_rows, even, odd)
+
+
+@kernel(do_not_specialize=[
+    "batch", "units", "pixels", "rows", "lines", "chunk", "tiles", "halo", "groups", "per", "span", "workers",
+    "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
+])  # fmt: skip
+def line_scan_local_bwd_kernel(
+    x, z, w, v, gy, gx, gz, gw, batch, units, pixels, rows, lines, chunk, tiles, halo, groups, per, span, workers,
+    to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, U: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Gradients from one sweep over one block of channels of some groups.
+
+    A group is 8 pairs of rows in `span` chunks, `per` groups a tile of rows; Q pairs are of one chunk. The first and the
+    last row of a tile with a `halo` count only for what they hand on to the others. So that no two programs write to
+    one place, gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
+    """
+    HALF: tl.constexpr = R if EXACT else R // 2
+    W: tl.constexpr = R * _C
+    # A float16 gradient has more digits than one bfloat16.
+    TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
+    AT_ONCE: tl.constexpr = _P.value // Q
+    channels = units * U
+    blocks = tl.cdiv(channels, _C)
+    block = tl.program_id(0) % blocks
+    k = tl.program_id(0) // blocks % K
+    worker = tl.program_id(0) // (blocks * K)
+    width = blocks * _C
+    zero = rows >> 31
+    c = block * _C + tl.arange(0, _C)
+    c_mask = (c < channels)[None, :]
+    s = tl.arange(0, HALF)[None, :]
+    s_mask = s < S
+    sv = tl.arange(0, V)
+    w += (k * blocks + block) * (6 * W)
+    w0, w1, w2 = _fragment(w, R), _fragment(w + W, R), _fragment(w + 2 * W, R)
+    w3, w4, w5 = _fragment(w + 3 * W, R), _fragment(w + 4 * W, R), _fragment(w + 5 * W, R)
+    # v (K, 6, V, width)
+    v_j = V * width
+    v += k * 6 * v_j + sv[:, None] * width + c[None, :]
+    v_u = tl.load(v + 4 * v_j)
+    v_gates = _beside(tl.load(v), tl.load(v + v_j))
+    v_last = tl.trans(_beside(v_gates, _beside(tl.load(v + 2 * v_j), v_u)))
+    v_both = tl.trans(_beside(tl.load(v + 3 * v_j), tl.load(v + 5 * v_j)))
+    v_u = tl.trans(v_u)
+    # Of gates and u in second lines, of lambda and skip, of u in first lines.
+    gw_last = tl.zeros([4 * _C, V], tl.float32)
+    gw_both = tl.zeros([2 * _C, V], tl.float32)
+    gw_u = tl.zeros([_C, V], tl.float32)
+    gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
+    gx += k * batch.to(tl.int64) * pixels * channels
+    start = _pick(k, o0, o1, o2, o3) * channels
+    down, across = _pick(k, i0, i1, i2, i3) * channels, _pick(k, t0, t1, t2, t3) * channels
+    y_down, y_across, z_down, z_across = ti * channels, tt * channels, ti * S, tt * S
+    lane = tl.arange(0, _P)[:, None]
+    pair = lane % Q
+    logits = tl.zeros([_P, _C], tl.float32)
+    for group in range(worker, groups, workers):
+        b = (group // (per * tiles)).to(tl.int64)
+        first = group % per * span
+        steps = tl.cdiv(tl.minimum(span, tl.cdiv(lines, chunk) - first), AT_ONCE)
+        # Numbers of one picture are counted with 32 bits.
+        i = group // per % tiles * (2 * Q - 2 * halo) - halo + 2 * pair
+        even, odd = (i >= 0) & (i < rows), (i >= -1) & (i + 1 < rows)
+        own_even, own_odd = even & (pair >= halo), odd & (pair < Q - halo)
+        no_left = _collapsed(tl.where((i > 0) | (rows == 1), logits, _CLOSED), tl.where(i >= 0, logits, _CLOSED))
+        no_right = _collapsed(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
+        x_at = start + i * down + c[None, :]
+        y_at = (to + i * ti) * channels + c[None, :]
+        z_at = (to + i * ti) * S + s
+        for n in range(steps):
+            if AT_ONCE == 1:
+                t = (first + n) * chunk
+            else:
+                t = (first + n * AT_ONCE + lane // Q) * chunk
+            in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
+            even0, odd0, even1, odd1 = even & in0, odd & in0, even & in1, odd & in1
+            z_t = z + b * pixels * S + t * z_across + z_at
+            z0e, z0o = _load(z_t, z_down, even0 & s_mask, odd0 & s_mask)
+            z1e, z1o = _load(z_t + z_across, z_down, even1 & s_mask, odd1 & s_mask)
+            x_t = x + b * pixels * channels + t * across + x_at
+            x0e, x0o = _load(x_t, down, even0 & c_mask, odd0 & c_mask)
+            x1e, x1o = _load(x_t + across, down, even1 & c_mask, odd1 & c_mask)
+            gy_t = gy + b * pixels * channels + t * y_across + y_at
+            gy0e, gy0o = _load(gy_t, y_down, even0 & c_mask, odd0 & c_mask)
+            gy1e, gy1o = _load(gy_t + y_across, y_down, even1 & c_mask, odd1 & c_mask)
+            z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
+            own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
+            own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
+            # Gradients of the weights of skip.
+            g5e0, g5o0, g5e1, g5o1 = _product(x0e, gy0e), _product(x0o, gy0o), _product(x1e, gy1e), _product(x1o, gy1o)
+            x0e, x0o, x1e, x1o = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o)
+            gy0e, gy0o, gy1e, gy1o = _wide(gy0e), _wide(gy0o), _wide(gy1e), _wide(gy1o)
+
+            lam0e, lam0o = _expanded(_dot(z0, w3))
+            he, ho = lam0e * x0e, lam0o * x0o
+            # The second line, which no other gets anything from.
+            ce, co = _expanded(_dot(z1, w4))
+            ge, go = gy1e * ce, gy1o * co
+            lam_e, lam_o = _expanded(_dot(z1, w3))
+            ce, co = _expanded(_dot(z1, w5))
+            gx_t = gx + b * pixels * channels + t * across + x_at
+            _store(gx_t + across, down, ge * lam_e + gy1e * ce, go * lam_o + gy1o * co,
+                   own_even & in1 & c_mask, own_odd & in1 & c_mask)  # fmt: skip
+            le, lo = _expanded(_dot_add(z1, w0, no_left))
+            me, mo = _expanded(_dot(z1, w1))
+            re, ro = _expanded(_dot_add(z1, w2, no_right))
+            h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, lam_e * x1e, _moved(ho, -1), he, ho)
+            h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, lam_o * x1o, he, ho, _moved(he, 1))
+            g_last = _beside(_beside(_unpaired(g0e, g0o), _unpaired(g1e, g1o)),
+                             _beside(_unpaired(g2e, g2o), _unpaired(gy1e * h1e, gy1o * h1o)))  # fmt: skip
+            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, tl.zeros([2 * _P, V], tl.float32), TWICE)
+            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g5e1.dtype), _unpaired(g5e1, g5o1))
+            gw_both, g_z = _contract(g_both, own_z1, v_both, gw_both, g_z, TWICE)
+            gz_t = gz + b * pixels * S + t * z_across + z_at
+            _store_proxy(gz_t + z_across, z_down, g_z, own_even & in1 & s_mask, own_odd & in1 & s_mask, HALF)
+
+            # The first line: what it hands on stays within a pair, or goes one pair up or down.
+            ce, co = _expanded(_dot(z0, w4))
+            ge = gy0e * ce + (sme + slo + _moved(sro, -1))
+            go = gy0o * co + (smo + sre + _moved(sle, 1))
+            ce, co = _expanded(_dot(z0, w5))
+            _store(gx_t, down, ge * lam0e + gy0e * ce, go * lam0o + gy0o * co,
+                   own_even & in0 & c_mask, own_odd & in0 & c_mask)  # fmt: skip
+            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g5e0.dtype), _unpaired(g5e0, g5o0))
+            gw_both, g_z = _contract(g_both, own_z0, v_both, gw_both, tl.zeros([2 * _P, V], tl.float32), TWICE)
+            gw_u, g_z = _contract(_unpaired(gy0e * he, gy0o * ho), own_z0, v_u, gw_u, g_z, TWICE)
+            _store_proxy(gz_t, z_down, g_z, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
+    # gw (workers, K, 6, width, V)
+    gw += (worker.to(tl.int64) * K + k) * 6 * v_j + c[:, None] * V + sv[None, :]
+    gates, gates_and_u = tl.split(tl.permute(tl.reshape(gw_last, [2, 2 * _C, V]), [1, 2, 0]))
+    g0, g1 = tl.split(tl.permute(tl.reshape(gates, [2, _C, V]), [1, 2, 0]))
+    g2, g4 = tl.split(tl.permute(tl.reshape(gates_and_u, [2, _C, V]), [1, 2, 0]))
+    g3, g5 = tl.split(tl.permute(tl.reshape(gw_both, [2, _C, V]), [1, 2, 0]))
+    tl.store(gw, g0)
+    tl.store(gw + v_j, g1)
+    tl.store(gw + 2 * v_j, g2)
+    tl.store(gw + 3 * v_j, g3)
+    tl.store(gw + 4 * v_j, g4 + gw_u)
+    tl.store(gw + 5 * v_j, g5)

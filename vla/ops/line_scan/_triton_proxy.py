@@ -21,7 +21,7 @@ from ._triton_common import (
     _inverse,
     _pick,
 )
-from ._triton_local import PAIRS, fragment_place, line_scan_local_fwd_kernel
+from ._triton_local import PAIRS, fragment_place, line_scan_local_bwd_kernel, line_scan_local_fwd_kernel
 from .frames import from_map_frame, to_map_frame
 
 # Of gradients (sweeps, B, pixels, D) and (B, pixels, S), those of x, (B, pixels, D).
@@ -302,52 +302,44 @@ def line_scan_proxy_fwd_kernel(
 
 @triton.jit
 def _proxy_line_gradients(
-    z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-    FRESH: tl.constexpr, EXACT: tl.constexpr, ONCE: tl.constexpr,
+    z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT: tl.constexpr
 ):  # fmt: skip
     """Gradients of one line: of `x`, of what goes to the states of the line before, and of the six coefficients.
 
-    `h` are the states of the line before. ONCE hands neighbours' gradients on in one bfloat16: they go no further.
+    `h` are the states of the line before.
     """
     lam = _dot(w3, z)
     g = gy * _dot(w4, z) + carry
     g_x = g * lam + gy * _dot(w5, z)
-    g_l, g_m, g_r = g, g, g
-    state = lam * x
-    if not FRESH:
-        al = tl.where(has_left, _inverse(1 + _exp2(_dot(w0, z))), 0.0)
-        am = _inverse(1 + _exp2(_dot(w1, z)))
-        ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
-        total = al + am + ar
-        share = _inverse(tl.maximum(total, _MIN_TOTAL))
-        if len(h.shape) == 3:
-            h = _settle(h.to(tl.float32), EXACT)
-        above, below = _neighbours(h, before, after, EXACT)
-        h = h.to(tl.float32)
-        if len(h.shape) == 3:
-            above, below = _settle(above, EXACT), _settle(below, EXACT)
-        mixed = (al * above + am * h + ar * below) * share
-        state += mixed
-        mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
-        share *= g
-        sl, sm, sr = al * share, am * share, ar * share
-        g_l = (above - mean) * (sl - sl * al)
-        g_m = (h - mean) * (sm - sm * am)
-        g_r = (below - mean) * (sr - sr * ar)
-        carry = sm
-        if len(sr.shape) == 3:
-            from_above, from_below = _around(sr, sl)
-            carry = sm + from_above + from_below
-        elif EXACT:
-            carry = _dot_add(sr, before, _dot_add(sl, after, carry))
-        elif ONCE:
-            carry = _dot_add(sr.to(tl.bfloat16), before, _dot_add(sl.to(tl.bfloat16), after, carry))
-        else:
-            sl_high, sl_low = _halves(sl)
-            sr_high, sr_low = _halves(sr)
-            carry = _dot_add(sl_high, after, _dot_add(sl_low, after, carry))
-            carry = _dot_add(sr_high, before, _dot_add(sr_low, before, carry))
-    return g_x, carry, g_l, g_m, g_r, g * x, gy * state, gy * x
+    al = tl.where(has_left, _inverse(1 + _exp2(_dot(w0, z))), 0.0)
+    am = _inverse(1 + _exp2(_dot(w1, z)))
+    ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
+    total = al + am + ar
+    share = _inverse(tl.maximum(total, _MIN_TOTAL))
+    if len(h.shape) == 3:
+        h = _settle(h.to(tl.float32), EXACT)
+    above, below = _neighbours(h, before, after, EXACT)
+    h = h.to(tl.float32)
+    if len(h.shape) == 3:
+        above, below = _settle(above, EXACT), _settle(below, EXACT)
+    mixed = (al * above + am * h + ar * below) * share
+    mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
+    share *= g
+    sl, sm, sr = al * share, am * share, ar * share
+    g_l = (above - mean) * (sl - sl * al)
+    g_m = (h - mean) * (sm - sm * am)
+    g_r = (below - mean) * (sr - sr * ar)
+    if len(sr.shape) == 3:
+        from_above, from_below = _around(sr, sl)
+        carry = sm + from_above + from_below
+    elif EXACT:
+        carry = _dot_add(sr, before, _dot_add(sl, after, sm))
+    else:
+        sl_high, sl_low = _halves(sl)
+        sr_high, sr_low = _halves(sr)
+        carry = _dot_add(sl_high, after, _dot_add(sl_low, after, sm))
+        carry = _dot_add(sr_high, before, _dot_add(sr_low, before, carry))
+    return g_x, carry, g_l, g_m, g_r, g * x, gy * (lam * x + mixed), gy * x
 
 
 @triton.jit
@@ -382,20 +374,20 @@ def _sum_of_tiles(gw):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "halo", "groups", "per", "span", "workers",
+    "batch", "rows", "lines", "chunk", "tiles", "halo", "groups", "segments", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
     x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, halo, w_width,
-    groups, per, span, workers,
+    groups, segments, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, SAVED: tl.constexpr,
+    Q: tl.constexpr, EXACT: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one sweep over one block of C channels of some groups.
 
-    A group is `span` chunks of P rows each, `per` groups a tile of rows. So that no two programs write to one place,
-    gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
+    A group is one chunk of P rows. So that no two programs write to one place, gz has a leading axis of sweeps and
+    blocks of channels, gw one of workers and gx one of sweeps.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
@@ -439,11 +431,11 @@ def line_scan_proxy_bwd_kernel(
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     for group in range(worker, groups, workers):
-        b, j, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
+        b, j, i, inside, own = _rows_of_tile(group // segments, batch, rows, tiles, halo, P, Q)
         # Numbers of one picture are counted with 32 bits.
         j *= pixels
-        first = (group % per * (span * chunk)).to(tl.int64)
-        steps = tl.minimum(span * chunk, lines - group % per * (span * chunk))
+        first = (group % segments * chunk).to(tl.int64)
+        steps = tl.minimum(chunk, lines - group % segments * chunk)
         has_left = _rows_second((i > 0) | (rows == 1), T)
         has_right = _rows_second(i < rows - 1, T)
         mask = _rows_second(inside, T) & c_mask
@@ -463,7 +455,7 @@ def line_scan_proxy_bwd_kernel(
         states = scratch
         if SAVED:
             states += (_first_states(group, K, blocks, block) + k * blocks) * chunk * (P * C)
-        elif not KEEP:
+        else:
             # What other threads read of the last group's states is overwritten.
             tl.debug_barrier()
             h = zero
@@ -478,45 +470,31 @@ def line_scan_proxy_bwd_kernel(
                 h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
                 tl.store(states + t * (P * C), h.to(scratch.dtype.element_ty))
             tl.debug_barrier()
-        if not KEEP:
-            h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))
+        h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))
         for n in range(steps):
             t = steps - 1 - n
             to_t, from_t = start + t * tt, source_start + t * st
             zt = tl.load(z + to_t * S + z_at, z_mask, 0.0)
             own_z = tl.load(z + to_t * S + own_z_at, own_z_mask, 0.0)
             xt = tl.load(x + from_t * channels + x_at, mask, 0.0)
-            xt = xt.to(tl.float32) if KEEP or T > 1 else _hold(xt)
+            xt = xt.to(tl.float32) if T > 1 else _hold(xt)
             gyt = tl.load(gy + to_t * channels + gy_at, mask, 0.0).to(tl.float32)
             if T > 1:
                 xt, gyt = _settle(xt, EXACT), _settle(gyt, EXACT)
-            if not KEEP:
-                # Read one line before it is needed.
-                state = tl.where(t > 0, h_next, 0.0)
-                h_next = tl.load(states + tl.maximum(t - 2, 0) * (P * C))
+            # Read one line before it is needed. The first line is one of many: states of 0 cost less than a branch.
+            state = tl.where(t > 0, h_next, 0.0)
+            h_next = tl.load(states + tl.maximum(t - 2, 0) * (P * C))
             g_z = _zeros(16, V, T)
             if V > HALF:
                 z_high, z_low = _halves(own_z.to(tl.float32))
                 own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
-            # In a long chunk the first line is one of many: states of 0 cost less than a branch.
-            if not KEEP or t & (chunk - 1) > 0:
-                if KEEP:
-                    z_before = tl.load(z + (to_t - tt) * S + z_at, z_mask, 0.0)
-                    x_before = tl.load(x + (from_t - st) * channels + x_at, mask, 0.0)
-                    state = (_dot(w3, z_before) * x_before.to(tl.float32)).to(kept)
-                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                    zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                    False, EXACT, KEEP and not TWICE)  # fmt: skip
-                gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
-                gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
-                gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
-                g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
-                g_z = _proxy_gradient(g2, v2, g_z, TWICE)
-            else:
-                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                    zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                    True, EXACT, KEEP and not TWICE)  # fmt: skip
-                carry = zero
+            g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT)
+            gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
+            gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
+            gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
+            g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
+            g_z = _proxy_gradient(g2, v2, g_z, TWICE)
             gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
             gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
             gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
@@ -724,6 +702,52 @@ class _Launch:
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
 
+    def _local_backward(
+        self, x: Tensor, gy: Tensor, gx: Tensor, gz: Tensor, k: int, directions: list[str], target: tuple, _: None
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """As `_backward`, for chunks of one or two lines."""
+        rows, lines = self.lengths(directions[0])
+        segments = cdiv(lines, self.chunk)
+        halo = int(rows > 2 * PAIRS)
+        Q = min(PAIRS, next_power_of_2(cdiv(rows, 2)))
+        tiles = cdiv(rows, 2 * (PAIRS - 1)) if halo else 1
+        per = cdiv(segments, self.SPAN)
+        span = cdiv(segments, per)
+        groups = self.batch * tiles * per
+        slots, options = self._resources(16, light=self.V < self.R)
+        workers = _workers(groups, self.blocks * len(directions), slots)
+        part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
+        line_scan_local_bwd_kernel[(self.blocks * len(directions) * workers,)](
+            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, self.batch, self.channels // self.unit,
+            self.height * self.width, rows, lines, self.chunk, tiles, halo, groups, per, span, workers, *target,
+            *self._sources(directions),
+            K=len(directions), S=self.rank, R=self.R, V=self.V, Q=Q, U=self.unit, EXACT=self.exact,
+            num_stages=1, **options,
+        )  # fmt: skip
+        return part, workers
+
+    def _backward(
+        self, x: Tensor, gy: Tensor, gx: Tensor, gz: Tensor, k: int, directions: list[str], target: tuple,
+        states: Tensor | None,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """Launches one group of sweeps; returns gradients of weights, one a worker, and the number of workers."""
+        P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
+        groups = cdiv(self.batch * Q, P) * tiles * segments
+        slots, options = self._resources(P, light=P == 16 and self.V < self.R)
+        workers = _workers(groups, self.blocks * len(directions), slots)
+        part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
+        scratch = states
+        if states is None:
+            scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=gz.dtype)
+        line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
+            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels,
+            self.height * self.width, rows, lines, chunk, tiles, halo, self.w_width, groups, segments, workers, *target,
+            *self._sources(directions),
+            K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact,
+            SAVED=states is not None, **options,
+        )  # fmt: skip
+        return part, workers
+
     def backward(self, gy: Tensor, join: Join | None, states: Tensor | None = None) -> list[Tensor]:
         """Gradients of x, of the weights, and of the proxy."""
         gy = _pixels(gy)
@@ -737,26 +761,8 @@ class _Launch:
         turned_gx = None
         g_gates, *others = (t.new_empty(t.shape) for t in self.weights)
         for k, directions, x, target in sweeps:
-            P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
-            keep = chunk <= 2
-            # Groups of chunks in one row of tiles.
-            per = cdiv(segments, self.SPAN) if keep else segments
-            span = cdiv(segments, per)
-            groups = cdiv(self.batch * Q, P) * tiles * per
-            slots, options = self._resources(P, light=P == 16 and (keep or self.V < self.R))
-            workers = _workers(groups, self.blocks * len(directions), slots)
-            part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
-            scratch = part if states is None else states
-            if not keep and states is None:
-                scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=rounded)
-            line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
-                x, self.proxy, self.w[k:], self.v[k:], gy, gx[k:], gz[k:], part, scratch, self.batch, self.channels,
-                pixels, rows, lines, chunk, tiles, halo, self.w_width, groups, per, span, workers, *target,
-                *self._sources(directions),
-                K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
-                SAVED=states is not None,
-                **options,
-            )  # fmt: skip
+            launch = self._local_backward if self.local else self._backward
+            part, workers = launch(x, gy, gx[k:], gz[k:], k, directions, target, states)
             if x is not self.x:
                 turned = from_map_frame(_map(gx[k], self.height).float(), self.directions[k])
                 turned_gx = turned if turned_gx is None else turned_gx + turned
