@@ -265,18 +265,37 @@ def _beside(a, b):
 
 
 @triton.jit
+def _two_halves(x):
+    """(P, C) -> twice (P, C / 2): of a thread's four channels the first two, and the others."""
+    a, b = tl.split(tl.permute(tl.reshape(x, [_P, 4, 2, 2]), [0, 1, 3, 2]))
+    return tl.reshape(a, [_P, _C // 2]), tl.reshape(b, [_P, _C // 2])
+
+
+@triton.jit
+def _from_halves(a, b):
+    """The inverse of `_two_halves`."""
+    x = tl.join(tl.reshape(a, [_P, 4, 2]), tl.reshape(b, [_P, 4, 2]))
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [_P, _C])
+
+
+@triton.jit
+def _half_fragment(pointer, HALF: tl.constexpr, R: tl.constexpr):
+    """The first or second half of the columns of `_fragment`, (R, C / 2)."""
+    n = tl.arange(0, R * 8)
+    x = tl.load(pointer + n // 4 * 8 + HALF * 4 + n % 4)
+    x = tl.reshape(x, [R // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, [0, 2, 3, 4, 1]), [R, _C // 2])
+
+
+@triton.jit
 def _moved(x, STEP: tl.constexpr):
-    """The rows (P, C) of the pairs that are STEP on, those at the ends from the other end.
+    """The rows (P, C / 2) of the pairs that are STEP on, those at the ends from the other end.
 
     As tiles of one number a thread, so that each is one shuffle.
     """
     source = (tl.arange(0, 4 * _P) + 4 * STEP) & (4 * _P - 1)
-    first, second = tl.split(tl.reshape(x, [4 * _P, 2, 2]))
-    a, b = tl.split(first)
-    c, d = tl.split(second)
-    first = tl.join(tl.gather(a, source, 0), tl.gather(b, source, 0))
-    second = tl.join(tl.gather(c, source, 0), tl.gather(d, source, 0))
-    return tl.reshape(tl.join(first, second), [_P, _C])
+    a, b = tl.split(tl.reshape(x, [4 * _P, 2]))
+    return tl.reshape(tl.join(tl.gather(a, source, 0), tl.gather(b, source, 0)), [_P, _C // 2])
 
 
 @triton.jit
@@ -293,6 +312,23 @@ def _through_gates(l, m, r, g, own, above, h, below):
     g_m = (h - mean) * (sm - sm * am)
     g_r = (below - mean) * (sr - sr * ar)
     return own + mixed, sl, sm, sr, g_l, g_m, g_r
+
+
+@triton.jit
+def _half_gates(z, w, no_left, no_right, ge, go, oe, oo, he, ho, ye, yo, HALF: tl.constexpr, R: tl.constexpr, dtype: tl.constexpr):
+    W: tl.constexpr = R * _C
+    le, lo = _paired(_dot_add(z, _half_fragment(w, HALF, R), no_left))
+    me, mo = _paired(_dot(z, _half_fragment(w + W, HALF, R)))
+    re, ro = _paired(_dot_add(z, _half_fragment(w + 2 * W, HALF, R), no_right))
+    h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, oe, _moved(ho, -1), he, ho)
+    g4e = ye * h1e
+    g0e, g1e, g2e, g4e = g0e.to(dtype), g1e.to(dtype), g2e.to(dtype), g4e.to(dtype)
+    h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, oo, he, ho, _moved(he, 1))
+    g4o = yo * h1o
+    g0o, g1o, g2o, g4o = g0o.to(dtype), g1o.to(dtype), g2o.to(dtype), g4o.to(dtype)
+    ce = sme + slo + _moved(sro, -1)
+    co = smo + sre + _moved(sle, 1)
+    return g0e, g1e, g2e, g4e, g0o, g1o, g2o, g4o, ce, co
 
 
 @triton.jit
@@ -363,20 +399,17 @@ def line_scan_local_bwd_kernel(
     s_mask = s < S
     sv = tl.arange(0, V)
     w += (k * blocks + block) * (6 * W)
-    w0, w1, w2 = _fragment(w, R), _fragment(w + W, R), _fragment(w + 2 * W, R)
-    w3, w4, w5 = _fragment(w + 3 * W, R), _fragment(w + 4 * W, R), _fragment(w + 5 * W, R)
     # v (K, 6, V, width)
     v_j = V * width
     v += k * 6 * v_j + sv[:, None] * width + c[None, :]
-    v_u = tl.load(v + 4 * v_j)
-    v_gates = _beside(tl.load(v), tl.load(v + v_j))
-    v_last = tl.trans(_beside(v_gates, _beside(tl.load(v + 2 * v_j), v_u)))
-    v_both = tl.trans(_beside(tl.load(v + 3 * v_j), tl.load(v + 5 * v_j)))
-    v_u = tl.trans(v_u)
-    # Of gates and u in second lines, of lambda and skip, of u in first lines.
+    v_lam, v_u, v_skip = tl.load(v + 3 * v_j), tl.load(v + 4 * v_j), tl.load(v + 5 * v_j)
+    v_last = tl.trans(_beside(_beside(tl.load(v), tl.load(v + v_j)), _beside(tl.load(v + 2 * v_j), v_u)))
+    v_out, v_in, v_lam = tl.trans(_beside(v_u, v_skip)), tl.trans(_beside(v_lam, v_skip)), tl.trans(v_lam)
+    # Of the first lines' u and skip, and lambda; of the second lines' lambda and skip, and gates and u.
+    gw_out = tl.zeros([2 * _C, V], tl.float32)
+    gw_lam = tl.zeros([_C, V], tl.float32)
+    gw_in = gw_out
     gw_last = tl.zeros([4 * _C, V], tl.float32)
-    gw_both = tl.zeros([2 * _C, V], tl.float32)
-    gw_u = tl.zeros([_C, V], tl.float32)
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     start = _pick(k, o0, o1, o2, o3) * channels
@@ -384,7 +417,7 @@ def line_scan_local_bwd_kernel(
     y_down, y_across, z_down, z_across = ti * channels, tt * channels, ti * S, tt * S
     lane = tl.arange(0, _P)[:, None]
     pair = lane % Q
-    logits = tl.zeros([_P, _C], tl.float32)
+    logits = tl.zeros([_P, _C // 2], tl.float32)
     for group in range(worker, groups, workers):
         b = (group // (per * tiles)).to(tl.int64)
         first = group % per * span
@@ -393,8 +426,8 @@ def line_scan_local_bwd_kernel(
         i = group // per % tiles * (2 * Q - 2 * halo) - halo + 2 * pair
         even, odd = (i >= 0) & (i < rows), (i >= -1) & (i + 1 < rows)
         own_even, own_odd = even & (pair >= halo), odd & (pair < Q - halo)
-        no_left = _collapsed(tl.where((i > 0) | (rows == 1), logits, _CLOSED), tl.where(i >= 0, logits, _CLOSED))
-        no_right = _collapsed(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
+        no_left = _unpaired(tl.where((i > 0) | (rows == 1), logits, _CLOSED), tl.where(i >= 0, logits, _CLOSED))
+        no_right = _unpaired(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
         x_at = start + i * down + c[None, :]
         y_at = (to + i * ti) * channels + c[None, :]
         z_at = (to + i * ti) * S + s
@@ -417,54 +450,71 @@ def line_scan_local_bwd_kernel(
             z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
             own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
             own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
-            # Gradients of the weights of skip.
-            g5e0, g5o0, g5e1, g5o1 = _product(x0e, gy0e), _product(x0o, gy0o), _product(x1e, gy1e), _product(x1o, gy1o)
-            x0e, x0o, x1e, x1o = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o)
-            gy0e, gy0o, gy1e, gy1o = _wide(gy0e), _wide(gy0o), _wide(gy1e), _wide(gy1o)
-
-            lam0e, lam0o = _expanded(_dot(z0, w3))
-            he, ho = lam0e * x0e, lam0o * x0o
-            # The second line, which no other gets anything from.
-            ce, co = _expanded(_dot(z1, w4))
-            ge, go = gy1e * ce, gy1o * co
-            lam_e, lam_o = _expanded(_dot(z1, w3))
-            ce, co = _expanded(_dot(z1, w5))
             gx_t = gx + b * pixels * channels + t * across + x_at
+            gz_t = gz + b * pixels * S + t * z_across + z_at
+
+            # States of the first line, and gradients of its weights of u and skip.
+            ce, co = _expanded(_dot(z0, _fragment(w + 3 * W, R)))
+            he, ho = ce * _wide(x0e), co * _wide(x0o)
+            g_out = _beside(
+                _unpaired(_wide(gy0e) * he, _wide(gy0o) * ho).to(v_out.dtype),
+                _unpaired(_product(x0e, gy0e), _product(x0o, gy0o)).to(v_out.dtype),
+            )
+
+            # The second line, which no other gets anything from.
+            g5 = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o))
+            x1e, x1o, gy1e, gy1o = _wide(x1e), _wide(x1o), _wide(gy1e), _wide(gy1o)
+            ce, co = _expanded(_dot(z1, _fragment(w + 4 * W, R)))
+            ge, go = gy1e * ce, gy1o * co
+            lam_e, lam_o = _expanded(_dot(z1, _fragment(w + 3 * W, R)))
+            ce, co = _expanded(_dot(z1, _fragment(w + 5 * W, R)))
             _store(gx_t + across, down, ge * lam_e + gy1e * ce, go * lam_o + gy1o * co,
                    own_even & in1 & c_mask, own_odd & in1 & c_mask)  # fmt: skip
-            le, lo = _expanded(_dot_add(z1, w0, no_left))
-            me, mo = _expanded(_dot(z1, w1))
-            re, ro = _expanded(_dot_add(z1, w2, no_right))
-            h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, lam_e * x1e, _moved(ho, -1), he, ho)
-            h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, lam_o * x1o, he, ho, _moved(he, 1))
-            g_last = _beside(_beside(_unpaired(g0e, g0o), _unpaired(g1e, g1o)),
-                             _beside(_unpaired(g2e, g2o), _unpaired(gy1e * h1e, gy1o * h1o)))  # fmt: skip
-            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, tl.zeros([2 * _P, V], tl.float32), TWICE)
-            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g5e1.dtype), _unpaired(g5e1, g5o1))
-            gw_both, g_z = _contract(g_both, own_z1, v_both, gw_both, g_z, TWICE)
-            gz_t = gz + b * pixels * S + t * z_across + z_at
+            g_in = _beside(_unpaired(ge * x1e, go * x1o).to(g5.dtype), g5)
+            g_z0 = tl.zeros([2 * _P, V], tl.float32)
+            g_z = g_z0
+            if first + n < lines:
+                gw_out, g_z0 = _contract(g_out, own_z0, v_out, gw_out, g_z0, TWICE)
+                gw_in, g_z = _contract(g_in, own_z1, v_in, gw_in, g_z, TWICE)
+            he_a, he_b = _two_halves(he)
+            ho_a, ho_b = _two_halves(ho)
+            ge_a, ge_b = _two_halves(ge)
+            go_a, go_b = _two_halves(go)
+            oe_a, oe_b = _two_halves(lam_e * x1e)
+            oo_a, oo_b = _two_halves(lam_o * x1o)
+            ye_a, ye_b = _two_halves(gy1e)
+            yo_a, yo_b = _two_halves(gy1o)
+            g0e, g1e, g2e, g4e, g0o, g1o, g2o, g4o, ce_a, co_a = _half_gates(
+                z1, w, no_left, no_right, ge_a, go_a, oe_a, oo_a, he_a, ho_a, ye_a, yo_a, 0, R, v.dtype.element_ty)
+            k0e, k1e, k2e, k4e, k0o, k1o, k2o, k4o, ce_b, co_b = _half_gates(
+                z1, w, no_left, no_right, ge_b, go_b, oe_b, oo_b, he_b, ho_b, ye_b, yo_b, 1, R, v.dtype.element_ty)
+            g_last = _beside(
+                _beside(_unpaired(_from_halves(g0e, k0e), _from_halves(g0o, k0o)), _unpaired(_from_halves(g1e, k1e), _from_halves(g1o, k1o))),
+                _beside(_unpaired(_from_halves(g2e, k2e), _from_halves(g2o, k2o)), _unpaired(_from_halves(g4e, k4e), _from_halves(g4o, k4o))))
+            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, g_z, TWICE)
             _store_proxy(gz_t + z_across, z_down, g_z, own_even & in1 & s_mask, own_odd & in1 & s_mask, HALF)
 
             # The first line: what it hands on stays within a pair, or goes one pair up or down.
-            ce, co = _expanded(_dot(z0, w4))
-            ge = gy0e * ce + (sme + slo + _moved(sro, -1))
-            go = gy0o * co + (smo + sre + _moved(sle, 1))
-            ce, co = _expanded(_dot(z0, w5))
-            _store(gx_t, down, ge * lam0e + gy0e * ce, go * lam0o + gy0o * co,
+            gy0e, gy0o = _wide(gy0e), _wide(gy0o)
+            ce, co = _expanded(_dot(z0, _fragment(w + 4 * W, R)))
+            ge = gy0e * ce + _from_halves(ce_a, ce_b)
+            go = gy0o * co + _from_halves(co_a, co_b)
+            lam_e, lam_o = _expanded(_dot(z0, _fragment(w + 3 * W, R)))
+            ce, co = _expanded(_dot(z0, _fragment(w + 5 * W, R)))
+            _store(gx_t, down, ge * lam_e + gy0e * ce, go * lam_o + gy0o * co,
                    own_even & in0 & c_mask, own_odd & in0 & c_mask)  # fmt: skip
-            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g5e0.dtype), _unpaired(g5e0, g5o0))
-            gw_both, g_z = _contract(g_both, own_z0, v_both, gw_both, tl.zeros([2 * _P, V], tl.float32), TWICE)
-            gw_u, g_z = _contract(_unpaired(gy0e * he, gy0o * ho), own_z0, v_u, gw_u, g_z, TWICE)
-            _store_proxy(gz_t, z_down, g_z, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
+            gw_lam, g_z0 = _contract(_unpaired(ge * _wide(x0e), go * _wide(x0o)), own_z0, v_lam, gw_lam, g_z0, TWICE)
+            _store_proxy(gz_t, z_down, g_z0, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
     # gw (workers, K, 6, width, V)
     gw += (worker.to(tl.int64) * K + k) * 6 * v_j + c[:, None] * V + sv[None, :]
     gates, gates_and_u = tl.split(tl.permute(tl.reshape(gw_last, [2, 2 * _C, V]), [1, 2, 0]))
     g0, g1 = tl.split(tl.permute(tl.reshape(gates, [2, _C, V]), [1, 2, 0]))
     g2, g4 = tl.split(tl.permute(tl.reshape(gates_and_u, [2, _C, V]), [1, 2, 0]))
-    g3, g5 = tl.split(tl.permute(tl.reshape(gw_both, [2, _C, V]), [1, 2, 0]))
+    g3, g5 = tl.split(tl.permute(tl.reshape(gw_in, [2, _C, V]), [1, 2, 0]))
+    first_g4, first_g5 = tl.split(tl.permute(tl.reshape(gw_out, [2, _C, V]), [1, 2, 0]))
     tl.store(gw, g0)
     tl.store(gw + v_j, g1)
     tl.store(gw + 2 * v_j, g2)
-    tl.store(gw + 3 * v_j, g3)
-    tl.store(gw + 4 * v_j, g4 + gw_u)
-    tl.store(gw + 5 * v_j, g5)
+    tl.store(gw + 3 * v_j, g3 + gw_lam)
+    tl.store(gw + 4 * v_j, g4 + first_g4)
+    tl.store(gw + 5 * v_j, g5 + first_g5)
