@@ -1,8 +1,8 @@
-"""GPU kernels of the line scan with a proxy, for chunks of one or two lines: GSPN's local propagation.
+"""GPU kernels of the line scan with a proxy: for chunks of one or two lines, and forward for lines of up to 16 rows.
 
-A tile is 8 pairs of rows and 16 channels of one line, in one warp, and even and odd rows are tiles (8, 16) of their own.
-A thread has four channels of an even row and of the odd one after it: as the tensor cores leave them in its registers,
-as it reads and writes them in memory, and where a row finds one of its two neighbours. So nothing passes through shared
+A tile is 8 pairs of rows and 16 channels of a line, in one warp; even and odd rows are tiles (8, 16) of their own. A
+thread has four channels of an even row and of the odd one after it: as the tensor cores leave them in its registers, as
+it reads and writes them in memory, and where a row finds one of its two neighbours. So nothing passes through shared
 memory but what is transposed for the weights' gradients. The orders of rows and channels that this takes are written
 below as reshapes and permutations, which are right however a compiler lays tiles out.
 """
@@ -247,6 +247,147 @@ def line_scan_local_fwd_kernel(
 
 
 @triton.jit
+def _moved(x, STEP: tl.constexpr):
+    """The rows (P, C) of the pairs that are STEP on, those at the ends from the other end.
+
+    As tiles of one number a thread, so that each is one shuffle.
+    """
+    source = (tl.arange(0, 4 * _P) + 4 * STEP) & (4 * _P - 1)
+    first, second = tl.split(tl.reshape(x, [4 * _P, 2, 2]))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    first = tl.join(tl.gather(a, source, 0), tl.gather(b, source, 0))
+    second = tl.join(tl.gather(c, source, 0), tl.gather(d, source, 0))
+    return tl.reshape(tl.join(first, second), [_P, _C])
+
+
+@triton.jit
+def _line(z, xe, xo, he, ho, no_left, no_right, logits, i, rows, w, R: tl.constexpr):
+    """States of a line, from those of the line before, and its outputs; `w` are six fragments."""
+    le, lo = _expanded(_dot_add(z, w[0], no_left))
+    me, mo = _expanded(_dot_add(z, w[1], logits))
+    re, ro = _expanded(_dot_add(z, w[2], no_right))
+    above = tl.where(i > 0, _moved(ho, -1), 0.0)
+    below = tl.where(i + 2 < rows, _moved(he, 1), 0.0)
+    ce, co = _expanded(_dot(z, w[3]))
+    ne, no = ce * xe + _mixed(le, me, re, above, he, ho), co * xo + _mixed(lo, mo, ro, he, ho, below)
+    ce, co = _expanded(_dot(z, w[4]))
+    skip_e, skip_o = _expanded(_dot(z, w[5]))
+    return ne, no, ce * ne + skip_e * xe, co * no + skip_o * xo
+
+
+@triton.jit
+def _fragments(w, R: tl.constexpr):
+    """Of all six coefficients of a sweep, w (6, R C)."""
+    W: tl.constexpr = R * _C
+    first = (_fragment(w, R), _fragment(w + W, R), _fragment(w + 2 * W, R))
+    return first + (_fragment(w + 3 * W, R), _fragment(w + 4 * W, R), _fragment(w + 5 * W, R))
+
+
+@kernel(do_not_specialize=[
+    "batch", "units", "pixels", "rows", "lines", "chunk", "segments", "sweeps",
+    "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
+])  # fmt: skip
+def line_scan_short_fwd_kernel(
+    x, z, w, y, scratch, states, batch, units, pixels, rows, lines, chunk, segments, sweeps,
+    to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
+    S: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Outputs of up to four sweeps on one block of channels, and the lines of one chunk of 8 / Q pictures.
+
+    As `line_scan_local_fwd_kernel`, but for lines of no more than 2 Q rows, whose states a tile holds; G sweeps walk
+    together. What they leave is as in `line_scan_proxy_fwd_kernel`.
+    """
+    HALF: tl.constexpr = R if EXACT else R // 2
+    W: tl.constexpr = R * _C
+    SIZE: tl.constexpr = 2 * _P.value * _C.value
+    channels = units * U
+    blocks = tl.cdiv(channels, _C)
+    block = tl.program_id(0) % blocks
+    group = tl.program_id(0) // blocks
+    segment = group % segments
+    b = (group // segments * (_P // Q)).to(tl.int64)
+    pair = tl.arange(0, _P)[:, None]
+    i = pair % Q * 2
+    here = b + pair // Q < batch
+    even, odd = here & (i < rows), here & (i + 1 < rows)
+    c = block * _C + tl.arange(0, _C)[None, :]
+    s = tl.arange(0, HALF)[None, :]
+    z_even, z_odd = even & (s < S), odd & (s < S)
+    even, odd = even & (c < channels), odd & (c < channels)
+    logits = tl.full([_P, _C], _LOG_MIN, tl.float32)
+    no_left = _collapsed(tl.where((i > 0) | (rows == 1), logits, _CLOSED), logits)
+    no_right = _collapsed(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
+    logits = _collapsed(logits, logits)
+    zero = rows >> 31
+    first = (segment * chunk).to(tl.int64)
+    steps = tl.minimum(chunk, lines - segment * chunk)
+    tt = tt.to(tl.int64)
+    # Numbers of one picture are counted with 32 bits.
+    picture = pair // Q * pixels
+    target = picture + to + i * ti
+    z += (b * pixels + first * tt) * S + (target * S + s)
+    y += (b * pixels + first * tt) * channels + (target * channels + c)
+    x += b * pixels * channels
+    w += block * (6 * W)
+    # scratch (programs, chunk, 2, P, C), states (groups, sweeps, blocks, chunk, C, 2 P)
+    scratch += tl.program_id(0).to(tl.int64) * chunk * SIZE + (pair * _C + tl.arange(0, _C)[None, :])
+    if states is not None:
+        states += (group.to(tl.int64) * sweeps * blocks + block) * chunk * SIZE
+        held = tl.arange(0, _C)[None, :, None] * (2 * _P) + pair[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        # Contiguity is understated, so that threads access what they hold and exchange nothing.
+        states += tl.max_contiguous(held, [1, 1, 2])
+    for k in range(0, sweeps, G):
+        w_k = _fragments(w + k * blocks * (6 * W), R)
+        down, across = _pick(k, i0, i1, i2, i3) * channels, _pick(k, t0, t1, t2, t3).to(tl.int64) * channels
+        x_k = x + first * across + ((picture + _pick(k, o0, o1, o2, o3)) * channels + i * down + c)
+        xe, xo = _load(x_k, down, even, odd)
+        he = tl.zeros([_P, _C], tl.float32)
+        ho, h2e, h2o = he, he, he
+        if G == 2:
+            v_k = _fragments(w + (k + 1) * blocks * (6 * W), R)
+            down2 = _pick(k + 1, i0, i1, i2, i3) * channels
+            across2 = _pick(k + 1, t0, t1, t2, t3).to(tl.int64) * channels
+            x2_k = x + first * across2 + ((picture + _pick(k + 1, o0, o1, o2, o3)) * channels + i * down2 + c)
+            x2e, x2o = _load(x2_k, down2, even, odd)
+        ze, zo = _load(z, ti * S, z_even, z_odd)
+        for t in range(steps):
+            z_t, xte, xto = _proxy(ze, zo, zero, EXACT), _wide(xe), _wide(xo)
+            # The next line's maps are read while this one computes.
+            t_next = tl.minimum(t + 1, steps - 1)
+            ze, zo = _load(z + t_next * tt * S, ti * S, z_even, z_odd)
+            xe, xo = _load(x_k + t_next * across, down, even, odd)
+            he, ho, ye, yo = _line(z_t, xte, xto, he, ho, no_left, no_right, logits, i, rows, w_k, R)
+            if states is not None:
+                at = states + ((k * blocks).to(tl.int64) * chunk + t) * SIZE
+                tl.store(at, tl.join(he, ho).to(states.dtype.element_ty))
+            if G == 2:
+                xte, xto = _wide(x2e), _wide(x2o)
+                x2e, x2o = _load(x2_k + t_next * across2, down2, even, odd)
+                h2e, h2o, y2e, y2o = _line(z_t, xte, xto, h2e, h2o, no_left, no_right, logits, i, rows, v_k, R)
+                if states is not None:
+                    at = states + (((k + 1) * blocks).to(tl.int64) * chunk + t) * SIZE
+                    tl.store(at, tl.join(h2e, h2o).to(states.dtype.element_ty))
+                ye += y2e
+                yo += y2o
+            sum_t = scratch + t * SIZE
+            if k > 0:
+                ye += tl.load(sum_t)
+                yo += tl.load(sum_t + _P * _C)
+            if k + G < sweeps:
+                tl.store(sum_t, ye)
+                tl.store(sum_t + _P * _C, yo)
+            else:
+                y_t = y + t * tt * channels
+                if ADD:
+                    before_e, before_o = _load(y_t, ti * channels, even, odd)
+                    ye += before_e.to(tl.float32)
+                    yo += before_o.to(tl.float32)
+                _store(y_t, ti * channels, ye, yo, even, odd)
+
+
+@triton.jit
 def _product(a, b):
     """Of tiles as they were loaded; of bfloat16 ones rounded once, two numbers at a time."""
     if _FTZ and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
@@ -265,42 +406,8 @@ def _beside(a, b):
 
 
 @triton.jit
-def _two_halves(x):
-    """(P, C) -> twice (P, C / 2): of a thread's four channels the first two, and the others."""
-    a, b = tl.split(tl.permute(tl.reshape(x, [_P, 4, 2, 2]), [0, 1, 3, 2]))
-    return tl.reshape(a, [_P, _C // 2]), tl.reshape(b, [_P, _C // 2])
-
-
-@triton.jit
-def _from_halves(a, b):
-    """The inverse of `_two_halves`."""
-    x = tl.join(tl.reshape(a, [_P, 4, 2]), tl.reshape(b, [_P, 4, 2]))
-    return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [_P, _C])
-
-
-@triton.jit
-def _half_fragment(pointer, HALF: tl.constexpr, R: tl.constexpr):
-    """The first or second half of the columns of `_fragment`, (R, C / 2)."""
-    n = tl.arange(0, R * 8)
-    x = tl.load(pointer + n // 4 * 8 + HALF * 4 + n % 4)
-    x = tl.reshape(x, [R // 16, 8, 4, 2, 2])
-    return tl.reshape(tl.permute(x, [0, 2, 3, 4, 1]), [R, _C // 2])
-
-
-@triton.jit
-def _moved(x, STEP: tl.constexpr):
-    """The rows (P, C / 2) of the pairs that are STEP on, those at the ends from the other end.
-
-    As tiles of one number a thread, so that each is one shuffle.
-    """
-    source = (tl.arange(0, 4 * _P) + 4 * STEP) & (4 * _P - 1)
-    a, b = tl.split(tl.reshape(x, [4 * _P, 2]))
-    return tl.reshape(tl.join(tl.gather(a, source, 0), tl.gather(b, source, 0)), [_P, _C // 2])
-
-
-@triton.jit
 def _through_gates(l, m, r, g, own, above, h, below):
-    """A pixel's state, of which `own` is no neighbour's, and gradients: what goes to its neighbours, and its logits'."""
+    """A pixel's state, of which `own` is not its neighbours', and gradients: of their states, and of its logits."""
     al, am, ar = _inverse(1 + _exp2(l)), _inverse(1 + _exp2(m)), _inverse(1 + _exp2(r))
     total = al + am + ar
     share = _inverse(tl.maximum(total, _MIN_TOTAL))
@@ -312,23 +419,6 @@ def _through_gates(l, m, r, g, own, above, h, below):
     g_m = (h - mean) * (sm - sm * am)
     g_r = (below - mean) * (sr - sr * ar)
     return own + mixed, sl, sm, sr, g_l, g_m, g_r
-
-
-@triton.jit
-def _half_gates(z, w, no_left, no_right, ge, go, oe, oo, he, ho, ye, yo, HALF: tl.constexpr, R: tl.constexpr, dtype: tl.constexpr):
-    W: tl.constexpr = R * _C
-    le, lo = _paired(_dot_add(z, _half_fragment(w, HALF, R), no_left))
-    me, mo = _paired(_dot(z, _half_fragment(w + W, HALF, R)))
-    re, ro = _paired(_dot_add(z, _half_fragment(w + 2 * W, HALF, R), no_right))
-    h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, oe, _moved(ho, -1), he, ho)
-    g4e = ye * h1e
-    g0e, g1e, g2e, g4e = g0e.to(dtype), g1e.to(dtype), g2e.to(dtype), g4e.to(dtype)
-    h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, oo, he, ho, _moved(he, 1))
-    g4o = yo * h1o
-    g0o, g1o, g2o, g4o = g0o.to(dtype), g1o.to(dtype), g2o.to(dtype), g4o.to(dtype)
-    ce = sme + slo + _moved(sro, -1)
-    co = smo + sre + _moved(sle, 1)
-    return g0e, g1e, g2e, g4e, g0o, g1o, g2o, g4o, ce, co
 
 
 @triton.jit
@@ -377,8 +467,8 @@ def line_scan_local_bwd_kernel(
 ):  # fmt: skip
     """Gradients from one sweep over one block of channels of some groups.
 
-    A group is 8 pairs of rows in `span` chunks, `per` groups a tile of rows; Q pairs are of one chunk. The first and the
-    last row of a tile with a `halo` count only for what they hand on to the others. So that no two programs write to
+    A group is `span` chunks of one tile of rows, which has `per` groups; Q of its pairs are of one chunk. With a
+    `halo`, the first and the last row count only for what they hand on to the others. So that no two programs write to
     one place, gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
@@ -399,17 +489,20 @@ def line_scan_local_bwd_kernel(
     s_mask = s < S
     sv = tl.arange(0, V)
     w += (k * blocks + block) * (6 * W)
+    w0, w1, w2 = _fragment(w, R), _fragment(w + W, R), _fragment(w + 2 * W, R)
+    w3, w4, w5 = _fragment(w + 3 * W, R), _fragment(w + 4 * W, R), _fragment(w + 5 * W, R)
     # v (K, 6, V, width)
     v_j = V * width
     v += k * 6 * v_j + sv[:, None] * width + c[None, :]
-    v_lam, v_u, v_skip = tl.load(v + 3 * v_j), tl.load(v + 4 * v_j), tl.load(v + 5 * v_j)
-    v_last = tl.trans(_beside(_beside(tl.load(v), tl.load(v + v_j)), _beside(tl.load(v + 2 * v_j), v_u)))
-    v_out, v_in, v_lam = tl.trans(_beside(v_u, v_skip)), tl.trans(_beside(v_lam, v_skip)), tl.trans(v_lam)
-    # Of the first lines' u and skip, and lambda; of the second lines' lambda and skip, and gates and u.
-    gw_out = tl.zeros([2 * _C, V], tl.float32)
-    gw_lam = tl.zeros([_C, V], tl.float32)
-    gw_in = gw_out
+    v_u = tl.load(v + 4 * v_j)
+    v_gates = _beside(tl.load(v), tl.load(v + v_j))
+    v_last = tl.trans(_beside(v_gates, _beside(tl.load(v + 2 * v_j), v_u)))
+    v_both = tl.trans(_beside(tl.load(v + 3 * v_j), tl.load(v + 5 * v_j)))
+    v_u = tl.trans(v_u)
+    # Of gates and u in second lines, of lambda and skip, of u in first lines.
     gw_last = tl.zeros([4 * _C, V], tl.float32)
+    gw_both = tl.zeros([2 * _C, V], tl.float32)
+    gw_u = tl.zeros([_C, V], tl.float32)
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     start = _pick(k, o0, o1, o2, o3) * channels
@@ -417,25 +510,26 @@ def line_scan_local_bwd_kernel(
     y_down, y_across, z_down, z_across = ti * channels, tt * channels, ti * S, tt * S
     lane = tl.arange(0, _P)[:, None]
     pair = lane % Q
-    logits = tl.zeros([_P, _C // 2], tl.float32)
+    logits = tl.zeros([_P, _C], tl.float32)
     for group in range(worker, groups, workers):
         b = (group // (per * tiles)).to(tl.int64)
         first = group % per * span
-        steps = tl.cdiv(tl.minimum(span, tl.cdiv(lines, chunk) - first), AT_ONCE)
+        count = tl.minimum(span, tl.cdiv(lines, chunk) - first)
         # Numbers of one picture are counted with 32 bits.
         i = group // per % tiles * (2 * Q - 2 * halo) - halo + 2 * pair
         even, odd = (i >= 0) & (i < rows), (i >= -1) & (i + 1 < rows)
         own_even, own_odd = even & (pair >= halo), odd & (pair < Q - halo)
-        no_left = _unpaired(tl.where((i > 0) | (rows == 1), logits, _CLOSED), tl.where(i >= 0, logits, _CLOSED))
-        no_right = _unpaired(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
+        no_left = _collapsed(tl.where((i > 0) | (rows == 1), logits, _CLOSED), tl.where(i >= 0, logits, _CLOSED))
+        no_right = _collapsed(tl.where(i + 1 < rows, logits, _CLOSED), tl.where(i + 2 < rows, logits, _CLOSED))
         x_at = start + i * down + c[None, :]
         y_at = (to + i * ti) * channels + c[None, :]
         z_at = (to + i * ti) * S + s
-        for n in range(steps):
+        for n in range(tl.cdiv(count, AT_ONCE)):
             if AT_ONCE == 1:
                 t = (first + n) * chunk
             else:
-                t = (first + n * AT_ONCE + lane // Q) * chunk
+                turn = n * AT_ONCE + lane // Q
+                t = tl.where(turn < count, (first + turn) * chunk, lines)
             in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
             even0, odd0, even1, odd1 = even & in0, odd & in0, even & in1, odd & in1
             z_t = z + b * pixels * S + t * z_across + z_at
@@ -450,71 +544,54 @@ def line_scan_local_bwd_kernel(
             z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
             own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
             own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
-            gx_t = gx + b * pixels * channels + t * across + x_at
-            gz_t = gz + b * pixels * S + t * z_across + z_at
+            # Gradients of the weights of skip.
+            g5e0, g5o0, g5e1, g5o1 = _product(x0e, gy0e), _product(x0o, gy0o), _product(x1e, gy1e), _product(x1o, gy1o)
+            x0e, x0o, x1e, x1o = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o)
+            gy0e, gy0o, gy1e, gy1o = _wide(gy0e), _wide(gy0o), _wide(gy1e), _wide(gy1o)
 
-            # States of the first line, and gradients of its weights of u and skip.
-            ce, co = _expanded(_dot(z0, _fragment(w + 3 * W, R)))
-            he, ho = ce * _wide(x0e), co * _wide(x0o)
-            g_out = _beside(
-                _unpaired(_wide(gy0e) * he, _wide(gy0o) * ho).to(v_out.dtype),
-                _unpaired(_product(x0e, gy0e), _product(x0o, gy0o)).to(v_out.dtype),
-            )
-
+            lam0e, lam0o = _expanded(_dot(z0, w3))
+            he, ho = lam0e * x0e, lam0o * x0o
             # The second line, which no other gets anything from.
-            g5 = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o))
-            x1e, x1o, gy1e, gy1o = _wide(x1e), _wide(x1o), _wide(gy1e), _wide(gy1o)
-            ce, co = _expanded(_dot(z1, _fragment(w + 4 * W, R)))
+            ce, co = _expanded(_dot(z1, w4))
             ge, go = gy1e * ce, gy1o * co
-            lam_e, lam_o = _expanded(_dot(z1, _fragment(w + 3 * W, R)))
-            ce, co = _expanded(_dot(z1, _fragment(w + 5 * W, R)))
+            lam_e, lam_o = _expanded(_dot(z1, w3))
+            ce, co = _expanded(_dot(z1, w5))
+            gx_t = gx + b * pixels * channels + t * across + x_at
             _store(gx_t + across, down, ge * lam_e + gy1e * ce, go * lam_o + gy1o * co,
                    own_even & in1 & c_mask, own_odd & in1 & c_mask)  # fmt: skip
-            g_in = _beside(_unpaired(ge * x1e, go * x1o).to(g5.dtype), g5)
-            g_z0 = tl.zeros([2 * _P, V], tl.float32)
-            g_z = g_z0
-            if first + n < lines:
-                gw_out, g_z0 = _contract(g_out, own_z0, v_out, gw_out, g_z0, TWICE)
-                gw_in, g_z = _contract(g_in, own_z1, v_in, gw_in, g_z, TWICE)
-            he_a, he_b = _two_halves(he)
-            ho_a, ho_b = _two_halves(ho)
-            ge_a, ge_b = _two_halves(ge)
-            go_a, go_b = _two_halves(go)
-            oe_a, oe_b = _two_halves(lam_e * x1e)
-            oo_a, oo_b = _two_halves(lam_o * x1o)
-            ye_a, ye_b = _two_halves(gy1e)
-            yo_a, yo_b = _two_halves(gy1o)
-            g0e, g1e, g2e, g4e, g0o, g1o, g2o, g4o, ce_a, co_a = _half_gates(
-                z1, w, no_left, no_right, ge_a, go_a, oe_a, oo_a, he_a, ho_a, ye_a, yo_a, 0, R, v.dtype.element_ty)
-            k0e, k1e, k2e, k4e, k0o, k1o, k2o, k4o, ce_b, co_b = _half_gates(
-                z1, w, no_left, no_right, ge_b, go_b, oe_b, oo_b, he_b, ho_b, ye_b, yo_b, 1, R, v.dtype.element_ty)
-            g_last = _beside(
-                _beside(_unpaired(_from_halves(g0e, k0e), _from_halves(g0o, k0o)), _unpaired(_from_halves(g1e, k1e), _from_halves(g1o, k1o))),
-                _beside(_unpaired(_from_halves(g2e, k2e), _from_halves(g2o, k2o)), _unpaired(_from_halves(g4e, k4e), _from_halves(g4o, k4o))))
-            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, g_z, TWICE)
+            le, lo = _expanded(_dot_add(z1, w0, no_left))
+            me, mo = _expanded(_dot(z1, w1))
+            re, ro = _expanded(_dot_add(z1, w2, no_right))
+            h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, lam_e * x1e, _moved(ho, -1), he, ho)
+            h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, lam_o * x1o, he, ho, _moved(he, 1))
+            g_last = _beside(_beside(_unpaired(g0e, g0o), _unpaired(g1e, g1o)),
+                             _beside(_unpaired(g2e, g2o), _unpaired(gy1e * h1e, gy1o * h1o)))  # fmt: skip
+            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, tl.zeros([2 * _P, V], tl.float32), TWICE)
+            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g5e1.dtype), _unpaired(g5e1, g5o1))
+            gw_both, g_z = _contract(g_both, own_z1, v_both, gw_both, g_z, TWICE)
+            gz_t = gz + b * pixels * S + t * z_across + z_at
             _store_proxy(gz_t + z_across, z_down, g_z, own_even & in1 & s_mask, own_odd & in1 & s_mask, HALF)
 
             # The first line: what it hands on stays within a pair, or goes one pair up or down.
-            gy0e, gy0o = _wide(gy0e), _wide(gy0o)
-            ce, co = _expanded(_dot(z0, _fragment(w + 4 * W, R)))
-            ge = gy0e * ce + _from_halves(ce_a, ce_b)
-            go = gy0o * co + _from_halves(co_a, co_b)
-            lam_e, lam_o = _expanded(_dot(z0, _fragment(w + 3 * W, R)))
-            ce, co = _expanded(_dot(z0, _fragment(w + 5 * W, R)))
-            _store(gx_t, down, ge * lam_e + gy0e * ce, go * lam_o + gy0o * co,
+            ce, co = _expanded(_dot(z0, w4))
+            ge = gy0e * ce + (sme + slo + _moved(sro, -1))
+            go = gy0o * co + (smo + sre + _moved(sle, 1))
+            ce, co = _expanded(_dot(z0, w5))
+            _store(gx_t, down, ge * lam0e + gy0e * ce, go * lam0o + gy0o * co,
                    own_even & in0 & c_mask, own_odd & in0 & c_mask)  # fmt: skip
-            gw_lam, g_z0 = _contract(_unpaired(ge * _wide(x0e), go * _wide(x0o)), own_z0, v_lam, gw_lam, g_z0, TWICE)
-            _store_proxy(gz_t, z_down, g_z0, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
+            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g5e0.dtype), _unpaired(g5e0, g5o0))
+            gw_both, g_z = _contract(g_both, own_z0, v_both, gw_both, tl.zeros([2 * _P, V], tl.float32), TWICE)
+            gw_u, g_z = _contract(_unpaired(gy0e * he, gy0o * ho), own_z0, v_u, gw_u, g_z, TWICE)
+            _store_proxy(gz_t, z_down, g_z, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
     # gw (workers, K, 6, width, V)
     gw += (worker.to(tl.int64) * K + k) * 6 * v_j + c[:, None] * V + sv[None, :]
     gates, gates_and_u = tl.split(tl.permute(tl.reshape(gw_last, [2, 2 * _C, V]), [1, 2, 0]))
     g0, g1 = tl.split(tl.permute(tl.reshape(gates, [2, _C, V]), [1, 2, 0]))
     g2, g4 = tl.split(tl.permute(tl.reshape(gates_and_u, [2, _C, V]), [1, 2, 0]))
-    g3, g5 = tl.split(tl.permute(tl.reshape(gw_in, [2, _C, V]), [1, 2, 0]))
-    first_g4, first_g5 = tl.split(tl.permute(tl.reshape(gw_out, [2, _C, V]), [1, 2, 0]))
+    g3, g5 = tl.split(tl.permute(tl.reshape(gw_both, [2, _C, V]), [1, 2, 0]))
     tl.store(gw, g0)
     tl.store(gw + v_j, g1)
     tl.store(gw + 2 * v_j, g2)
-    tl.store(gw + 3 * v_j, g3 + gw_lam)
-    tl.store(gw + 4 * v_j, g4 + first_g4)
-    tl.store(gw + 5 * v_j, g5 + first_g5)
+    tl.store(gw + 3 * v_j, g3)
+    tl.store(gw + 4 * v_j, g4 + gw_u)
+    tl.store(gw + 5 * v_j, g5)

@@ -21,7 +21,13 @@ from ._triton_common import (
     _inverse,
     _pick,
 )
-from ._triton_local import PAIRS, fragment_place, line_scan_local_bwd_kernel, line_scan_local_fwd_kernel
+from ._triton_local import (
+    PAIRS,
+    fragment_place,
+    line_scan_local_bwd_kernel,
+    line_scan_local_fwd_kernel,
+    line_scan_short_fwd_kernel,
+)
 from .frames import from_map_frame, to_map_frame
 
 # Of gradients (sweeps, B, pixels, D) and (B, pixels, S), those of x, (B, pixels, D).
@@ -201,23 +207,24 @@ def _held_places(C: tl.constexpr, P: tl.constexpr):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
+    "batch", "units", "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_fwd_kernel(
-    x, z, w, y, scratch, states, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
+    x, z, w, y, scratch, states, batch, units, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
-    EXACT: tl.constexpr, ADD: tl.constexpr,
+    U: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to four sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
 
-    Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
-    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. G is the
-    number of sweeps that walk together.
+    Maps are channels-last: x, y (B, pixels, units U), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. G
+    sweeps walk together.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
+    channels = units * U
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     segment = tl.program_id(0) // blocks % segments
@@ -374,15 +381,15 @@ def _sum_of_tiles(gw):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "halo", "groups", "segments", "workers",
+    "batch", "units", "rows", "lines", "chunk", "tiles", "halo", "groups", "segments", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
-    x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, halo, w_width,
+    x, z, w, v, gy, gx, gz, gw, scratch, batch, units, pixels, rows, lines, chunk, tiles, halo, w_width,
     groups, segments, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    Q: tl.constexpr, EXACT: tl.constexpr, SAVED: tl.constexpr,
+    Q: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one sweep over one block of C channels of some groups.
 
@@ -393,8 +400,7 @@ def line_scan_proxy_bwd_kernel(
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
     # A float16 gradient has more digits than one bfloat16.
     TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
-    # Digits that states keep for gradients.
-    kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
+    channels = units * U
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     k = tl.program_id(0) // blocks % K
@@ -489,7 +495,8 @@ def line_scan_proxy_bwd_kernel(
                 z_high, z_low = _halves(own_z.to(tl.float32))
                 own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
             g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT)
+                zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT
+            )
             gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
             gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
             gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
@@ -516,11 +523,11 @@ def line_scan_proxy_bwd_kernel(
 @kernel
 def line_scan_pack_kernel(
     gates, lam, u, skip, w, v, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    EXACT: tl.constexpr, LOCAL: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, FRAGMENTS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Weights of one coefficient as `w` (K, 6, width, R), gates times -log2(e), and `v` (K, 6, width, V) if V > 0.
 
-    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide. LOCAL has `w` in fragments,
+    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide. FRAGMENTS has `w` in fragments,
     (K, blocks, 6, R * 16), and `v` (K, 6, V, width).
     """
     HALF: tl.constexpr = R if EXACT else R // 2
@@ -541,13 +548,13 @@ def line_scan_pack_kernel(
     else:
         value = tl.load(skip + at, mask, 0.0).to(tl.float32)
     row = tl.program_id(0) * width + c
-    if LOCAL:
+    if FRAGMENTS:
         w += ((k * (width // 16) + c // 16) * 6 + j) * (R * 16) + fragment_place(c, s, R, EXACT)
     else:
         w += row * R + s
     _store_halves(w, value * scale, s < HALF, c < width)
     if V > 0:
-        v += (tl.program_id(0) * V + s) * width + c if LOCAL else row * V + s
+        v += (tl.program_id(0) * V + s) * width + c if FRAGMENTS else row * V + s
         _store_halves(v, value, s < HALF, (c < width) & (s < V))
 
 
@@ -613,6 +620,8 @@ class _Launch:
         self.batch, self.channels, self.height, self.width = self.x.shape
         self.k, self.rank = len(self.directions), proxy.shape[1]
         self.local = 1 <= self.chunk <= 2
+        self.short = _is_short(self.height, self.width)
+        fragments = self.local or self.short and not with_gradients
         self.exact, self.most = _is_exact(self.x, proxy), _most_rows(self.x, proxy)
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
         half = max(8, next_power_of_2(self.rank))
@@ -631,7 +640,8 @@ class _Launch:
             self.v = self.x.new_empty(self.k, 6, self.w_width, self.V, dtype=dtype)
         line_scan_pack_kernel[(6 * self.k, cdiv(self.w_width, 64))](
             *(t.contiguous() for t in self.weights), self.w, self.v, self.channels, self.w_width,
-            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, LOCAL=self.local, C=64,
+            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, FRAGMENTS=fragments,
+            C=64,
         )  # fmt: skip
 
     def groups(self) -> Iterator[tuple[int, list[str], Tensor, tuple[int, int, int]]]:
@@ -667,6 +677,10 @@ class _Launch:
         warps = 4 * {128: 4, 168: 3, 255: 2}[registers]
         return warps * 16 // P * processors(self.x), _options(P // 16, registers)
 
+    def _small_options(self, registers: int) -> dict:
+        """Options of a launch for tiles of pairs of rows: float32's products take more registers than a warp has."""
+        return _options(2 if self.exact else 1, registers if self.R == 16 and not self.exact else 255)
+
     def _sources(self, directions: list[str]) -> list[int]:
         frames = [v for d in directions for v in frame(d, self.height, self.width)]
         return frames + [0] * (12 - len(frames))
@@ -684,20 +698,38 @@ class _Launch:
                     x, self.proxy, self.w[k:], y, self.channels // self.unit, self.height * self.width, rows, lines,
                     self.chunk, tiles, len(directions), *arguments,
                     S=self.rank, R=self.R, U=self.unit, EXACT=self.exact, ADD=k > 0,
-                    num_stages=1, **_options(1, 255 if self.exact else 128),
+                    num_stages=1, **self._small_options(128),
+                )  # fmt: skip
+                continue
+            together = 2 if len(directions) % 2 == 0 else 1
+            if self.short:
+                rows, lines = self.lengths(directions[0])
+                chunk = min(self.chunk or lines, lines)
+                Q, segments = next_power_of_2(cdiv(rows, 2)), cdiv(lines, chunk)
+                programs = self.blocks * cdiv(self.batch * Q, PAIRS) * segments
+                scratch = y
+                if len(directions) > together:
+                    scratch = y.new_empty(programs, chunk, 2 * PAIRS, self.C, dtype=torch.float32)
+                line_scan_short_fwd_kernel[(programs,)](
+                    x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels // self.unit,
+                    self.height * self.width, rows, lines, chunk, segments, len(directions), *arguments,
+                    S=self.rank, R=self.R, Q=Q, G=together, U=self.unit, EXACT=self.exact, ADD=k > 0,
+                    num_stages=1, **self._small_options(168),
                 )  # fmt: skip
                 continue
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             programs = self.blocks * cdiv(self.batch * Q, P) * tiles * segments
-            # Two sweeps need more registers than a thread of 16 warps can have.
-            together = 2 if len(directions) % 2 == 0 and P < 256 else 1
+            if P == 256:
+                # Two sweeps need more registers than a thread of 16 warps can have.
+                together = 1
             scratch = y
             if len(directions) > together:
                 scratch = y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
             line_scan_proxy_fwd_kernel[(programs,)](
-                x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels, self.height * self.width,
-                rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions), *arguments,
-                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, ADD=k > 0,
+                x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels // self.unit,
+                self.height * self.width, rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions),
+                *arguments,
+                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, U=self.unit, EXACT=self.exact, ADD=k > 0,
                 num_stages=2, **self._resources(P, light=True)[1],
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
@@ -714,8 +746,9 @@ class _Launch:
         per = cdiv(segments, self.SPAN)
         span = cdiv(segments, per)
         groups = self.batch * tiles * per
-        slots, options = self._resources(16, light=self.V < self.R)
-        workers = _workers(groups, self.blocks * len(directions), slots)
+        options = self._small_options(255)
+        # Two warps a scheduler: they are to hide each other's latency, and more would have too few registers.
+        workers = _workers(groups, self.blocks * len(directions), 8 // options["num_warps"] * processors(self.x))
         part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
         line_scan_local_bwd_kernel[(self.blocks * len(directions) * workers,)](
             x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, self.batch, self.channels // self.unit,
@@ -740,10 +773,10 @@ class _Launch:
         if states is None:
             scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=gz.dtype)
         line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
-            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels,
+            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels // self.unit,
             self.height * self.width, rows, lines, chunk, tiles, halo, self.w_width, groups, segments, workers, *target,
             *self._sources(directions),
-            K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact,
+            K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, U=self.unit, EXACT=self.exact,
             SAVED=states is not None, **options,
         )  # fmt: skip
         return part, workers
@@ -806,6 +839,11 @@ def _most_rows(x: Tensor, proxy: Tensor) -> int:
     if _is_exact(x, proxy):
         return 1024 // max(16, half)
     return (2048 if x.dtype == torch.bfloat16 else 1024) // half
+
+
+def _is_short(height: int, width: int) -> bool:
+    """Whether all lines fit one tile of pairs of rows."""
+    return max(height, width) <= 2 * PAIRS
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -890,4 +928,9 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
 
 def backward(grads: list[Tensor], *args, join: Join | None = None, saved: Sequence[Tensor] = ()) -> list[Tensor]:
     """Gradients; that of x is what `join` makes of all sweeps' and of the proxy's, without it their sum."""
+    if not saved and _is_short(*grads[0].shape[2:]):
+        # As a forward would have, to the bit.
+        saved = to_save(*args)
+        if saved:
+            forward(*args, saved=saved)
     return _Launch(args, with_gradients=True).backward(grads[0], join, *saved)
