@@ -5,6 +5,8 @@ thread has four channels of an even row and of the odd one after it: as the tens
 it reads and writes them in memory, and where a row finds one of its two neighbours. So nothing passes through shared
 memory but what is transposed for the weights' gradients. The orders of rows and channels that this takes are written
 below as reshapes and permutations, which are right however a compiler lays tiles out.
+
+Names end in `e` for even rows and in `o` for odd ones, after the number of the line in its chunk.
 """
 
 import triton
@@ -544,8 +546,8 @@ def line_scan_local_bwd_kernel(
             z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
             own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
             own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
-            # Gradients of the weights of skip.
-            g5e0, g5o0, g5e1, g5o1 = _product(x0e, gy0e), _product(x0o, gy0o), _product(x1e, gy1e), _product(x1o, gy1o)
+            g_skip0 = _unpaired(_product(x0e, gy0e), _product(x0o, gy0o))
+            g_skip1 = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o))
             x0e, x0o, x1e, x1o = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o)
             gy0e, gy0o, gy1e, gy1o = _wide(gy0e), _wide(gy0o), _wide(gy1e), _wide(gy1o)
 
@@ -567,19 +569,19 @@ def line_scan_local_bwd_kernel(
             g_last = _beside(_beside(_unpaired(g0e, g0o), _unpaired(g1e, g1o)),
                              _beside(_unpaired(g2e, g2o), _unpaired(gy1e * h1e, gy1o * h1o)))  # fmt: skip
             gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, tl.zeros([2 * _P, V], tl.float32), TWICE)
-            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g5e1.dtype), _unpaired(g5e1, g5o1))
+            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g_skip1.dtype), g_skip1)
             gw_both, g_z = _contract(g_both, own_z1, v_both, gw_both, g_z, TWICE)
             gz_t = gz + b * pixels * S + t * z_across + z_at
             _store_proxy(gz_t + z_across, z_down, g_z, own_even & in1 & s_mask, own_odd & in1 & s_mask, HALF)
 
-            # The first line: what it hands on stays within a pair, or goes one pair up or down.
+            # The first line, which gets what the second hands back: within a pair, or from one pair up or down.
             ce, co = _expanded(_dot(z0, w4))
             ge = gy0e * ce + (sme + slo + _moved(sro, -1))
             go = gy0o * co + (smo + sre + _moved(sle, 1))
             ce, co = _expanded(_dot(z0, w5))
             _store(gx_t, down, ge * lam0e + gy0e * ce, go * lam0o + gy0o * co,
                    own_even & in0 & c_mask, own_odd & in0 & c_mask)  # fmt: skip
-            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g5e0.dtype), _unpaired(g5e0, g5o0))
+            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g_skip0.dtype), g_skip0)
             gw_both, g_z = _contract(g_both, own_z0, v_both, gw_both, tl.zeros([2 * _P, V], tl.float32), TWICE)
             gw_u, g_z = _contract(_unpaired(gy0e * he, gy0o * ho), own_z0, v_u, gw_u, g_z, TWICE)
             _store_proxy(gz_t, z_down, g_z, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
