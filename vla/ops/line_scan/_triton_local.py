@@ -431,7 +431,6 @@ def _contract(g, z, v, gw, gz, TWICE: tl.constexpr):
         gw = _dot_add(tl.trans(high), z, _dot_add(tl.trans(low), z, gw))
         gz = _dot_add(high, v, _dot_add(low, v, gz))
     else:
-        g = g.to(v.dtype)
         gw = _dot_add(tl.trans(g), z, gw)
         gz = _dot_add(g, v, gz)
     return gw, gz
@@ -457,6 +456,24 @@ def _store_proxy(pointer, step, gz, even, odd, HALF: tl.constexpr):
     _store(pointer, step, even_rows, odd_rows, even, odd)
 
 
+@triton.jit
+def _line_of_chunk(n, first, count, lane, chunk, lines, Q: tl.constexpr):
+    """The first line of the n-th chunks of a group, of which a tile has 8 / Q; `lines` where there is none."""
+    if Q == _P:
+        return (first + n) * chunk
+    else:
+        turn = n * (_P // Q) + lane // Q
+        return tl.where(turn < count, (first + turn) * chunk, lines)
+
+
+@triton.jit
+def _load_two(pointer, across, down, even, odd, in0, in1):
+    """Even and odd rows of a chunk's first and second line."""
+    e0, o0 = _load(pointer, down, even & in0, odd & in0)
+    e1, o1 = _load(pointer + across, down, even & in1, odd & in1)
+    return e0, o0, e1, o1
+
+
 @kernel(do_not_specialize=[
     "batch", "units", "pixels", "rows", "lines", "chunk", "tiles", "halo", "groups", "per", "span", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
@@ -477,6 +494,7 @@ def line_scan_local_bwd_kernel(
     W: tl.constexpr = R * _C
     # A float16 gradient has more digits than one bfloat16.
     TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
+    kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
     AT_ONCE: tl.constexpr = _P.value // Q
     channels = units * U
     blocks = tl.cdiv(channels, _C)
@@ -496,15 +514,14 @@ def line_scan_local_bwd_kernel(
     # v (K, 6, V, width)
     v_j = V * width
     v += k * 6 * v_j + sv[:, None] * width + c[None, :]
-    v_u = tl.load(v + 4 * v_j)
-    v_gates = _beside(tl.load(v), tl.load(v + v_j))
-    v_last = tl.trans(_beside(v_gates, _beside(tl.load(v + 2 * v_j), v_u)))
-    v_both = tl.trans(_beside(tl.load(v + 3 * v_j), tl.load(v + 5 * v_j)))
-    v_u = tl.trans(v_u)
-    # Of gates and u in second lines, of lambda and skip, of u in first lines.
+    v_lam, v_u, v_skip = tl.load(v + 3 * v_j), tl.load(v + 4 * v_j), tl.load(v + 5 * v_j)
+    v_last = tl.trans(_beside(_beside(tl.load(v), tl.load(v + v_j)), _beside(tl.load(v + 2 * v_j), v_u)))
+    v_out, v_in, v_lam = tl.trans(_beside(v_u, v_skip)), tl.trans(_beside(v_lam, v_skip)), tl.trans(v_lam)
+    # Of first lines: u and skip, lambda. Of second lines: lambda and skip, gates and u.
+    gw_out = tl.zeros([2 * _C, V], tl.float32)
+    gw_lam = tl.zeros([_C, V], tl.float32)
+    gw_in = gw_out
     gw_last = tl.zeros([4 * _C, V], tl.float32)
-    gw_both = tl.zeros([2 * _C, V], tl.float32)
-    gw_u = tl.zeros([_C, V], tl.float32)
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     start = _pick(k, o0, o1, o2, o3) * channels
@@ -526,74 +543,94 @@ def line_scan_local_bwd_kernel(
         x_at = start + i * down + c[None, :]
         y_at = (to + i * ti) * channels + c[None, :]
         z_at = (to + i * ti) * S + s
-        for n in range(tl.cdiv(count, AT_ONCE)):
-            if AT_ONCE == 1:
-                t = (first + n) * chunk
-            else:
-                turn = n * AT_ONCE + lane // Q
-                t = tl.where(turn < count, (first + turn) * chunk, lines)
+        z_b, gz_b = z + b * pixels * S + z_at, gz + b * pixels * S + z_at
+        x_b, gx_b = x + b * pixels * channels + x_at, gx + b * pixels * channels + x_at
+        gy_b = gy + b * pixels * channels + y_at
+        x_even, x_odd, z_even, z_odd = even & c_mask, odd & c_mask, even & s_mask, odd & s_mask
+        steps = tl.cdiv(count, AT_ONCE)
+        t = _line_of_chunk(0, first, count, lane, chunk, lines, Q)
+        in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
+        nz0e, nz0o, nz1e, nz1o = _load_two(z_b + t * z_across, z_across, z_down, z_even, z_odd, in0, in1)
+        nx0e, nx0o, nx1e, nx1o = _load_two(x_b + t * across, across, down, x_even, x_odd, in0, in1)
+        ny0e, ny0o, ny1e, ny1o = _load_two(gy_b + t * y_across, y_across, y_down, x_even, x_odd, in0, in1)
+        for n in range(steps):
+            z0e, z0o, z1e, z1o = nz0e, nz0o, nz1e, nz1o
+            x0e, x0o, x1e, x1o = nx0e, nx0o, nx1e, nx1o
+            gy0e, gy0o, gy1e, gy1o = ny0e, ny0o, ny1e, ny1o
+            # The next chunk's maps are read while this one computes.
+            t = _line_of_chunk(tl.minimum(n + 1, steps - 1), first, count, lane, chunk, lines, Q)
             in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
-            even0, odd0, even1, odd1 = even & in0, odd & in0, even & in1, odd & in1
-            z_t = z + b * pixels * S + t * z_across + z_at
-            z0e, z0o = _load(z_t, z_down, even0 & s_mask, odd0 & s_mask)
-            z1e, z1o = _load(z_t + z_across, z_down, even1 & s_mask, odd1 & s_mask)
-            x_t = x + b * pixels * channels + t * across + x_at
-            x0e, x0o = _load(x_t, down, even0 & c_mask, odd0 & c_mask)
-            x1e, x1o = _load(x_t + across, down, even1 & c_mask, odd1 & c_mask)
-            gy_t = gy + b * pixels * channels + t * y_across + y_at
-            gy0e, gy0o = _load(gy_t, y_down, even0 & c_mask, odd0 & c_mask)
-            gy1e, gy1o = _load(gy_t + y_across, y_down, even1 & c_mask, odd1 & c_mask)
+            nz0e, nz0o, nz1e, nz1o = _load_two(z_b + t * z_across, z_across, z_down, z_even, z_odd, in0, in1)
+            nx0e, nx0o, nx1e, nx1o = _load_two(x_b + t * across, across, down, x_even, x_odd, in0, in1)
+            ny0e, ny0o, ny1e, ny1o = _load_two(gy_b + t * y_across, y_across, y_down, x_even, x_odd, in0, in1)
+            t = _line_of_chunk(n, first, count, lane, chunk, lines, Q)
+            in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
             z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
             own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
             own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
-            g_skip0 = _unpaired(_product(x0e, gy0e), _product(x0o, gy0o))
-            g_skip1 = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o))
-            x0e, x0o, x1e, x1o = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o)
-            gy0e, gy0o, gy1e, gy1o = _wide(gy0e), _wide(gy0o), _wide(gy1e), _wide(gy1o)
+            gx_t = gx_b + t * across
+            gz_t = gz_b + t * z_across
 
-            lam0e, lam0o = _expanded(_dot(z0, w3))
-            he, ho = lam0e * x0e, lam0o * x0o
+            # The first line's states, and gradients of its weights of u and skip.
+            lam_e, lam_o = _expanded(_dot(z0, w3))
+            he, ho = lam_e * _wide(x0e), lam_o * _wide(x0o)
+            g_out = _beside(
+                _unpaired(_wide(gy0e) * he, _wide(gy0o) * ho).to(kept),
+                _unpaired(_product(x0e, gy0e), _product(x0o, gy0o)).to(kept),
+            )
             # The second line, which no other gets anything from.
+            g_skip = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o)).to(kept)
+            x1e, x1o, gy1e, gy1o = _wide(x1e), _wide(x1o), _wide(gy1e), _wide(gy1o)
             ce, co = _expanded(_dot(z1, w4))
             ge, go = gy1e * ce, gy1o * co
             lam_e, lam_o = _expanded(_dot(z1, w3))
             ce, co = _expanded(_dot(z1, w5))
-            gx_t = gx + b * pixels * channels + t * across + x_at
-            _store(gx_t + across, down, ge * lam_e + gy1e * ce, go * lam_o + gy1o * co,
-                   own_even & in1 & c_mask, own_odd & in1 & c_mask)  # fmt: skip
+            even1, odd1 = own_even & in1, own_odd & in1
+            g_xe, g_xo = ge * lam_e + gy1e * ce, go * lam_o + gy1o * co
+            _store(gx_t + across, down, g_xe, g_xo, even1 & c_mask, odd1 & c_mask)
+            g_in = _beside(_unpaired(ge * x1e, go * x1o).to(kept), g_skip)
+            g_z0 = tl.zeros([2 * _P, V], tl.float32)
+            g_z1 = g_z0
+            # Always. Unless they are in a block of their own, the compiler puts these products off to the loop's end,
+            # and runs out of registers for their factors.
+            if first + n < lines:
+                gw_out, g_z0 = _contract(g_out, own_z0, v_out, gw_out, g_z0, TWICE)
+                gw_in, g_z1 = _contract(g_in, own_z1, v_in, gw_in, g_z1, TWICE)
             le, lo = _expanded(_dot_add(z1, w0, no_left))
             me, mo = _expanded(_dot(z1, w1))
             re, ro = _expanded(_dot_add(z1, w2, no_right))
             h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, lam_e * x1e, _moved(ho, -1), he, ho)
             h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, lam_o * x1o, he, ho, _moved(he, 1))
-            g_last = _beside(_beside(_unpaired(g0e, g0o), _unpaired(g1e, g1o)),
-                             _beside(_unpaired(g2e, g2o), _unpaired(gy1e * h1e, gy1o * h1o)))  # fmt: skip
-            gw_last, g_z = _contract(g_last, own_z1, v_last, gw_last, tl.zeros([2 * _P, V], tl.float32), TWICE)
-            g_both = _beside(_unpaired(ge * x1e, go * x1o).to(g_skip1.dtype), g_skip1)
-            gw_both, g_z = _contract(g_both, own_z1, v_both, gw_both, g_z, TWICE)
-            gz_t = gz + b * pixels * S + t * z_across + z_at
-            _store_proxy(gz_t + z_across, z_down, g_z, own_even & in1 & s_mask, own_odd & in1 & s_mask, HALF)
+            g_last = _beside(
+                _beside(_unpaired(g0e, g0o).to(kept), _unpaired(g1e, g1o).to(kept)),
+                _beside(_unpaired(g2e, g2o).to(kept), _unpaired(gy1e * h1e, gy1o * h1o).to(kept)),
+            )
+            gw_last, g_z1 = _contract(g_last, own_z1, v_last, gw_last, g_z1, TWICE)
+            _store_proxy(gz_t + z_across, z_down, g_z1, even1 & s_mask, odd1 & s_mask, HALF)
 
             # The first line, which gets what the second hands back: within a pair, or from one pair up or down.
+            even0, odd0 = own_even & in0, own_odd & in0
+            gy0e, gy0o = _wide(gy0e), _wide(gy0o)
             ce, co = _expanded(_dot(z0, w4))
             ge = gy0e * ce + (sme + slo + _moved(sro, -1))
             go = gy0o * co + (smo + sre + _moved(sle, 1))
+            lam_e, lam_o = _expanded(_dot(z0, w3))
             ce, co = _expanded(_dot(z0, w5))
-            _store(gx_t, down, ge * lam0e + gy0e * ce, go * lam0o + gy0o * co,
-                   own_even & in0 & c_mask, own_odd & in0 & c_mask)  # fmt: skip
-            g_both = _beside(_unpaired(ge * x0e, go * x0o).to(g_skip0.dtype), g_skip0)
-            gw_both, g_z = _contract(g_both, own_z0, v_both, gw_both, tl.zeros([2 * _P, V], tl.float32), TWICE)
-            gw_u, g_z = _contract(_unpaired(gy0e * he, gy0o * ho), own_z0, v_u, gw_u, g_z, TWICE)
-            _store_proxy(gz_t, z_down, g_z, own_even & in0 & s_mask, own_odd & in0 & s_mask, HALF)
+            g_xe, g_xo = ge * lam_e + gy0e * ce, go * lam_o + gy0o * co
+            _store(gx_t, down, g_xe, g_xo, even0 & c_mask, odd0 & c_mask)
+            g_lam = _unpaired(ge * _wide(x0e), go * _wide(x0o)).to(kept)
+            gw_lam, g_z0 = _contract(g_lam, own_z0, v_lam, gw_lam, g_z0, TWICE)
+            _store_proxy(gz_t, z_down, g_z0, even0 & s_mask, odd0 & s_mask, HALF)
     # gw (workers, K, 6, width, V)
     gw += (worker.to(tl.int64) * K + k) * 6 * v_j + c[:, None] * V + sv[None, :]
     gates, gates_and_u = tl.split(tl.permute(tl.reshape(gw_last, [2, 2 * _C, V]), [1, 2, 0]))
     g0, g1 = tl.split(tl.permute(tl.reshape(gates, [2, _C, V]), [1, 2, 0]))
     g2, g4 = tl.split(tl.permute(tl.reshape(gates_and_u, [2, _C, V]), [1, 2, 0]))
-    g3, g5 = tl.split(tl.permute(tl.reshape(gw_both, [2, _C, V]), [1, 2, 0]))
+    g3, g5 = tl.split(tl.permute(tl.reshape(gw_in, [2, _C, V]), [1, 2, 0]))
+    first_g4, first_g5 = tl.split(tl.permute(tl.reshape(gw_out, [2, _C, V]), [1, 2, 0]))
     tl.store(gw, g0)
     tl.store(gw + v_j, g1)
     tl.store(gw + 2 * v_j, g2)
-    tl.store(gw + 3 * v_j, g3)
-    tl.store(gw + 4 * v_j, g4 + gw_u)
-    tl.store(gw + 5 * v_j, g5)
+    tl.store(gw + 3 * v_j, g3 + gw_lam)
+    tl.store(gw + 4 * v_j, g4 + first_g4)
+    tl.store(gw + 5 * v_j, g5 + first_g5)
