@@ -470,6 +470,9 @@ def _projected_line_scan() -> Iterator[Case]:
     f = ops.projected_line_scan
     yield Case("gspn stage 1", f, arguments(128, 144, 56, 56, chunk=2, aligned=False), (BF16,))
     yield Case("gspn stage 3", f, arguments(128, 576, 14, 14, aligned=False), (BF16, FP16))
+    yield Case("gspn base stage 1", f, arguments(128, 180, 56, 56, chunk=2, aligned=False), (BF16, FP16))
+    yield Case("gspn base stage 3, local", f, arguments(128, 720, 14, 14, chunk=2, aligned=False), (BF16,))
+    yield Case("gspn small stage 3", f, arguments(128, 648, 14, 14, aligned=False), (BF16,))
     yield Case("odd", f, arguments(2, 33, 13, 17), (FP32,))
 
 

@@ -66,6 +66,28 @@ def test_result_lies_in_memory_like_x(rank):
             assert line_scan(**tensors, directions=ALL).is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "released"])
+@pytest.mark.parametrize(
+    ("shape", "rank", "chunk"),
+    [((2, 18, 3, 3), 4, 2), ((1, 4, 9, 4), 9, 1), ((1, 3, 16, 5), 8, 2), ((1, 5, 17, 2), 2, 2), ((1, 2, 31, 1), 3, 2)],
+    ids=str,
+)
+def test_proxy_of_short_chunks(shape, rank, chunk, aligned):
+    """Lines of fewer pairs of rows than a tile has, of as many, and of more, which take several tiles backward."""
+    check(shape, rank, chunk, aligned=aligned)
+
+
+def test_proxy_of_many_short_chunks():
+    """An odd number of them a program, where a tile has those of several lines."""
+    check((1, 2, 3, 114), 2, 2, directions=["right"])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("rank", "chunk"), [(8, 2), (11, 2), (8, 1)])
+def test_proxy_of_short_chunks_in_half_precision(rank, chunk, dtype):
+    check((1, 18, 5, 5), rank, chunk, dtype, scale=0.5, aligned=False)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("rank", [8, 11])
 def test_proxy_in_half_precision(rank, dtype):

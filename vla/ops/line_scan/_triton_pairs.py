@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .._triton import LOG2E, kernel
-from ._triton_proxy import _MIN_TOTAL, _exp2, _inverse
+from ._triton_common import _MIN_TOTAL, _exp2, _inverse
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """GPU kernels of the line scan whose coefficients are linear functions of a proxy."""
 
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,54 +9,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_maps
+from ._triton_common import (
+    _CLOSED,
+    _FTZ,
+    _MIN_TOTAL,
+    _STEEPEST,
+    _dot,
+    _dot_add,
+    _exp2,
+    _halves,
+    _inverse,
+    _pick,
+)
+from ._triton_local import (
+    PAIRS,
+    fragment_place,
+    line_scan_local_bwd_kernel,
+    line_scan_local_fwd_kernel,
+    line_scan_short_fwd_kernel,
+)
 from .frames import from_map_frame, to_map_frame
 
 # Of gradients (sweeps, B, pixels, D) and (B, pixels, S), those of x, (B, pixels, D).
 Join = Callable[[Tensor, Tensor], Tensor]
 
-# The least sum of sigmoids that divides them.
-_MIN_TOTAL = tl.constexpr(1e-7)
-# Logits are multiplied by -log2(e) and clamped where a sigmoid is 2.4e-13, so that products of three stay finite.
-_STEEPEST = tl.constexpr(41.9)
 # Numbers of a sum from which it makes enough programs; PyTorch's kernel splits what is summed.
 _LARGE = 1 << 19
-# In place of a logit whose neighbour does not exist.
-_CLOSED = tl.constexpr(1e3)
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
-_FTZ = tl.constexpr(torch.version.cuda is not None and not _INTERPRETED.value)
-
-
-@triton.jit
-def _dot(a, b):
-    if _INTERPRETED:
-        # Triton's interpreter multiplies the bits of bfloat16.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _dot_add(a, b, acc):
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee")
-
-
-@triton.jit
-def _exp2(x):
-    if _FTZ:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
-def _inverse(x):
-    if _FTZ:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        return 1 / x
 
 
 @triton.jit
@@ -71,13 +49,6 @@ def _hold(x):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     else:
         return x
-
-
-@triton.jit
-def _halves(h):
-    """A float32 tile as the sum of two bfloat16 tiles, good to 16 bits."""
-    high = (h.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), (h - high).to(tl.bfloat16)
 
 
 @triton.jit
@@ -171,12 +142,6 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _pick(k, v0, v1, v2, v3):
-    """The k-th of four numbers."""
-    return tl.where(k == 0, v0, tl.where(k == 1, v1, tl.where(k == 2, v2, v3)))
-
-
-@triton.jit
 def _mix(w0, w1, w2, z, no_left, no_right, h, before, after, EXACT: tl.constexpr):
     """What a line gets from the states `h` of the line before.
 
@@ -242,23 +207,24 @@ def _held_places(C: tl.constexpr, P: tl.constexpr):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
+    "batch", "units", "rows", "lines", "chunk", "tiles", "segments", "halo", "sweeps",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_fwd_kernel(
-    x, z, w, y, scratch, states, batch, channels, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
+    x, z, w, y, scratch, states, batch, units, pixels, rows, lines, chunk, tiles, segments, halo, w_width, sweeps,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
-    EXACT: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr,
+    U: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to four sweeps on one block of C channels, P rows of the line, and the lines of one chunk.
 
-    Maps are channels-last: x, y (B, pixels, channels), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
-    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. KEEP is
-    for chunks of one or two lines; G is the number of sweeps that walk together in others.
+    Maps are channels-last: x, y (B, pixels, units U), z (B, pixels, S). Pixel (row i, line t) of a sweep is read at
+    `o + i * i_k + t * t_k` and written at `to + i * ti + t * tt`. Tiles are (C, 16), or (T, C, 16) for T warps. G
+    sweeps walk together.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
+    channels = units * U
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     segment = tl.program_id(0) // blocks % segments
@@ -287,141 +253,100 @@ def line_scan_proxy_fwd_kernel(
     w_j = R * w_width
     w += c[:, None] * R + s[None, :]
     x += b * pixels * channels
-    if KEEP:
-        more = _second(tl.arange(0, 1), T) + 1 < steps
-        z0, z1 = tl.load(z_ptr, z_mask, 0.0), tl.load(z_ptr + tt * S, z_mask & more, 0.0)
-        y0 = zero
-        y1 = zero
-        at, across = _sweep_pixels(0, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-        x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-        x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
-        for k in range(sweeps):
-            w_k = w + k * 6 * w_j
-            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-            xa, xb = x0.to(tl.float32), x1.to(tl.float32)
-            # The next sweep's maps are read while this one computes.
-            k_next = tl.minimum(k + 1, sweeps - 1)
-            at, across = _sweep_pixels(k_next, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-            x0, x1 = tl.load(x_ptr, mask, 0.0), tl.load(x_ptr + across * channels, mask & more, 0.0)
-            h = _dot(w3, z0) * xa
-            y0 += _dot(w4, z0) * h
-            y0 += _dot(w5, z0) * xa
-            h = _dot(w3, z1) * xb + _mix(w0, w1, w2, z1, no_left, no_right, h, before, after, EXACT)
-            y1 += _dot(w4, z1) * h
-            y1 += _dot(w5, z1) * xb
-        if ADD:
-            y0 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-        tl.store(y_ptr, y0.to(y.dtype.element_ty), own_mask)
-        y_ptr += tt * channels
-        own_mask = own_mask & more
-        if ADD:
-            y1 += tl.load(y_ptr, own_mask, 0.0).to(tl.float32)
-        tl.store(y_ptr, y1.to(y.dtype.element_ty), own_mask)
-    else:
-        scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _held_places(C, P)
+    scratch += tl.program_id(0).to(tl.int64) * chunk * (P * C) + _held_places(C, P)
+    if states is not None:
+        states += _first_states(tl.program_id(0) // blocks, sweeps, blocks, block) * chunk * (P * C)
+        states += _held_places(C, P)
+    for k in range(0, sweeps, G):
+        states_k = states
         if states is not None:
-            states += _first_states(tl.program_id(0) // blocks, sweeps, blocks, block) * chunk * (P * C)
-            states += _held_places(C, P)
-        for k in range(0, sweeps, G):
-            states_k = states
+            states_k += (k * blocks).to(tl.int64) * chunk * (P * C)
+        w_k = w + k * 6 * w_j
+        w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+        w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
+        at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+        x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
+        xn = tl.load(x_ptr, mask, 0.0)
+        if G == 2:
+            w_k += 6 * w_j
+            v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
+            v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
+            at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
+            x2_ptr = x + first * x2_across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
+            x2n = tl.load(x2_ptr, mask, 0.0)
+        zn = tl.load(z_ptr, z_mask, 0.0)
+        h = zero
+        h2 = zero
+        for t in range(steps):
+            zt, xt = zn, xn.to(tl.float32)
+            # The next line's maps are read while this one computes.
+            t_next = tl.minimum(t + 1, steps - 1)
+            zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
+            xn = tl.load(x_ptr + t_next * across * channels, mask, 0.0)
+            out = zero
+            if k > 0:
+                out = tl.load(scratch + t * (P * C)).to(tl.float32)
+            h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
             if states is not None:
-                states_k += (k * blocks).to(tl.int64) * chunk * (P * C)
-            w_k = w + k * 6 * w_j
-            w0, w1, w2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-            w3, w4, w5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-            at, across = _sweep_pixels(k, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-            x_ptr = x + first * across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-            xn = tl.load(x_ptr, mask, 0.0)
+                tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
+            out += _dot(w4, zt) * h
+            out += _dot(w5, zt) * xt
             if G == 2:
-                w_k += 6 * w_j
-                v0, v1, v2 = _weights(w_k, T), _weights(w_k + w_j, T), _weights(w_k + 2 * w_j, T)
-                v3, v4, v5 = _weights(w_k + 3 * w_j, T), _weights(w_k + 4 * w_j, T), _weights(w_k + 5 * w_j, T)
-                at, x2_across = _sweep_pixels(k + 1, o0, o1, o2, o3, i0, i1, i2, i3, t0, t1, t2, t3, i)
-                x2_ptr = x + first * x2_across * channels + (_rows_second(j + at, T) * channels + _first(c, T))
-                x2n = tl.load(x2_ptr, mask, 0.0)
-            zn = tl.load(z_ptr, z_mask, 0.0)
-            h = zero
-            h2 = zero
-            for t in range(steps):
-                zt, xt = zn, xn.to(tl.float32)
-                # The next line's maps are read while this one computes.
-                t_next = tl.minimum(t + 1, steps - 1)
-                zn = tl.load(z_ptr + t_next * tt * S, z_mask, 0.0)
-                xn = tl.load(x_ptr + t_next * across * channels, mask, 0.0)
-                out = zero
-                if k > 0:
-                    out = tl.load(scratch + t * (P * C)).to(tl.float32)
-                h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+                xt = x2n.to(tl.float32)
+                x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
+                h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
                 if states is not None:
-                    tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
-                out += _dot(w4, zt) * h
-                out += _dot(w5, zt) * xt
-                if G == 2:
-                    xt = x2n.to(tl.float32)
-                    x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
-                    h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
-                    if states is not None:
-                        tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
-                    out += _dot(v4, zt) * h2
-                    out += _dot(v5, zt) * xt
-                if k + G < sweeps:
-                    tl.store(scratch + t * (P * C), out)
-                else:
-                    if ADD:
-                        out += tl.load(y_ptr + t * tt * channels, own_mask, 0.0).to(tl.float32)
-                    tl.store(y_ptr + t * tt * channels, out.to(y.dtype.element_ty), own_mask)
+                    tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
+                out += _dot(v4, zt) * h2
+                out += _dot(v5, zt) * xt
+            if k + G < sweeps:
+                tl.store(scratch + t * (P * C), out)
+            else:
+                if ADD:
+                    out += tl.load(y_ptr + t * tt * channels, own_mask, 0.0).to(tl.float32)
+                tl.store(y_ptr + t * tt * channels, out.to(y.dtype.element_ty), own_mask)
 
 
 @triton.jit
 def _proxy_line_gradients(
-    z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-    FRESH: tl.constexpr, EXACT: tl.constexpr, ONCE: tl.constexpr,
+    z, x, gy, h, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT: tl.constexpr
 ):  # fmt: skip
     """Gradients of one line: of `x`, of what goes to the states of the line before, and of the six coefficients.
 
-    `h` are the states of the line before. ONCE hands neighbours' gradients on in one bfloat16: they go no further.
+    `h` are the states of the line before.
     """
     lam = _dot(w3, z)
     g = gy * _dot(w4, z) + carry
     g_x = g * lam + gy * _dot(w5, z)
-    g_l, g_m, g_r = g, g, g
-    state = lam * x
-    if not FRESH:
-        al = tl.where(has_left, _inverse(1 + _exp2(_dot(w0, z))), 0.0)
-        am = _inverse(1 + _exp2(_dot(w1, z)))
-        ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
-        total = al + am + ar
-        share = _inverse(tl.maximum(total, _MIN_TOTAL))
-        if len(h.shape) == 3:
-            h = _settle(h.to(tl.float32), EXACT)
-        above, below = _neighbours(h, before, after, EXACT)
-        h = h.to(tl.float32)
-        if len(h.shape) == 3:
-            above, below = _settle(above, EXACT), _settle(below, EXACT)
-        mixed = (al * above + am * h + ar * below) * share
-        state += mixed
-        mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
-        share *= g
-        sl, sm, sr = al * share, am * share, ar * share
-        g_l = (above - mean) * (sl - sl * al)
-        g_m = (h - mean) * (sm - sm * am)
-        g_r = (below - mean) * (sr - sr * ar)
-        carry = sm
-        if len(sr.shape) == 3:
-            from_above, from_below = _around(sr, sl)
-            carry = sm + from_above + from_below
-        elif EXACT:
-            carry = _dot_add(sr, before, _dot_add(sl, after, carry))
-        elif ONCE:
-            carry = _dot_add(sr.to(tl.bfloat16), before, _dot_add(sl.to(tl.bfloat16), after, carry))
-        else:
-            sl_high, sl_low = _halves(sl)
-            sr_high, sr_low = _halves(sr)
-            carry = _dot_add(sl_high, after, _dot_add(sl_low, after, carry))
-            carry = _dot_add(sr_high, before, _dot_add(sr_low, before, carry))
-    return g_x, carry, g_l, g_m, g_r, g * x, gy * state, gy * x
+    al = tl.where(has_left, _inverse(1 + _exp2(_dot(w0, z))), 0.0)
+    am = _inverse(1 + _exp2(_dot(w1, z)))
+    ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
+    total = al + am + ar
+    share = _inverse(tl.maximum(total, _MIN_TOTAL))
+    if len(h.shape) == 3:
+        h = _settle(h.to(tl.float32), EXACT)
+    above, below = _neighbours(h, before, after, EXACT)
+    h = h.to(tl.float32)
+    if len(h.shape) == 3:
+        above, below = _settle(above, EXACT), _settle(below, EXACT)
+    mixed = (al * above + am * h + ar * below) * share
+    mean = tl.where(total < _MIN_TOTAL, 0.0, mixed)
+    share *= g
+    sl, sm, sr = al * share, am * share, ar * share
+    g_l = (above - mean) * (sl - sl * al)
+    g_m = (h - mean) * (sm - sm * am)
+    g_r = (below - mean) * (sr - sr * ar)
+    if len(sr.shape) == 3:
+        from_above, from_below = _around(sr, sl)
+        carry = sm + from_above + from_below
+    elif EXACT:
+        carry = _dot_add(sr, before, _dot_add(sl, after, sm))
+    else:
+        sl_high, sl_low = _halves(sl)
+        sr_high, sr_low = _halves(sr)
+        carry = _dot_add(sl_high, after, _dot_add(sl_low, after, sm))
+        carry = _dot_add(sr_high, before, _dot_add(sr_low, before, carry))
+    return g_x, carry, g_l, g_m, g_r, g * x, gy * (lam * x + mixed), gy * x
 
 
 @triton.jit
@@ -456,27 +381,26 @@ def _sum_of_tiles(gw):
 
 
 @kernel(do_not_specialize=[
-    "batch", "rows", "lines", "chunk", "tiles", "halo", "groups", "per", "span", "workers",
+    "batch", "units", "rows", "lines", "chunk", "tiles", "halo", "groups", "segments", "workers",
     "to", "ti", "tt", "o0", "i0", "t0", "o1", "i1", "t1", "o2", "i2", "t2", "o3", "i3", "t3",
 ])  # fmt: skip
 def line_scan_proxy_bwd_kernel(
-    x, z, w, v, gy, gx, gz, gw, scratch, batch, channels, pixels, rows, lines, chunk, tiles, halo, w_width,
-    groups, per, span, workers,
+    x, z, w, v, gy, gx, gz, gw, scratch, batch, units, pixels, rows, lines, chunk, tiles, halo, w_width,
+    groups, segments, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    Q: tl.constexpr, EXACT: tl.constexpr, KEEP: tl.constexpr, SAVED: tl.constexpr,
+    Q: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr, SAVED: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one sweep over one block of C channels of some groups.
 
-    A group is `span` chunks of P rows each, `per` groups a tile of rows. So that no two programs write to one place,
-    gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
+    A group is one chunk of P rows. So that no two programs write to one place, gz has a leading axis of sweeps and
+    blocks of channels, gw one of workers and gx one of sweeps.
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     low: tl.constexpr = tl.float32 if EXACT else tl.bfloat16
     # A float16 gradient has more digits than one bfloat16.
     TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
-    # Digits that states keep for gradients.
-    kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
+    channels = units * U
     blocks = tl.cdiv(channels, C)
     block = tl.program_id(0) % blocks
     k = tl.program_id(0) // blocks % K
@@ -513,11 +437,11 @@ def line_scan_proxy_bwd_kernel(
     gz += ((k * blocks + block) * batch).to(tl.int64) * pixels * S
     gx += k * batch.to(tl.int64) * pixels * channels
     for group in range(worker, groups, workers):
-        b, j, i, inside, own = _rows_of_tile(group // per, batch, rows, tiles, halo, P, Q)
+        b, j, i, inside, own = _rows_of_tile(group // segments, batch, rows, tiles, halo, P, Q)
         # Numbers of one picture are counted with 32 bits.
         j *= pixels
-        first = (group % per * (span * chunk)).to(tl.int64)
-        steps = tl.minimum(span * chunk, lines - group % per * (span * chunk))
+        first = (group % segments * chunk).to(tl.int64)
+        steps = tl.minimum(chunk, lines - group % segments * chunk)
         has_left = _rows_second((i > 0) | (rows == 1), T)
         has_right = _rows_second(i < rows - 1, T)
         mask = _rows_second(inside, T) & c_mask
@@ -537,7 +461,7 @@ def line_scan_proxy_bwd_kernel(
         states = scratch
         if SAVED:
             states += (_first_states(group, K, blocks, block) + k * blocks) * chunk * (P * C)
-        elif not KEEP:
+        else:
             # What other threads read of the last group's states is overwritten.
             tl.debug_barrier()
             h = zero
@@ -552,45 +476,32 @@ def line_scan_proxy_bwd_kernel(
                 h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
                 tl.store(states + t * (P * C), h.to(scratch.dtype.element_ty))
             tl.debug_barrier()
-        if not KEEP:
-            h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))
+        h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))
         for n in range(steps):
             t = steps - 1 - n
             to_t, from_t = start + t * tt, source_start + t * st
             zt = tl.load(z + to_t * S + z_at, z_mask, 0.0)
             own_z = tl.load(z + to_t * S + own_z_at, own_z_mask, 0.0)
             xt = tl.load(x + from_t * channels + x_at, mask, 0.0)
-            xt = xt.to(tl.float32) if KEEP or T > 1 else _hold(xt)
+            xt = xt.to(tl.float32) if T > 1 else _hold(xt)
             gyt = tl.load(gy + to_t * channels + gy_at, mask, 0.0).to(tl.float32)
             if T > 1:
                 xt, gyt = _settle(xt, EXACT), _settle(gyt, EXACT)
-            if not KEEP:
-                # Read one line before it is needed.
-                state = tl.where(t > 0, h_next, 0.0)
-                h_next = tl.load(states + tl.maximum(t - 2, 0) * (P * C))
+            # Read one line before it is needed. The first line is one of many: states of 0 cost less than a branch.
+            state = tl.where(t > 0, h_next, 0.0)
+            h_next = tl.load(states + tl.maximum(t - 2, 0) * (P * C))
             g_z = _zeros(16, V, T)
             if V > HALF:
                 z_high, z_low = _halves(own_z.to(tl.float32))
                 own_z = tl.where(_second(sv < HALF, T), z_high, z_low)
-            # In a long chunk the first line is one of many: states of 0 cost less than a branch.
-            if not KEEP or t & (chunk - 1) > 0:
-                if KEEP:
-                    z_before = tl.load(z + (to_t - tt) * S + z_at, z_mask, 0.0)
-                    x_before = tl.load(x + (from_t - st) * channels + x_at, mask, 0.0)
-                    state = (_dot(w3, z_before) * x_before.to(tl.float32)).to(kept)
-                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                    zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                    False, EXACT, KEEP and not TWICE)  # fmt: skip
-                gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
-                gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
-                gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
-                g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
-                g_z = _proxy_gradient(g2, v2, g_z, TWICE)
-            else:
-                g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
-                    zt, xt, gyt, zero, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right,
-                    True, EXACT, KEEP and not TWICE)  # fmt: skip
-                carry = zero
+            g_x, carry, g0, g1, g2, g3, g4, g5 = _proxy_line_gradients(
+                zt, xt, gyt, state, carry, w0, w1, w2, w3, w4, w5, before, after, has_left, has_right, EXACT
+            )
+            gw0 = _weights_gradient(g0, own_z, gw0, TWICE)
+            gw1 = _weights_gradient(g1, own_z, gw1, TWICE)
+            gw2 = _weights_gradient(g2, own_z, gw2, TWICE)
+            g_z = _proxy_gradient(g1, v1, _proxy_gradient(g0, v0, g_z, TWICE), TWICE)
+            g_z = _proxy_gradient(g2, v2, g_z, TWICE)
             gw3 = _weights_gradient(g3, own_z, gw3, TWICE)
             gw4 = _weights_gradient(g4, own_z, gw4, TWICE)
             gw5 = _weights_gradient(g5, own_z, gw5, TWICE)
@@ -612,11 +523,12 @@ def line_scan_proxy_bwd_kernel(
 @kernel
 def line_scan_pack_kernel(
     gates, lam, u, skip, w, v, channels, width, K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-    EXACT: tl.constexpr, C: tl.constexpr,
+    EXACT: tl.constexpr, FRAGMENTS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Weights of one coefficient as `w` (K, 6, width, R), gates times -log2(e), and `v` (K, 6, width, V) if V > 0.
 
-    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide.
+    Unless EXACT, `w` is in two halves, and so is `v` if it is as wide. FRAGMENTS has `w` in fragments,
+    (K, blocks, 6, R * 16), and `v` (K, 6, V, width).
     """
     HALF: tl.constexpr = R if EXACT else R // 2
     k, j = tl.program_id(0) // 6, tl.program_id(0) % 6
@@ -636,9 +548,14 @@ def line_scan_pack_kernel(
     else:
         value = tl.load(skip + at, mask, 0.0).to(tl.float32)
     row = tl.program_id(0) * width + c
-    _store_halves(w + row * R + s, value * scale, s < HALF, c < width)
+    if FRAGMENTS:
+        w += ((k * (width // 16) + c // 16) * 6 + j) * (R * 16) + fragment_place(c, s, R, EXACT)
+    else:
+        w += row * R + s
+    _store_halves(w, value * scale, s < HALF, c < width)
     if V > 0:
-        _store_halves(v + row * V + s, value, s < HALF, (c < width) & (s < V))
+        v += (tl.program_id(0) * V + s) * width + c if FRAGMENTS else row * V + s
+        _store_halves(v, value, s < HALF, (c < width) & (s < V))
 
 
 @triton.jit
@@ -702,9 +619,14 @@ class _Launch:
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
         self.batch, self.channels, self.height, self.width = self.x.shape
         self.k, self.rank = len(self.directions), proxy.shape[1]
+        self.local = 1 <= self.chunk <= 2
+        self.short = _is_short(self.height, self.width)
+        fragments = self.local or self.short and not with_gradients
         self.exact, self.most = _is_exact(self.x, proxy), _most_rows(self.x, proxy)
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
         half = max(8, next_power_of_2(self.rank))
+        # Channels are a multiple of it, which a compiler needs to know.
+        self.unit = math.gcd(self.channels, self.C)
         self.R = max(16, half) if self.exact else 2 * half
         # bfloat16 holds all of a bfloat16 proxy, and weights well enough for gradients.
         self.V = half if self.proxy.dtype == torch.bfloat16 else self.R
@@ -718,7 +640,8 @@ class _Launch:
             self.v = self.x.new_empty(self.k, 6, self.w_width, self.V, dtype=dtype)
         line_scan_pack_kernel[(6 * self.k, cdiv(self.w_width, 64))](
             *(t.contiguous() for t in self.weights), self.w, self.v, self.channels, self.w_width,
-            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, C=64,
+            K=self.k, S=self.rank, R=self.R, V=self.V if with_gradients else 0, EXACT=self.exact, FRAGMENTS=fragments,
+            C=64,
         )  # fmt: skip
 
     def groups(self) -> Iterator[tuple[int, list[str], Tensor, tuple[int, int, int]]]:
@@ -735,10 +658,14 @@ class _Launch:
                 turned = to_map_frame(self.x.unflatten(1, size).permute(0, 3, 1, 2), direction)
                 yield k, ["right"], _pixels(turned), (0, self.width, 1)
 
+    def lengths(self, direction: str) -> tuple[int, int]:
+        """Rows and lines of a sweep."""
+        turned = self.aligned and direction in ("down", "up")
+        return (self.width, self.height) if turned else (self.height, self.width)
+
     def tiling(self, direction: str) -> tuple[int, int, int, int, int, int, int, int]:
         """Rows of a tile, of a picture in it, and of the line; lines, and of a chunk; tiles, chunks, rows shared."""
-        turned = self.aligned and direction in ("down", "up")
-        rows, lines = (self.width, self.height) if turned else (self.height, self.width)
+        rows, lines = self.lengths(direction)
         chunk = min(self.chunk or lines, lines)
         P, halo = _tile(rows, chunk, self.most)
         Q = min(P, next_power_of_2(rows)) if halo == 0 else P
@@ -748,10 +675,11 @@ class _Launch:
         """Programs that run at a time, and options of their launch: with 168 registers, three warps fit a scheduler."""
         registers = 128 if P == 256 else 168 if light and not self.exact else 255
         warps = 4 * {128: 4, 168: 3, 255: 2}[registers]
-        options = dict(num_warps=P // 16)
-        if torch.version.cuda is not None:
-            options["maxnreg"] = registers
-        return warps * 16 // P * processors(self.x), options
+        return warps * 16 // P * processors(self.x), _options(P // 16, registers)
+
+    def _small_options(self, registers: int) -> dict:
+        """Options of a launch for tiles of pairs of rows: float32's products take more registers than a warp has."""
+        return _options(2 if self.exact else 1, registers if self.R == 16 and not self.exact else 255)
 
     def _sources(self, directions: list[str]) -> list[int]:
         frames = [v for d in directions for v in frame(d, self.height, self.width)]
@@ -762,22 +690,96 @@ class _Launch:
         groups = list(self.groups())
         y = torch.empty_like(self.x, dtype=torch.float32 if len(groups) > 1 else self.x.dtype)
         for k, directions, x, target in groups:
+            arguments = (*target, *self._sources(directions))
+            if self.local:
+                rows, lines = self.lengths(directions[0])
+                tiles = cdiv(cdiv(rows, 2) * cdiv(lines, self.chunk), PAIRS)
+                line_scan_local_fwd_kernel[(self.blocks * tiles * self.batch,)](
+                    x, self.proxy, self.w[k:], y, self.channels // self.unit, self.height * self.width, rows, lines,
+                    self.chunk, tiles, len(directions), *arguments,
+                    S=self.rank, R=self.R, U=self.unit, EXACT=self.exact, ADD=k > 0,
+                    num_stages=1, **self._small_options(128),
+                )  # fmt: skip
+                continue
+            together = 2 if len(directions) % 2 == 0 else 1
+            if self.short:
+                rows, lines = self.lengths(directions[0])
+                chunk = min(self.chunk or lines, lines)
+                Q, segments = next_power_of_2(cdiv(rows, 2)), cdiv(lines, chunk)
+                programs = self.blocks * cdiv(self.batch * Q, PAIRS) * segments
+                scratch = y
+                if len(directions) > together:
+                    scratch = y.new_empty(programs, chunk, 2 * PAIRS, self.C, dtype=torch.float32)
+                line_scan_short_fwd_kernel[(programs,)](
+                    x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels // self.unit,
+                    self.height * self.width, rows, lines, chunk, segments, len(directions), *arguments,
+                    S=self.rank, R=self.R, Q=Q, G=together, U=self.unit, EXACT=self.exact, ADD=k > 0,
+                    num_stages=1, **self._small_options(168),
+                )  # fmt: skip
+                continue
             P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
             programs = self.blocks * cdiv(self.batch * Q, P) * tiles * segments
-            keep = chunk <= 2
-            # Two sweeps need more registers than a thread of 16 warps can have.
-            together = 2 if len(directions) % 2 == 0 and not keep and P < 256 else 1
+            if P == 256:
+                # Two sweeps need more registers than a thread of 16 warps can have.
+                together = 1
             scratch = y
-            if not keep and len(directions) > together:
+            if len(directions) > together:
                 scratch = y.new_empty(programs, chunk, P, self.C, dtype=torch.float32)
             line_scan_proxy_fwd_kernel[(programs,)](
-                x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels, self.height * self.width,
-                rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions), *target,
-                *self._sources(directions),
-                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, EXACT=self.exact, KEEP=keep, ADD=k > 0,
+                x, self.proxy, self.w[k:], y, scratch, states, self.batch, self.channels // self.unit,
+                self.height * self.width, rows, lines, chunk, tiles, segments, halo, self.w_width, len(directions),
+                *arguments,
+                S=self.rank, R=self.R, P=P, C=self.C, Q=Q, G=together, U=self.unit, EXACT=self.exact, ADD=k > 0,
                 num_stages=2, **self._resources(P, light=True)[1],
             )  # fmt: skip
         return _map(y, self.height).to(self.x.dtype)
+
+    def _local_backward(
+        self, x: Tensor, gy: Tensor, gx: Tensor, gz: Tensor, k: int, directions: list[str], target: tuple, _: None
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """As `_backward`, for chunks of one or two lines."""
+        rows, lines = self.lengths(directions[0])
+        segments = cdiv(lines, self.chunk)
+        halo = int(rows > 2 * PAIRS)
+        Q = min(PAIRS, next_power_of_2(cdiv(rows, 2)))
+        tiles = cdiv(rows, 2 * (PAIRS - 1)) if halo else 1
+        per = cdiv(segments, self.SPAN)
+        span = cdiv(segments, per)
+        groups = self.batch * tiles * per
+        options = self._small_options(255)
+        # Two warps a scheduler: they are to hide each other's latency, and more would have too few registers.
+        workers = _workers(groups, self.blocks * len(directions), 8 // options["num_warps"] * processors(self.x))
+        part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
+        line_scan_local_bwd_kernel[(self.blocks * len(directions) * workers,)](
+            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, self.batch, self.channels // self.unit,
+            self.height * self.width, rows, lines, self.chunk, tiles, halo, groups, per, span, workers, *target,
+            *self._sources(directions),
+            K=len(directions), S=self.rank, R=self.R, V=self.V, Q=Q, U=self.unit, EXACT=self.exact,
+            num_stages=1, **options,
+        )  # fmt: skip
+        return part, workers
+
+    def _backward(
+        self, x: Tensor, gy: Tensor, gx: Tensor, gz: Tensor, k: int, directions: list[str], target: tuple,
+        states: Tensor | None,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """Launches one group of sweeps; returns gradients of weights, one a worker, and the number of workers."""
+        P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
+        groups = cdiv(self.batch * Q, P) * tiles * segments
+        slots, options = self._resources(P, light=P == 16 and self.V < self.R)
+        workers = _workers(groups, self.blocks * len(directions), slots)
+        part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
+        scratch = states
+        if states is None:
+            scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=gz.dtype)
+        line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
+            x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, scratch, self.batch, self.channels // self.unit,
+            self.height * self.width, rows, lines, chunk, tiles, halo, self.w_width, groups, segments, workers, *target,
+            *self._sources(directions),
+            K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, U=self.unit, EXACT=self.exact,
+            SAVED=states is not None, **options,
+        )  # fmt: skip
+        return part, workers
 
     def backward(self, gy: Tensor, join: Join | None, states: Tensor | None = None) -> list[Tensor]:
         """Gradients of x, of the weights, and of the proxy."""
@@ -792,26 +794,8 @@ class _Launch:
         turned_gx = None
         g_gates, *others = (t.new_empty(t.shape) for t in self.weights)
         for k, directions, x, target in sweeps:
-            P, Q, rows, lines, chunk, tiles, segments, halo = self.tiling(directions[0])
-            keep = chunk <= 2
-            # Groups of chunks in one row of tiles.
-            per = cdiv(segments, self.SPAN) if keep else segments
-            span = cdiv(segments, per)
-            groups = cdiv(self.batch * Q, P) * tiles * per
-            slots, options = self._resources(P, light=P == 16 and (keep or self.V < self.R))
-            workers = _workers(groups, self.blocks * len(directions), slots)
-            part = x.new_empty(workers, len(directions), 6, self.w_width, self.V, dtype=torch.float32)
-            scratch = part if states is None else states
-            if not keep and states is None:
-                scratch = x.new_empty(self.blocks * len(directions) * workers, chunk, P, self.C, dtype=rounded)
-            line_scan_proxy_bwd_kernel[(self.blocks * len(directions) * workers,)](
-                x, self.proxy, self.w[k:], self.v[k:], gy, gx[k:], gz[k:], part, scratch, self.batch, self.channels,
-                pixels, rows, lines, chunk, tiles, halo, self.w_width, groups, per, span, workers, *target,
-                *self._sources(directions),
-                K=len(directions), S=self.rank, R=self.R, V=self.V, P=P, C=self.C, Q=Q, EXACT=self.exact, KEEP=keep,
-                SAVED=states is not None,
-                **options,
-            )  # fmt: skip
+            launch = self._local_backward if self.local else self._backward
+            part, workers = launch(x, gy, gx[k:], gz[k:], k, directions, target, states)
             if x is not self.x:
                 turned = from_map_frame(_map(gx[k], self.height).float(), self.directions[k])
                 turned_gx = turned if turned_gx is None else turned_gx + turned
@@ -828,6 +812,11 @@ class _Launch:
         else:
             total = _sum(gx, gx.dtype) if len(gx) > 1 else gx[0]
         return [_map(total, self.height), g_gates, *others, _map(g_proxy, self.height)]
+
+
+def _options(warps: int, registers: int) -> dict:
+    """Options of a launch: warps of a program, and the most registers of a thread."""
+    return dict(num_warps=warps) | ({} if torch.version.cuda is None else dict(maxnreg=registers))
 
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -850,6 +839,11 @@ def _most_rows(x: Tensor, proxy: Tensor) -> int:
     if _is_exact(x, proxy):
         return 1024 // max(16, half)
     return (2048 if x.dtype == torch.bfloat16 else 1024) // half
+
+
+def _is_short(height: int, width: int) -> bool:
+    """Whether all lines fit one tile of pairs of rows."""
+    return max(height, width) <= 2 * PAIRS
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -934,4 +928,9 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
 
 def backward(grads: list[Tensor], *args, join: Join | None = None, saved: Sequence[Tensor] = ()) -> list[Tensor]:
     """Gradients; that of x is what `join` makes of all sweeps' and of the proxy's, without it their sum."""
+    if not saved and _is_short(*grads[0].shape[2:]):
+        # As a forward would have, to the bit.
+        saved = to_save(*args)
+        if saved:
+            forward(*args, saved=saved)
     return _Launch(args, with_gradients=True).backward(grads[0], join, *saved)

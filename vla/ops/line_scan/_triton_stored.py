@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .._triton import LOG2E, kernel
-from ._triton_proxy import _FTZ, _MIN_TOTAL, _STEEPEST, _exp2, _inverse
+from ._triton_common import _FTZ, _MIN_TOTAL, _STEEPEST, _exp2, _inverse
 
 # A sum of sigmoids that only clamped logits have.
 _NO_TOTAL = tl.constexpr(8e-13)

@@ -1,5 +1,6 @@
 """The projected scan with the kernels of `line_scan`, and one that takes the gradient of x through the proxy, too."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,17 +11,18 @@ from .._maps import pixels
 from .._triton import cdiv, kernel, next_power_of_2
 from ..line_scan import _triton as scan
 from ..line_scan import _triton_proxy as proxy_scan
-from ..line_scan._triton_proxy import _dot
+from ..line_scan._triton_common import _dot
 from . import project
 from .project import scan_arguments
 
 
-@kernel
+@kernel(do_not_specialize=["units"])
 def projected_line_scan_sum_kernel(
-    gx, gz, weight, total, rows, channels,
-    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    gx, gz, weight, total, rows, units,
+    K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, U: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of P pixels of x through the scan, gx (K, rows, channels), and through its proxy's, gz (rows, S)."""
+    """Gradient of P pixels of x through the scan, gx (K, rows, units U), and through its proxy's, gz (rows, S)."""
+    channels = units * U
     blocks = tl.cdiv(channels, C)
     row = (tl.program_id(0) // blocks).to(tl.int64) * P + tl.arange(0, P)[:, None]
     c = tl.program_id(0) % blocks * C + tl.arange(0, C)[None, :]
@@ -60,10 +62,10 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
 
     def join(gx: Tensor, g_proxy: Tensor) -> Tensor:
         (sweeps, *_, channels), rank, total = gx.shape, len(matrix), torch.empty_like(gx[0], dtype=x.dtype)
-        P, C = 64, 32
+        P, C, unit = 64, 32, math.gcd(channels, 16)
         projected_line_scan_sum_kernel[(cdiv(len(rows), P) * cdiv(channels, C),)](
-            gx, g_proxy, matrix, total, len(rows), channels,
-            K=sweeps, S=rank, R=max(16, next_power_of_2(rank)), P=P, C=C,
+            gx, g_proxy, matrix, total, len(rows), channels // unit,
+            K=sweeps, S=rank, R=max(16, next_power_of_2(rank)), U=unit, P=P, C=C,
         )  # fmt: skip
         return total
 
