@@ -17,7 +17,7 @@ from tests import golden
 from tests.models.official import Official, check
 from tests.tolerance import assert_close
 from vla.layers import groupmamba
-from vla.layers.block import DEFAULT_NORM
+from vla.layers.block import DEFAULT_NORM, run_blocks
 from vla.layers.downsample import ConvDownsample
 from vla.layers.groupmamba import (
     ConvMlp,
@@ -412,6 +412,33 @@ def test_aligned_linear(features, bias, trained):
         assert_close("linear", actual, expected)
 
 
+def test_bias_of_rows_that_a_compiler_pads(monkeypatch):
+    """Rows of the result are as long as the compiler has them, so that the bias is part of the product."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x, weight, bias = torch.randn(5, 8), torch.randn(1032, 8), torch.randn(1032)
+    with torch.no_grad():
+        y = aligned_linear(x, weight, bias)
+    assert y.stride() == (1088, 1)
+    assert_close("linear", y, nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dim", [16, 20])
+def test_modulation_in_one_pass(monkeypatch, dim):
+    """How GPUs compute the end of a wide mixer, with and without columns for alignment."""
+    mixer, x = GroupMambaMixer(dim).double(), torch.randn(2, dim, 4, 3, dtype=torch.float64, requires_grad=True)
+    nn.init.normal_(mixer.proj.bias)
+    leaves = [x, *mixer.parameters()]
+    expected = torch.autograd.grad(mixer(x).square().sum(), leaves)
+    for aligned in (False, True):
+        monkeypatch.setattr(groupmamba, "is_narrow", lambda x: True)
+        monkeypatch.setattr(groupmamba, "is_worth_launches", lambda x, aligned=aligned: aligned)
+        monkeypatch.setattr(groupmamba, "linear", aligned_linear if aligned else nn.functional.linear)
+        monkeypatch.setattr(GroupMambaMixer, "ends_at_once", lambda self, y, n: False)
+        actual = torch.autograd.grad(mixer(x).square().sum(), leaves)
+        for grad, other in zip(actual, expected, strict=True):
+            assert_close("gradient", grad, other)
+
+
 def test_recomputed(monkeypatch):
     """What the backward computes anew gives the gradients of what is kept."""
     block = GroupMambaBlock(16).double()
@@ -449,6 +476,61 @@ def test_hooks(name):
     expected = mixer(x)
     mixer.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
     assert_close("output", mixer(x), expected)
+    assert seen
+
+
+def drop_every_second(x, rate, training=True, scale_by_keep=True):
+    factors = torch.tensor([2, 0], dtype=x.dtype).view(2, *(1 for _ in x.shape[1:]))
+    return x * factors
+
+
+@pytest.mark.parametrize("dim, wide", [(12, (16, 16, 16)), (16, (16, 16, 24))])
+def test_norms_write_columns(monkeypatch, dim, wide):
+    """How GPUs compute a training step of blocks: with columns for alignment, and for the bias of the first layer.
+
+    Stochastic depth leaves out half of the pictures, or has them twice.
+    """
+    monkeypatch.setattr("timm.layers.drop.drop_path", drop_every_second)
+    blocks = nn.Sequential(*(GroupMambaBlock(dim, drop_path=0.5) for _ in range(2))).double()
+    x = torch.randn(2, dim, 4, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *blocks.parameters()]
+    for leaf in leaves:
+        if leaf.dim() == 1:
+            nn.init.normal_(leaf)
+    expected = torch.autograd.grad(blocks(x).square().sum(), leaves)
+    seen = []
+
+    def aligned(x, weight, bias=None):
+        if x.shape[-1] >= dim:
+            seen.append(x.shape[-1])
+        return aligned_linear(x, weight, bias)
+
+    def grouped(x, weights):
+        parts = aligned(x.permute(0, 2, 3, 1), block_diagonal(weights)).chunk(len(weights), dim=-1)
+        return [part.permute(0, 3, 1, 2) for part in parts]
+
+    monkeypatch.setattr(groupmamba, "is_narrow", lambda x: True)
+    monkeypatch.setattr(groupmamba, "is_worth_launches", lambda x: True)
+    monkeypatch.setattr(groupmamba, "writes_columns", lambda x: True)
+    monkeypatch.setattr(groupmamba, "TOGETHER", 0)
+    monkeypatch.setattr(groupmamba, "linear", aligned)
+    monkeypatch.setattr(groupmamba, "grouped_linear", grouped)
+    monkeypatch.setattr(GroupMambaMixer, "ends_at_once", lambda self, y, n: False)
+    y = run_blocks(blocks, x)
+    # Gate, both projections in front of the scan, time steps, the end of the scan and of the mixer, the MLP.
+    assert seen == 2 * [dim, wide[0], dim, wide[0], wide[1], wide[2], 4 * dim]
+    actual = torch.autograd.grad(y.square().sum(), leaves)
+    for grad, other in zip(actual, expected, strict=True):
+        assert_close("gradient", grad, other)
+
+
+@pytest.mark.parametrize("name", ["norm", "proj"])
+def test_one_pass_is_for_plain_modules(monkeypatch, name):
+    """Modulation leaves norm and projection to adapters and whoever waits for their calls."""
+    mixer, x, seen = GroupMambaMixer(16), torch.randn(2, 16, 4, 3), []
+    monkeypatch.setattr(groupmamba, "is_narrow", lambda x: True)
+    mixer.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    mixer(x)
     assert seen
 
 

@@ -271,6 +271,9 @@ def _layer_norm() -> Iterator[Case]:
     yield Case("narrow", f, arguments(5, 3, dtype=None), (FP16,))
     f = ops.add_layer_norm
     yield Case("residual", f, arguments(128, 56, 56, 96, branch=BF16), (FP32,))
+    yield Case(
+        "groupmamba stage 3", f, arguments(128, 14, 14, 348, branch=BF16, columns=4, factor=weight(128)), (FP32,)
+    )
     yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 
@@ -316,6 +319,22 @@ def _group_modulation() -> Iterator[Case]:
     yield Case("groupmamba stage 3", f, arguments(128, 14, 14, 348), (BF16,))
     yield Case("groupmamba base", f, arguments(128, 56, 56, 96), (BF16,))
     yield Case("one picture", f, arguments(1, 14, 14, 348), (BF16,))
+
+
+def _modulated_layer_norm() -> Iterator[Case]:
+    def arguments(batch, side, channels, columns):
+        def make(dtype: torch.dtype) -> dict:
+            tensors = {name: rows(dtype, batch, side, side, channels) for name in ("a", "n")}
+            vectors = {name: weight(channels) for name in ("weight", "bias")}
+            return tensors | vectors | dict(gate=weight(batch, channels), columns=columns)
+
+        return make
+
+    f = ops.modulated_layer_norm
+    yield Case("groupmamba stage 3", f, arguments(128, 14, 348, 4), (BF16, FP16))
+    yield Case("groupmamba stage 4", f, arguments(128, 7, 448, 0), (BF16,))
+    yield Case("groupmamba base stage 2", f, arguments(128, 28, 192, 0), (BF16,))
+    yield Case("odd", f, arguments(3, 5, 1031, 7), (FP32,))
 
 
 def _grouped_linear() -> Iterator[Case]:
@@ -492,6 +511,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "conv_layer_norm": tuple(_conv_layer_norm()),
     "depthwise_conv2d": tuple(_depthwise_conv2d()),
     "group_modulation": tuple(_group_modulation()),
+    "modulated_layer_norm": tuple(_modulated_layer_norm()),
     "grouped_linear": tuple(_grouped_linear()),
     "channel_gate": tuple(_channel_gate()),
     "conv_norm_relu": tuple(_conv_norm_relu()),

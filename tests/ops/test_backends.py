@@ -1,4 +1,4 @@
-"""Choice of the backend."""
+"""Choice of the backend, and the form of gradients."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vla.ops import selective_scan, use_backend
-from vla.ops._registry import MIN_TRITON
+from vla.ops._registry import MIN_TRITON, _as_gradient
 from vla.ops.scan2d import operator as scan2d
 from vla.ops.ssd import operator as ssd
 
@@ -126,3 +126,13 @@ def test_threads_and_forks():
     child.start()
     assert queue.get(timeout=60) == expected.sum().item()
     child.join(60)
+
+
+def test_gradients_take_no_copy_for_strides_of_single_entries():
+    kernels = torch.ones(6, 1, 3, 3).to(memory_format=torch.channels_last)
+    grad = torch.rand(6, 1, 3, 3)
+    result = _as_gradient(grad, kernels)
+    assert result.data_ptr() == grad.data_ptr() and result.stride() == kernels.stride() != grad.stride()
+    assert torch.equal(result, grad)
+    maps = torch.ones(6, 2, 3, 3).to(memory_format=torch.channels_last)
+    assert _as_gradient(torch.rand(6, 2, 3, 3), maps).stride() == maps.stride()

@@ -39,6 +39,8 @@ CASES = [
     ((41, 84), dict(gate=True, bias=False), dict(groups=12)),
     ((5, 348), {}, dict(groups=4)),
     ((33,), dict(gate=True), dict(groups=3)),
+    ((2, 5, 20), {}, dict(columns=4)),
+    ((9, 36), dict(gate=True), dict(groups=3, columns=4)),
 ]
 
 
@@ -54,6 +56,15 @@ def test_against_naive(backend, shape, kinds, options, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_add_against_naive(backend, shape, kinds, options, dtype):
     compare(backend, add_layer_norm, make(shape, dtype, branch=True, **kinds), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, parts, options", [((3, 5, 7, 20), 3, dict(columns=4)), ((6, 60), 2, dict(groups=3))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factor(backend, shape, parts, options, dtype):
+    """Stochastic depth: some pictures' branches are left out, the others' are larger."""
+    factor = torch.tensor([1.25, 0.0, 1.25])[:parts]
+    compare(backend, add_layer_norm, make(shape, dtype, branch=True), factor=factor, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,7 +197,7 @@ def test_machinery(module, branch, gate):
     tensors = make((2, 3, 12), branch=branch, gate=gate)
     leaves = [t.clone().requires_grad_() for t in tensors.values()]
     arguments = (leaves[0], leaves[1] if branch else None, *leaves[1 + branch : 3 + branch])
-    arguments += (leaves[-1] if gate else None, 2, 1e-5, None)
+    arguments += (leaves[-1] if gate else None, 2, 1e-5, None, 0, None)
     check_machinery(module, tuple(tensors.values()), torch.ops.vla.layer_norm.default, arguments)
 
 
@@ -217,6 +228,8 @@ def test_tracers_and_transforms_see_the_operator():
         ({"gate": torch.ones(3, 4)}, "gate has shape"),
         ({"groups": 3}, "groups is 3, expected a divisor of the 8 channels"),
         ({"groups": 0}, "groups is 0"),
+        ({"factor": torch.ones(2)}, r"factor has shape \(2,\), expected \(P,\) for a branch, with P a divisor"),
+        ({"columns": -1}, "columns is -1, expected none or more"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -92,10 +92,10 @@ class ResidualBlock(Repeated):
         """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
         x, y = self.begin(x, y)
         y = self.norm1(self.mix(y)) if self.post_norm else self.mix(y)
-        y = self.drop_path1(self.ls1(y))
+        y = self.ls1(y)
         if self.mlp is None:
-            return x, y
-        x, y = self.between(x, y)
+            return x, self.drop_path1(y)
+        x, y = self.join(x, y)
         y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.norm2(y) if self.post_norm else y
         return x, self.drop_path2(self.ls2(y))
@@ -111,6 +111,10 @@ class ResidualBlock(Repeated):
     def mix(self, y: Tensor) -> Tensor:
         """The mixer of what `begin` returns."""
         return self.mixer(y)
+
+    def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`between` the halves, with the first half's stochastic depth."""
+        return self.between(x, self.drop_path1(y))
 
     def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The residual connection of the first half, and the input of the second half's MLP."""

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from ..ops.scan2d import DIRECTIONS
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
-from .norm import LARGE, LayerNorm2d, as_rows, narrow, normalize
+from .norm import LARGE, LayerNorm2d, as_rows, autocast_dtype, narrow, normalize, takes_narrow_kernels
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -29,6 +29,10 @@ torch.fx.wrap("normalize")
 
 # Numbers of 16 bits in the 16 bytes that the rows of a matrix have to be multiples of for tensor cores' full speed.
 ALIGNMENT = 8
+# Numbers of 16 bits in the 128 bytes that Inductor has long rows be multiples of, and from which on they are long. To
+# rows further apart than they are long, a library adds no bias: that would be a copy to all rows before the product.
+COMPILER_ALIGNMENT = 64
+COMPILER_PADS = 1024
 
 
 def is_worth_launches(x: Tensor) -> bool:
@@ -67,32 +71,52 @@ def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     return function(*maps)
 
 
-def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
-
-    Where columns are added, or the bias' gradient would be a sum over a map much wider than x, the bias is one more
-    column of the weight, and x has a column of ones: the product for the weight's gradient then has that sum.
-    """
+def added_columns(weight: Tensor, bias: Tensor | None) -> int:
+    """Columns that `aligned_linear` puts behind those of a map: zeros, but for ones in the first, for the bias."""
     out_features, in_features = weight.shape
     # A product with fewer rows takes hardly longer than the copy that x may have to be.
     columns = -in_features % ALIGNMENT if out_features >= in_features else 0
     trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
     if bias is not None and columns == 0 and out_features > in_features and trains:
         columns = ALIGNMENT
-    rows = -out_features % ALIGNMENT
-    if columns == 0 and rows == 0:
-        return F.linear(x, weight, bias)
+    return columns
+
+
+def linear_of_wider(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    """`F.linear` of a map that has those columns already."""
+    out_features = weight.shape[0]
+    # Cast first: gradients are then what is cast of parts of a wider matrix, not parts of one, to be copied once more.
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if columns > 0:
-        # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
-        tail = torch.eye(1, columns, dtype=x.dtype, device=x.device)
-        x = torch.cat([x, tail.expand(*x.shape[:-1], columns)], dim=-1)
         column = weight.new_zeros(out_features) if bias is None else bias
         weight = torch.cat([weight, column[:, None]], dim=1)
-        weight = F.pad(weight, (0, columns - 1, 0, rows))
+        weight = F.pad(weight, (0, columns - 1, 0, -out_features % ALIGNMENT))
         return F.linear(x, weight)[..., :out_features]
+    rows = -out_features % ALIGNMENT
+    if torch.compiler.is_compiling() and out_features > COMPILER_PADS:
+        rows = -out_features % COMPILER_ALIGNMENT
+    if rows == 0:
+        return F.linear(x, weight, bias)
     if bias is not None:
         bias = F.pad(bias, (0, rows))
     return F.linear(x, F.pad(weight, (0, 0, 0, rows)), bias)[..., :out_features]
+
+
+def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
+
+    Where columns are added, or the bias' gradient would be a sum over a map much wider than x, the bias is one more
+    column of the weight, and x has a column of ones: the product for the weight's gradient then has that sum. A map
+    may come with its columns.
+    """
+    columns = x.shape[-1] - weight.shape[1]
+    if columns == 0 and added_columns(weight, bias) > 0:
+        columns = added_columns(weight, bias)
+        # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
+        tail = torch.eye(1, columns, dtype=x.dtype, device=x.device)
+        x = torch.cat([x, tail.expand(*x.shape[:-1], columns)], dim=-1)
+    return linear_of_wider(x, weight, bias, columns)
 
 
 @torch.fx.wrap
@@ -116,6 +140,39 @@ def block_diagonal(weights: list[Tensor]) -> Tensor:
     stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)
     stacked = stacked.permute(0, 2, 3, 1)  # (len(weights), O, I, K)
     return torch.diag_embed(stacked, dim1=1, dim2=3).flatten(3, 4).flatten(0, 2)
+
+
+def writes_columns(x: Tensor) -> bool:
+    """Whether norms of a map write the columns that `aligned_linear` wants behind channels.
+
+    In compiled graphs, where a compiler would have them written by another kernel, or by its own norm, which then takes
+    rows in two passes.
+    """
+    return torch.compiler.is_compiling() and x.numel() >= LARGE and takes_narrow_kernels(x)
+
+
+def normalize_wider(
+    norm: LayerNorm2d, x: Tensor, branch: Tensor | None, columns: int, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum and its norm with columns behind its channels, of maps (B, C, H, W) and to such.
+
+    Args:
+        norm: The norm.
+        x: First summand.
+        branch: Second summand, if there is one.
+        columns: How many columns.
+        factor: Factors of the pictures in the branch, (B,).
+    """
+    shape, dtype = x.permute(0, 2, 3, 1).shape, autocast_dtype(x) or x.dtype
+    options = dict(eps=norm.eps, dtype=dtype, columns=columns)
+    rows = as_rows(x.permute(0, 2, 3, 1))
+    if branch is None:
+        y = ops.layer_norm(rows, norm.weight, norm.bias, **options)
+    else:
+        branch = as_rows(branch.permute(0, 2, 3, 1))
+        total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, factor=factor, **options)
+        x = total.view(shape).permute(0, 3, 1, 2)
+    return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
@@ -259,7 +316,28 @@ class GroupedSS2D(nn.Module):
         return self.scan(self.conv(x)), z
 
     def close(self, y: Tensor, z: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.norm_writes_columns(y):
+                return self.close_with_columns(y, z)
         return self.out_proj(self.out_norm(y, z))
+
+    @torch.jit.ignore
+    def norm_writes_columns(self, y: Tensor) -> bool:
+        """Whether the norm writes columns for the last projection."""
+        if not writes_columns(y) or not is_plain(self.out_norm, GroupedLayerNorm):
+            return False
+        groups, _, width = self.out_proj.weight.shape
+        # Kernels of narrower groups need no columns.
+        return is_plain(self.out_proj, GroupedLinear) and width > TOGETHER and groups * width % ALIGNMENT > 0
+
+    @torch.jit.ignore
+    def close_with_columns(self, y: Tensor, z: Tensor) -> Tensor:
+        norm, columns = self.out_norm, -y.shape[1] % ALIGNMENT
+        y, z = y.permute(0, 2, 3, 1), z.permute(0, 2, 3, 1)
+        dtype, vectors = autocast_dtype(y) or y.dtype, (norm.weight.flatten(), norm.bias.flatten())
+        rows = ops.layer_norm(as_rows(y), *vectors, as_rows(z), norm.groups, norm.eps, dtype, columns)
+        rows = rows.view(*y.shape[:3], y.shape[3] + columns).permute(0, 3, 1, 2)
+        return grouped_linear(rows, [self.out_proj.weight])[0]
 
     def forward(self, x: Tensor) -> Tensor:
         y, z = self.scan_and_gate(x)
@@ -292,6 +370,7 @@ class GroupMambaMixer(nn.Module):
         super().__init__()
         if dim % 4 != 0:
             raise ValueError(f"GroupMambaMixer: dim is {dim}, expected a multiple of 4, one group per direction")
+        self.dim = dim
         self.norm = narrow(DEFAULT_NORM(dim))
         hidden = max(1, dim // reduction)
         self.fc1 = Linear(dim, hidden)
@@ -304,7 +383,11 @@ class GroupMambaMixer(nn.Module):
         return self.mix(self.norm(x))
 
     def mix(self, n: Tensor) -> Tensor:
-        """The mixer of a map that `norm` has been applied to."""
+        """The mixer of a map that `norm` has been applied to, which may have columns behind its channels."""
+        wide = n
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if is_narrow(n) and n.shape[1] > self.dim:
+                n = n[:, : self.dim]
         # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
         gate = self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
         if torch.jit.is_scripting():
@@ -312,7 +395,7 @@ class GroupMambaMixer(nn.Module):
         else:
             if not is_plain(self.ssm, GroupedSS2D):
                 return self.modulate(self.ssm(n), n, gate)
-            y, z = self.ssm.scan_and_gate(n)
+            y, z = self.ssm.scan_and_gate(wide)
             if self.ends_at_once(y, n):
                 return self.modulate_at_once(y, z, n, gate)
             return recomputed(self.close_and_modulate, y, z, n, gate)
@@ -326,8 +409,20 @@ class GroupMambaMixer(nn.Module):
         return self.skip_scale * torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))
 
     def modulate(self, y: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if is_narrow(y) and is_plain(self.norm, DEFAULT_NORM) and is_plain(self.proj, Linear):
+                return self.modulate_in_one_pass(y, n, gate)
         y = y * n * gate[:, :, None, None]
         return self.proj(self.norm(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @torch.jit.ignore
+    def modulate_in_one_pass(self, y: Tensor, n: Tensor, gate: Tensor) -> Tensor:
+        """`modulate`, whose products and norm are one pass over memory, which leaves rows that `proj` takes."""
+        norm, proj = self.norm, self.proj
+        columns = added_columns(proj.weight, proj.bias) if is_worth_launches(y) else 0
+        y, n = y.permute(0, 2, 3, 1), n.permute(0, 2, 3, 1)
+        rows = ops.modulated_layer_norm(y, n, gate, norm.weight, norm.bias, columns, norm.eps)
+        return proj(as_rows(rows)).view(y.shape).permute(0, 3, 1, 2)
 
     @torch.jit.ignore
     def close_and_modulate(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
@@ -439,16 +534,54 @@ class GroupMambaBlock(ResidualBlock):
     def begin(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.norms_first():
-                norm = self.mixer.norm
+                norm, columns = self.mixer.norm, self.columns_of_mixer(x)
+                if columns > 0:
+                    return normalize_wider(norm, x, y, columns)
                 return (x, norm(x)) if y is None else norm.add(x, y)
         x = x if y is None else x + y
         return x, self.norm1(x)
+
+    def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.jit.is_scripting():
+            columns = self.columns_of_mlp(x)
+            if columns > 0:
+                y, factor = self.stochastic_depth(y)
+                return normalize_wider(self.norm2, x, y, columns, factor)
+        return self.between(x, self.drop_path1(y))
+
+    @torch.jit.ignore
+    def stochastic_depth(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mixer's map and, if that is all there is to do, the factors of its pictures."""
+        if is_plain(self.drop_path1, DropPath) and self.drop_path1.training:
+            return y, self.drop_path1(torch.ones(y.shape[0], device=y.device))
+        return self.drop_path1(y), None
 
     def mix(self, y: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.norms_first():
                 return self.mixer.mix(y)
         return self.mixer(y)
+
+    @torch.jit.ignore
+    def columns_of_mixer(self, x: Tensor) -> int:
+        """Columns that the mixer's norm writes for the projections in front of the scan."""
+        ssm = self.mixer.ssm
+        if not writes_columns(x) or not is_plain(self.mixer.norm, LayerNorm2d) or not is_plain(ssm, GroupedSS2D):
+            return 0
+        if not is_plain(ssm.in_proj, GroupedLinear) or not is_plain(ssm.gate_proj, GroupedLinear):
+            return 0
+        # Kernels of narrower groups need no columns.
+        if ssm.in_proj.weight.shape[2] <= TOGETHER:
+            return 0
+        return -x.shape[1] % ALIGNMENT
+
+    @torch.jit.ignore
+    def columns_of_mlp(self, x: Tensor) -> int:
+        """Columns that the MLP's norm writes for its first layer."""
+        mlp = self.mlp
+        if not writes_columns(x) or not is_plain(self.norm2, LayerNorm2d) or not is_plain(mlp, ConvMlp):
+            return 0
+        return added_columns(mlp.fc1.weight, mlp.fc1.bias) if is_plain(mlp.fc1, Linear) else 0
 
     @torch.jit.ignore
     def norms_first(self) -> bool:

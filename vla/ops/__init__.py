@@ -13,6 +13,7 @@ from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
 from .mlp import mlp
+from .modulated_layer_norm import modulated_layer_norm
 from .projected_line_scan import projected_line_scan
 from .projected_scan2d import projected_scan2d
 from .q_shift import q_shift
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm_grn",
     "line_scan",
     "mlp",
+    "modulated_layer_norm",
     "projected_line_scan",
     "projected_scan2d",
     "q_shift",

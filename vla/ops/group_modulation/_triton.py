@@ -13,10 +13,13 @@ from torch import Tensor
 from .._triton import LOG2E, as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sum_parts
 from ..grouped_linear import _triton as grouped_linear
 from ..layer_norm import _triton as layer_norm
+from ..modulated_layer_norm import _triton as modulated_layer_norm
 from . import WHOLE, _torch
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
 MANY = 2**12
+# Numbers of 16 bits in rows that a library's products like.
+ALIGNED = 8
 # Programs that share the rows of a group, each of which loads its matrix once.
 PROGRAMS = 132
 
@@ -431,35 +434,6 @@ def group_modulation_proj_kernel(
     tl.store(out + row * CHANNELS + output, sums.to(out.dtype.element_ty), exists & (output < CHANNELS))
 
 
-@kernel(do_not_specialize=["count", "pixels"])
-def group_modulation_norm_kernel(
-    a,
-    n,
-    gate,
-    norm_weight,
-    norm_bias,
-    normed,
-    count,
-    pixels,
-    eps,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Norm of BLOCK_R of the `count` rows of a * n * gate."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    exists = channel < CHANNELS
-    inside = (row < count) & exists
-    rows = tl.load(a + row * CHANNELS + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
-    rows *= tl.load(n + row * CHANNELS + channel, inside, 0.0).to(tl.float32)
-    rows *= tl.load(gate + row // pixels * CHANNELS + channel, inside, 0.0).to(tl.float32)
-    rows = normalize(rows, eps, exists, CHANNELS)
-    rows *= tl.load(norm_weight + channel, exists, 0.0).to(tl.float32)
-    rows += tl.load(norm_bias + channel, exists, 0.0).to(tl.float32)
-    tl.store(normed + row * CHANNELS + channel, rows.to(normed.dtype.element_ty), inside)
-
-
 @kernel(do_not_specialize=["count"])
 def group_modulation_product_kernel(
     normed,
@@ -594,25 +568,14 @@ def _normalize_and_project(
     """Writes `proj norm(a * n * gate) + proj_bias`."""
     channels = a.shape[3]
     count = a.numel() // channels
-    normed = torch.empty_like(a)
-    group_modulation_norm_kernel[(cdiv(count, 4),)](
-        a,
-        n.contiguous(),
-        gate,
-        norm_weight,
-        norm_bias,
-        normed,
-        count,
-        a.shape[1] * a.shape[2],
-        eps,
-        CHANNELS=channels,
-        WIDTH=next_power_of_2(channels),
-        BLOCK_R=4,
-        num_warps=4,
-    )
+    normed = modulated_layer_norm.forward(a, n, gate, norm_weight, norm_bias, 0, eps, a.dtype)
+    proj = proj.to(a.dtype)
+    if channels % ALIGNED == 0 and out.dtype == a.dtype:
+        torch.addmm(proj_bias.to(a.dtype), as_rows(normed), proj.T, out=as_rows(out))
+        return
     group_modulation_product_kernel[(cdiv(count, 128) * cdiv(channels, 128),)](
         normed,
-        proj.to(a.dtype).contiguous(),
+        proj.contiguous(),
         proj_bias,
         out,
         count,

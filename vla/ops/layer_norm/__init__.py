@@ -20,6 +20,8 @@ def _check(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int,
+    factor: Tensor | None,
 ) -> None:
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x has shape (), expected (..., C)")
@@ -34,8 +36,18 @@ def _check(
     ):
         if tensor is not None and tensor.shape != shape:
             check_shape(_OP, name, tensor, shape, pattern)
-    check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate)
+    if columns < 0:
+        raise ValueError(f"{_OP}: columns is {columns}, expected none or more")
+    if factor is not None and (factor.dim() != 1 or branch is None or not _divides(len(factor), x)):
+        raise ValueError(
+            f"{_OP}: factor has shape {tuple(factor.shape)}, expected (P,) for a branch, with P a divisor of the tokens"
+        )
+    check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate, factor=factor)
     check_result_dtype(_OP, dtype)
+
+
+def _divides(parts: int, x: Tensor) -> bool:
+    return x.shape[:-1].numel() % parts == 0 if parts > 0 else x.shape[:-1].numel() == 0
 
 
 def _infer(
@@ -47,28 +59,32 @@ def _infer(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, branch, weight, bias, gate, groups, eps, dtype)
+    _check(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
+    shape = (*x.shape[:-1], x.shape[-1] + columns)
     if branch is None:
-        return x.new_empty(x.shape, dtype=dtype), x.new_empty(0)
+        return x.new_empty(shape, dtype=dtype), x.new_empty(0)
     total_dtype = torch.promote_types(x.dtype, branch.dtype)
-    return x.new_empty(x.shape, dtype=dtype or total_dtype), x.new_empty(x.shape, dtype=total_dtype)
+    return x.new_empty(shape, dtype=dtype or total_dtype), x.new_empty(x.shape, dtype=total_dtype)
 
 
-def _flops(x, branch, weight, bias, gate, groups, eps, dtype) -> int:
+def _flops(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor) -> int:
     # Two sums, a difference and a product, and one operation for each of the optional arguments; a SiLU counts as four.
-    per_entry = 5 + sum(size is not None for size in (branch, weight, bias)) + (0 if gate is None else 5)
+    per_entry = 5 + sum(size is not None for size in (branch, weight, bias, factor)) + (0 if gate is None else 5)
     return per_entry * x.numel()
 
 
 operator = Operator(
     _OP,
-    "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gate, int groups, float eps, ScalarType? dtype)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gate, int groups, float eps, ScalarType? dtype,"
+    " int columns, Tensor? factor) -> (Tensor, Tensor)",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
     flops=_flops,
+    without_gradient=("factor",),
 )
 
 
@@ -80,6 +96,7 @@ def layer_norm(
     groups: int = 1,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    columns: int = 0,
 ) -> Tensor:
     r"""Layer norm over the last dimension, in one pass over memory.
 
@@ -96,19 +113,22 @@ def layer_norm(
         groups: Normalise every one of so many groups of C / groups channels by itself.
         eps: Added to the variance.
         dtype: dtype of the result, under autocast that of the layer which follows; None for that of `x`.
+        columns: Columns behind the channels of the result: ones in the first and zeros in the others. With them rows
+            of any number of channels start at addresses that tensor cores like, and a linear layer's bias is a column
+            of its weight.
 
     Returns:
-        Contiguous (..., C).
+        Contiguous (..., C + columns).
 
     Raises:
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype)
+        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype, columns, None)
         return y
     else:
-        return operator(x, None, weight, bias, gate, groups, eps, dtype)[0]
+        return operator(x, None, weight, bias, gate, groups, eps, dtype, columns, None)[0]
 
 
 def add_layer_norm(
@@ -120,6 +140,8 @@ def add_layer_norm(
     groups: int = 1,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A residual connection and the norm that follows it, in one pass over memory.
 
@@ -132,17 +154,21 @@ def add_layer_norm(
         groups: Groups of channels.
         eps: Added to the variance.
         dtype: dtype of the norm; None for that of the sum.
+        columns: Columns behind the norm's channels.
+        factor: Factors of the branch, (P,), the first for the first of P equally many tokens and so on: those of a
+            batch's pictures under stochastic depth. No gradient.
 
     Returns:
-        `x + branch` in the dtype that PyTorch gives it, and its norm, both contiguous (..., C).
+        `x + factor * branch` in the dtype that PyTorch gives the sum, (..., C), and its norm, (..., C + columns), both
+        contiguous.
 
     Raises:
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        y, total = torch.ops.vla.layer_norm(x, branch, weight, bias, gate, groups, eps, dtype)
+        y, total = torch.ops.vla.layer_norm(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
         return total, y
     else:
-        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype)
+        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
         return total, y

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
+from .naive import scaled
 
 
 def forward(
@@ -16,8 +17,10 @@ def forward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    total = x if branch is None else x + branch
+    total = x if branch is None else x + scaled(branch, factor)
     state = state_dtype(x, branch, weight, bias, gate)
     weight, bias = (None if t is None else t.to(state) for t in (weight, bias))
     if groups == 1:
@@ -30,6 +33,9 @@ def forward(
     if gate is not None:
         y = y * F.silu(gate.to(state))
     y = y.to(dtype or total.dtype).contiguous()
+    if columns > 0:
+        tail = torch.eye(1, columns, dtype=y.dtype, device=y.device)
+        y = torch.cat([y, tail.expand(*y.shape[:-1], columns)], dim=-1)
     return y, (x.new_empty(0) if branch is None else total.contiguous())
 
 
@@ -43,13 +49,15 @@ def backward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> list[Tensor | None]:
     state = state_dtype(x, branch, weight, bias, gate)
-    total = x if branch is None else x + branch
+    total = x if branch is None else x + scaled(branch, factor)
     rows = total.to(state).contiguous().unflatten(-1, (groups, -1))
     normal, mean, inverse = torch.native_layer_norm(rows, rows.shape[-1:], None, None, eps)
     flat = normal.flatten(-2)
-    g = grads[0].to(state)
+    g = grads[0][..., : x.shape[-1]].to(state)
     g_gate = None
     if gate is not None:
         out = flat if weight is None else flat * weight
@@ -68,6 +76,6 @@ def backward(
     )
     gx = gx.flatten(-2)
     if branch is None:
-        return [gx, None, g_weight, g_bias, g_gate]
+        return [gx, None, g_weight, g_bias, g_gate, None]
     gx = gx + grads[1]
-    return [gx.to(x.dtype), gx.to(branch.dtype, copy=True), g_weight, g_bias, g_gate]
+    return [gx.to(x.dtype), scaled(gx, factor).to(branch.dtype, copy=True), g_weight, g_bias, g_gate, None]

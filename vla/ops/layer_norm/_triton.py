@@ -57,6 +57,14 @@ def _multiply(first, second):
 
 
 @triton.jit
+def _scale(row, factor):
+    chunks = ()
+    for i in tl.static_range(0, len(row)):
+        chunks = chunks + (row[i] * factor,)
+    return chunks
+
+
+@triton.jit
 def _round(row, dtype: tl.constexpr):
     chunks = ()
     for i in tl.static_range(0, len(row)):
@@ -132,9 +140,11 @@ def layer_norm_fwd_kernel(
     weight,
     bias,
     gate,
+    factor,
     y,
     total,
     rows,
+    tokens,
     eps,
     x_token: tl.constexpr,
     branch_token: tl.constexpr,
@@ -143,15 +153,22 @@ def layer_norm_fwd_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS)."""
+    """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
+
+    Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a factor.
+    """
     channel = _first_channel(CHANNELS, GROUPS, BLOCK_R)
     token, inside = _place(tl.program_id(0), rows, GROUPS, BLOCK_R)
     start = token * (GROUPS * CHANNELS) + channel
     row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
     if branch is not None:
-        row = _add(row, _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH))
-        row = _round(row, total.dtype.element_ty)
+        added = _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH)
+        if factor is not None:
+            added = _scale(added, tl.load(factor + token // tokens, inside, 0.0).to(tl.float32))
+        row = _round(_add(row, added), total.dtype.element_ty)
         _store(total + start, row, inside, CHANNELS, WIDTH)
     if gate is not None:
         z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH)
@@ -160,7 +177,13 @@ def layer_norm_fwd_kernel(
     if gate is not None:
         values, slopes = _silu(z)
         out = _multiply(out, values)
-    _store(y + start, out, inside, CHANNELS, WIDTH)
+    y += token * (GROUPS * CHANNELS + COLUMNS)
+    _store(y + channel, out, inside, CHANNELS, WIDTH)
+    if COLUMNS > 0:
+        column = tl.arange(0, TAIL)[None, :]
+        tail = tl.where(column == 0, 1.0, 0.0).to(y.dtype.element_ty)
+        is_last = channel == (GROUPS - 1) * CHANNELS
+        tl.store(y + GROUPS * CHANNELS + column, tail, inside & is_last & (column < COLUMNS))
 
 
 @kernel
@@ -172,11 +195,13 @@ def layer_norm_bwd_kernel(
     weight,
     bias,
     gate,
+    factor,
     gx,
     g_branch,
     g_gate,
     parts,
     rows,
+    tokens,
     eps,
     g_token: tl.constexpr,
     g_total_token: tl.constexpr,
@@ -205,8 +230,11 @@ def layer_norm_bwd_kernel(
         start = token * (GROUPS * CHANNELS) + channel
         row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
         if branch is not None:
-            row = _add(row, _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH))
-            row = _round(row, g_total.dtype.element_ty)
+            added = _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH)
+            if factor is not None:
+                share = tl.load(factor + token // tokens, inside, 0.0).to(tl.float32)
+                added = _scale(added, share)
+            row = _round(_add(row, added), g_total.dtype.element_ty)
             direct = _load(g_total + token * g_total_token + channel, inside, CHANNELS, WIDTH)
         of_out = _load(g + token * g_token + channel, inside, CHANNELS, WIDTH)
         if gate is not None:
@@ -229,7 +257,8 @@ def layer_norm_bwd_kernel(
             of_row = of_row + (inverse * (of_out[i] - mean - normal[i] * slope),)
         if branch is not None:
             of_row = _add(of_row, direct)
-            _store(g_branch + start, of_row, inside, CHANNELS, WIDTH)
+            of_branch = of_row if factor is None else _scale(of_row, share)
+            _store(g_branch + start, of_branch, inside, CHANNELS, WIDTH)
         _store(gx + start, of_row, inside, CHANNELS, WIDTH)
     if parts is not None:
         row = tl.program_id(0) * SUMS + tl.arange(0, SUMS)[:, None]
@@ -294,10 +323,12 @@ def forward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = None if branch is None else _empty(x, sum_dtype)
-    y = _empty(x, dtype or sum_dtype)
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] + columns), dtype=dtype or sum_dtype)
     if x.numel() > 0:
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
@@ -309,12 +340,16 @@ def forward(
             _contiguous(weight),
             _contiguous(bias),
             gate,
+            _contiguous(factor),
             y,
             total,
             rows,
+            1 if factor is None else rows // groups // len(factor),
             eps,
             *distances,
             **constants,
+            COLUMNS=columns,
+            TAIL=next_power_of_2(columns),
         )
     return y, x.new_empty(0) if total is None else total
 
@@ -329,9 +364,11 @@ def backward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> list[Tensor | None]:
     if x.numel() == 0:
-        return [None] * 5
+        return [None] * 6
     g, g_total = grads[0], None if branch is None else grads[1]
     width = x.shape[-1]
     channels = width // groups
@@ -353,11 +390,13 @@ def backward(
         _contiguous(weight),
         _contiguous(bias),
         gate,
+        _contiguous(factor),
         gx,
         g_branch,
         g_gate,
         parts,
         rows,
+        1 if factor is None else rows // groups // len(factor),
         eps,
         *distances,
         SUMS=sums_of_program,
@@ -367,4 +406,4 @@ def backward(
         sums = sum_parts(parts)
         g_weight = None if weight is None else sums[:width]
         g_bias = None if bias is None else sums[width:]
-    return [gx, g_branch, g_weight, g_bias, g_gate]
+    return [gx, g_branch, g_weight, g_bias, g_gate, None]

@@ -7,6 +7,15 @@ from torch import Tensor
 from .._checks import state_dtype
 
 
+def scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
+    """The branch with one factor for as many tokens each, in the branch's dtype."""
+    if factor is None:
+        return branch
+    # Not `repeat_interleave` by the tokens of a factor, which an empty batch has no number of.
+    rows = branch.reshape(len(factor), -1) * factor[:, None].to(state_dtype(branch))
+    return rows.view(branch.shape).to(branch.dtype)
+
+
 def forward(
     x: Tensor,
     branch: Tensor | None,
@@ -16,8 +25,10 @@ def forward(
     groups: int,
     eps: float,
     dtype: torch.dtype | None,
+    columns: int = 0,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    total = x if branch is None else x + branch
+    total = x if branch is None else x + scaled(branch, factor)
     rows = total.to(state_dtype(x, branch, weight, bias, gate)).unflatten(-1, (groups, -1))
     mean = rows.mean(-1, keepdim=True)
     variance = (rows - mean).square().mean(-1, keepdim=True)
@@ -29,4 +40,7 @@ def forward(
     if gate is not None:
         y = y * F.silu(gate.to(y.dtype))
     y = y.to(dtype or total.dtype).contiguous()
+    if columns > 0:
+        tail = torch.eye(1, columns, dtype=y.dtype, device=y.device)
+        y = torch.cat([y, tail.expand(*y.shape[:-1], columns)], dim=-1)
     return y, (x[..., :0].flatten().clone() if branch is None else total.contiguous())

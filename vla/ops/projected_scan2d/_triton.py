@@ -78,7 +78,7 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     g_norm: list[Tensor | None] = [None, None]
     if norm_weight is not None and x.numel() > 0:
         total = scan.forward(*arguments) if total is None else total
-        g_y, _, *g_norm, _ = layer_norm.backward([grads[0].permute(0, 2, 3, 1), None], *norm_arguments(total, args))
+        g_y, _, *g_norm, _, _ = layer_norm.backward([grads[0].permute(0, 2, 3, 1), None], *norm_arguments(total, args))
         grads = [g_y.permute(0, 3, 1, 2)]
     g_rows = torch.empty_like(projected)
     gx, _, g_A, _, _, *g_parameters = scan.backward(grads, *arguments, saved=states, projections=split(g_rows, args))
