@@ -227,6 +227,16 @@ def settle(tile):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b in float32, for a sum in which a thread has a single term.
+
+    The addition to another thread's must not become one instruction with the product, which would be exact in the own
+    term and rounded in the other: threads that share a sum would have different last digits, and race to store it.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def pick(tile, index, i):
     """Row i of a float32 tile along axis 0, whose positions are `index`.
 
@@ -312,7 +322,8 @@ def sum_parts(parts: Tensor) -> Tensor:
     """Sum over the first of two dimensions of float32 numbers."""
     count, size = parts.shape
     sums = parts.new_empty(size)
-    sum_parts_kernel[(cdiv(size, 8),)](parts, sums, count, size, BLOCK_P=128, BLOCK=8)
+    block = 8 if size < 2**14 else 32  # neighbours in one sector of memory, or in one line of the cache
+    sum_parts_kernel[(cdiv(size, block),)](parts, sums, count, size, BLOCK_P=128, BLOCK=block)
     return sums
 
 

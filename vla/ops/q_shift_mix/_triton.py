@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
+from .._triton import cdiv, kernel, next_power_of_2, product, product_precision, rounded_product
 from ..q_shift._triton import groups, load_from, load_shifted, place, shifted
 
 
@@ -252,7 +252,7 @@ def q_shift_mix_low_rank_bwd_kernel(
         )
         stay += g_chunk * (1.0 - share)
         move += g_chunk * share
-        of_share = -g_chunk * change if KEEPS else g_chunk * change
+        of_share = rounded_product(g_chunk, -change if KEEPS else change)
         out = g_share + ((mix * images + image) * height * width + pixel) * channels + channel
         tl.store(out, of_share.to(g_share.dtype.element_ty), inside)
         # (mixes, C, tiles of pixels)

@@ -21,9 +21,11 @@ from .._triton import (
     next_power_of_2,
     pick,
     product_precision,
+    rounded_product,
     settle,
     softplus2,
     sum_maps,
+    sum_parts,
 )
 
 # Whether a launch sums up over directions before another one, or after it.
@@ -127,34 +129,41 @@ def _direction(k, flips, columns, line, height, width, AXES: tl.constexpr, PER_L
 
 
 @triton.jit
-def _pixels(o, slot, slots, direction, AXES: tl.constexpr):
+def _pixels(o, slot, slots, direction, AXES: tl.constexpr, LONG: tl.constexpr):
     """Row-major numbers of the pixels at places `slot + o` of a direction, and their places in the order of the map.
 
     A direction has `slots` places, the map's pixels and then places without one, so that a direction and its
-    reverse cut the map into the same tiles.
+    reverse cut the map into the same tiles. LONG lines are not shorter than a tile.
     """
     flip, inner, first, stride, wrap = direction
     sign = 1 - 2 * flip
     at = flip * (slots - 1) + sign * slot
     if AXES == "rows":
         return first + at + sign * o, at + sign * o
-    # A quotient in float32 is exact here: the numerator is below the length of a line plus a chunk.
-    reciprocal = 1.0 / inner.to(tl.float32)
-    i = tl.floor((at % inner + sign * o).to(tl.float32) * reciprocal + 0.5 * reciprocal).to(tl.int32)
+    along = at % inner + sign * o
+    if LONG:
+        i = (along >= inner).to(tl.int32) - (along < 0).to(tl.int32)
+    else:
+        # A quotient in float32 is exact here: the numerator is below the length of a line plus a chunk.
+        reciprocal = 1.0 / inner.to(tl.float32)
+        i = tl.floor(along.to(tl.float32) * reciprocal + 0.5 * reciprocal).to(tl.int32)
     line = at // inner
     return first + at * stride + line * wrap + (sign * stride) * o + i * wrap, at + sign * o
 
 
 @triton.jit
-def _visit(o, slot, slots, direction, length, AXES: tl.constexpr, WIDE: tl.constexpr):
+def _visit(o, slot, slots, direction, length, AXES: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr):
     """Row-major numbers of the pixels at places `slot + o` of a direction, and which of them are pixels."""
-    pixel, place = _pixels(o, slot, slots, direction, AXES)
+    pixel, place = _pixels(o, slot, slots, direction, AXES, LONG)
     return pixel.to(tl.int64) if WIDE else pixel, place < length
 
 
 @triton.jit
-def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R: tl.constexpr, R_PAD: tl.constexpr):
-    """The time step's weight (R, D) and bias (D,) of direction k, times log2(e)."""
+def _load_parameters(
+    weight_ptr, bias_ptr, k, d, d_mask, channels, R: tl.constexpr, R_PAD: tl.constexpr, FOLDED: tl.constexpr
+):
+    """The time step's weight (R, D) and bias (D,) of direction k, times log2(e); FOLDED, the weight's last row, for
+    which `_load_low` has ones, is the bias."""
     r = tl.arange(0, R_PAD if R_PAD > 0 else 1)
     bias = tl.zeros(d.shape, tl.float32)
     weight = tl.zeros((r.shape[0], d.shape[0]), tl.float32)
@@ -164,6 +173,8 @@ def _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R: tl.constex
         weight_mask = (r < R)[:, None] & d_mask[None, :]
         rows = (k * channels + d) * R
         weight = tl.load(weight_ptr + rows[None, :] + r[:, None], mask=weight_mask, other=0.0).to(tl.float32) * LOG2E
+    if FOLDED:
+        weight = tl.where((r == R_PAD - 1)[:, None], bias[None, :], weight)
     return weight, bias
 
 
@@ -181,9 +192,9 @@ def _load_skip(D_ptr, k, K, d, d_mask, channels, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(ptr, pixel, mask, d, s_p, s_d):
+def _load_rows(ptr, pixel, mask, d, s_p):
     """Channels d of some pixels, (T * S, D)."""
-    return tl.load(ptr + ((pixel * s_p)[:, None] + (d * s_d)[None, :]), mask=mask, other=0.0)
+    return tl.load(ptr + ((pixel * s_p)[:, None] + d[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -199,31 +210,45 @@ def _load_column(ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def _load_decay(A_ptr, n, d, d_mask, N: tl.constexpr):
+    """A of state n, (D,)."""
+    return tl.load(A_ptr + d * N + n, mask=d_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_columns(B_ptr, C_ptr, n, at, mask, B_s, C_s, T: tl.constexpr, S: tl.constexpr):
+    """B and C of state n times log(2) of some pixels, (T, S, 1)."""
+    return _load_column(B_ptr + n * B_s, at, mask, T, S), _load_column(C_ptr + n * C_s, at, mask, T, S) * LN2
+
+
+@triton.jit
 def _load_state(
-    A_ptr, B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, channels, B_s, C_s,
+    B_ptr, C_ptr, border_ptr, origin_ptr, n, at, mask, d, d_mask, channels, B_s, C_s,
     N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
-    """Of state n: A (D,), B and C times log(2) of some pixels (T, S, 1), and what enters their tile (D,)."""
-    A = tl.load(A_ptr + d * N + n, mask=d_mask, other=0.0).to(tl.float32)
-    b = _load_column(B_ptr + n * B_s, at, mask, T, S)
-    c = _load_column(C_ptr + n * C_s, at, mask, T, S) * LN2
+    """What `_load_columns` loads of state n, and what enters the tile (D,)."""
+    b, c = _load_columns(B_ptr, C_ptr, n, at, mask, B_s, C_s, T, S)
     entry = tl.load(border_ptr + n * channels + d, mask=d_mask, other=0.0)
     if DECAYED:
         decay = tl.load(border_ptr + (N + n) * channels + d, mask=d_mask, other=0.0)
         entry += decay * tl.load(origin_ptr + n * BLOCK_D + tl.arange(0, BLOCK_D))
-    return A, b, c, entry
+    return b, c, entry
 
 
 @triton.jit
 def _load_low(
-    dt_ptr, at, mask, d, d_mask, dt_s, R: tl.constexpr, R_READ: tl.constexpr, R_PAD: tl.constexpr, ALIGNED: tl.constexpr
-):
+    dt_ptr, at, mask, d, d_mask, dt_s, R: tl.constexpr, R_READ: tl.constexpr, R_PAD: tl.constexpr,
+    ALIGNED: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
     """Time steps of some pixels, (T * S, R) with what follows in memory up to R_READ; without a rank (T * S, D)."""
     if R > 0:
         d = tl.arange(0, R_PAD)
         d_mask = d < R_READ
     at = at >> ALIGNED << ALIGNED  # what `tl.multiple_of` says does not survive here
-    return tl.load(dt_ptr + (at[:, None] + (d * dt_s)[None, :]), mask=mask[:, None] & d_mask[None, :], other=0.0)
+    other = 0.0
+    if FOLDED:
+        other = tl.where(d == R_PAD - 1, 1.0, 0.0).to(dt_ptr.dtype.element_ty)[None, :]
+    return tl.load(dt_ptr + (at[:, None] + (d * dt_s)[None, :]), mask=mask[:, None] & d_mask[None, :], other=other)
 
 
 @triton.jit
@@ -251,7 +276,7 @@ def _add_channels(tile, column, sums, PRECISION: tl.constexpr):
 @triton.jit
 def _time_step(
     low, weight, bias, T: tl.constexpr, S: tl.constexpr, R: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Time steps before and after softplus, times log2(e), (T, S, D), from what `_load_low` has loaded."""
     if R > 0:
@@ -262,7 +287,9 @@ def _time_step(
         step = _product(low, weight, step, PRECISION)
     else:
         step = low.to(tl.float32) * LOG2E
-    step = settle(tl.reshape(step, (T, S, bias.shape[0]))) + bias[None, None, :]
+    step = settle(tl.reshape(step, (T, S, bias.shape[0])))
+    if not FOLDED:
+        step += bias[None, None, :]
     return step, _softplus2(step, PRECISION == "tf32x3") if SOFTPLUS else step
 
 
@@ -270,11 +297,11 @@ def _time_step(
 def scan2d_states_kernel(
     x_ptr, gy_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, weight_ptr, bias_ptr, total_ptr, border_ptr,
     K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    xs_b, xs_d, xs_p, gs_b, gs_d, gs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s,
+    xs_b, xs_p, gs_b, gs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
-    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
+    GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """What a run of tiles of one direction does to the states of BLOCK_D channels, with `x`, and to their gradients,
     with `gy`.
@@ -304,7 +331,7 @@ def scan2d_states_kernel(
     slots = runs * tiles * (T * S)
     run = tl.where(direction[0] == 1, runs - 1 - run, run)
 
-    weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+    weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
     walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
     tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
     at = n_index * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -313,6 +340,9 @@ def scan2d_states_kernel(
     passed = tl.full((N_PAD, BLOCK_D), 1.0, tl.float32)
     carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
     handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
+    A_k = A_ptr + k * channels * N
+    if N == 1:
+        A = _load_decay(A_k, 0, d, d_mask, N)
     # Gradients of the first run are handed to none.
     needed = tl.where(run > 0, tiles, 0) if x_ptr is None else tiles
     for tile in tl.range(0, needed, num_stages=1):
@@ -322,17 +352,18 @@ def scan2d_states_kernel(
             tl.store(border, carry, mask=border_mask)
             if SPLIT:
                 tl.store(border + N * channels, passed, mask=border_mask)
-        pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
+        pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, LONG, WIDE)
         p_at = pixel * ps_p
         full_mask = mask[:, None] & d_mask[None, :]
         if x_ptr is not None:
-            x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
-        low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
-        logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+            x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p), T, S)
         if gy_ptr is not None:
-            gy = _tile(_load_rows(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p, gs_d), T, S)
+            gy = _tile(_load_rows(gy_ptr + b * gs_b, pixel, full_mask, vector, gs_p), T, S)
+        low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+        logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION, FOLDED)
         for n in range(N):
-            A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
+            if N > 1:
+                A = _load_decay(A_k, n, d, d_mask, N)
             decay = tl.exp2(A[None, None, :] * step)
             if x_ptr is not None:
                 b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
@@ -389,11 +420,12 @@ def scan2d_carry_kernel(
 def scan2d_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr, y_ptr,
     borders, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_d, ys_p, ys_k,
+    xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_p, ys_k,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
-    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr, APART: tl.constexpr, AHEAD: tl.constexpr, BORDER: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
+    GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
+    AHEAD: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
     directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each.
@@ -436,7 +468,7 @@ def scan2d_fwd_kernel(
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
-            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
             # The first program, or the first turn, of a map also passes the skip.
             skips = k == 0 if APART else first
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
@@ -453,35 +485,42 @@ def scan2d_fwd_kernel(
                 border_at = border_ptr + (sequence * K + k).to(tl.int64) * borders * (N * channels)
                 # Before a reversed direction, the backward may have fewer places without a pixel.
                 shift = direction[0] * (slots - borders * BORDER)
+            A_k = A_ptr + k * channels * N
+            if N == 1:
+                A = _load_decay(A_k, 0, d, d_mask, N)
             if AHEAD:
-                pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, WIDE)
-                x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
-                low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, LONG, WIDE)
+                x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
+                low_at = k * ps_k + pixel * ps_p
+                low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
             for tile in tl.range(0, tiles, num_stages=1):
                 if not AHEAD:
-                    pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, WIDE)
-                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
-                    low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
-                p_at, p_mask, p_low = pixel * ps_p, mask, low
+                    pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, LONG, WIDE)
+                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
+                    low_at = k * ps_k + pixel * ps_p
+                    low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+                p_at, p_mask, p_low = k * ps_k + pixel * ps_p, mask, low
                 full_mask = mask[:, None] & d_mask[None, :]
                 x = _tile(x_rows, T, S)
-                y_at = (pixel * ys_p)[:, None] + (vector * ys_d)[None, :]
+                y_at = (pixel * ys_p)[:, None] + vector[None, :]
                 y = skip[None, None, :] * x
                 if not ALONE:
                     earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if AHEAD:
-                    pixel, mask = _visit(o, (run * tiles + tile + 1) * (T * S), slots, direction, length, AXES, WIDE)
+                    ahead = (run * tiles + tile + 1) * (T * S)
+                    pixel, mask = _visit(o, ahead, slots, direction, length, AXES, LONG, WIDE)
                     mask &= tile + 1 < tiles
-                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p, xs_d)
-                    low = _load_low(dt_ptr, k * ps_k + pixel * ps_p, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
+                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
+                    low_at = k * ps_k + pixel * ps_p
+                    low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
 
-                logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+                logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION, FOLDED)
                 if not ALONE:
                     y += _tile(earlier, T, S)
                 for n in range(N):
-                    A = tl.load(A_ptr + (k * channels + d) * N + n, mask=d_mask, other=0.0).to(tl.float32)
-                    b_n = _load_column(B_ptr + k * ps_k + n * B_s, p_at, p_mask, T, S)
-                    c_n = _load_column(C_ptr + k * ps_k + n * C_s, p_at, p_mask, T, S) * LN2
+                    if N > 1:
+                        A = _load_decay(A_k, n, d, d_mask, N)
+                    b_n, c_n = _load_columns(B_ptr, C_ptr, n, p_at, p_mask, B_s, C_s, T, S)
                     decay = tl.exp2(A[None, None, :] * step)
                     h = step * (b_n * x)
                     through, ended = _ends(decay, h, T)
@@ -509,25 +548,30 @@ def scan2d_fwd_kernel(
 
 @kernel
 def scan2d_bwd_kernel(
-    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr,
-    gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
+    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, handed_ptr, border_ptr,
+    partial_ptr, gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
     chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    gs_b, gs_d, gs_p, xs_b, xs_d, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_d, os_p, os_k, ls_block, rs_run,
+    gs_b, gs_p, xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_p, os_k, ls_block, rs_run,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
-    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr,
-    PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    AXES: tl.constexpr, APART: tl.constexpr, KEPT: tl.constexpr,
+    R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
+    GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
+    AHEAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
     directions, of the projections by block of channels, of the parameters by run.
 
     With APART a program walks one direction, and `gx_ptr` receives a map for each. With KEPT the states at the tiles'
     borders are those that the forward has met, else with several runs those of a run from zero.
+
+    With `handed_ptr`, numbers that are 0 at first, a run waits for the run after it to set its own to 1 and to leave in
+    `entry_ptr` what it hands on. Programs start in the order of their numbers, and those of later runs have lower ones.
     """
     ALONE: tl.constexpr = GROUPED or APART
     # Gradients of B and C go through the product that gives those of the time steps, where it has columns for them.
     TOGETHER: tl.constexpr = R > 0 and R + 2 * N <= 16 and PRECISION != "tf32x3"
     DECAYED: tl.constexpr = SPLIT and not KEPT
+    CHAINED: tl.constexpr = handed_ptr is not None
     # How the product with the weight's gradient lies over several warps decides about all of a tile: side by side along
     # the channels they need nothing of each other for a scan.
     SIDE_BY_SIDE: tl.constexpr = BLOCK_D > 32
@@ -539,8 +583,13 @@ def scan2d_bwd_kernel(
         begin = index % K
         end = begin + 1
         index = index // K
-    pixel_run = index % runs
-    sequence = index // runs
+    if CHAINED:
+        every = tl.num_programs(0) // (blocks * K * runs)
+        pixel_run = runs - 1 - index // every
+        sequence = index % every
+    else:
+        pixel_run = index % runs
+        sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
     gy_ptr += b * gs_b
     x_ptr += b * xs_b
@@ -552,7 +601,8 @@ def scan2d_bwd_kernel(
     # Gradients of dt, B and C side by side, one map for each block of channels: (blocks, B, H, W, K, R + 2N). Without a
     # rank that of dt is a map of its own, (B, H, W, K, D).
     g_low_ptr += block.to(tl.int64) * ls_block + b * height * width * K * (R + 2 * N)
-    g_dt_ptr += b * height * width * K * channels
+    if R == 0:
+        g_dt_ptr += b * height * width * K * channels
 
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     d_mask = d < channels
@@ -568,8 +618,10 @@ def scan2d_bwd_kernel(
         k, walks, first, last = _turn(turn, K, chosen, columns, order, ALONE)
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
-            run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
-            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD)
+            run = pixel_run
+            if not CHAINED:
+                run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
+            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
             # The first program, or the first turn, of a map also passes the skip.
             skips = k == 0 if APART else first
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
@@ -580,12 +632,20 @@ def scan2d_bwd_kernel(
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
+            if N == 1:
+                A = _load_decay(A_k, 0, d, d_mask, N)
             origin = border_ptr
             handed = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
                 origin = entry_ptr + walk * (2 * N * BLOCK_D)
-                handed += tl.load(origin + N * BLOCK_D + at, mask=n_index < N, other=0.0)
+                handed_mask = n_index < N
+                if CHAINED:
+                    handed_mask &= run < runs - 1
+                    if run < runs - 1:
+                        while tl.atomic_add(handed_ptr + walk, 0, sem="acquire") == 0:
+                            pass
+                handed += tl.load(origin + N * BLOCK_D + at, mask=handed_mask, other=0.0, volatile=CHAINED)
             # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
             g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
             g_skip = tl.zeros((S, BLOCK_D), tl.float32)
@@ -594,32 +654,45 @@ def scan2d_bwd_kernel(
                 g_weight = tl.zeros((r.shape[0], BLOCK_D), tl.float32)
             else:
                 g_weight = tl.zeros((BLOCK_D, r.shape[0]), tl.float32)
+            if AHEAD:
+                pixel, mask = _visit(o, (run * tiles + tiles - 1) * (T * S), slots, direction, length, AXES, LONG, WIDE)
+                low_at = k * ps_k + pixel * ps_p
+                next_low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
             for back in tl.range(0, tiles, num_stages=1):
                 tile = tiles - 1 - back
                 slot = (run * tiles + tile) * (T * S)
-                pixel, mask = _visit(o, slot, slots, direction, length, AXES, WIDE)
+                pixel, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
                 p_at = pixel * ps_p
                 full_mask = mask[:, None] & d_mask[None, :]
                 border_mask = d_mask
                 if SPLIT:
                     # The last runs may have tiles without a pixel, for which the forward has left no states.
                     border_mask &= tl.where(direction[0] == 1, slots - T * S - slot, slot) < length
-                gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p, gs_d), T, S)
-                x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p, xs_d), T, S)
-                low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED)
-                # Asked for before the product, too: no load passes the barriers in it.
+                gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p), T, S)
+                x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p), T, S)
                 border = border_ptr + (tile_at + tile) * ((2 if DECAYED else 1) * N * channels)
-                A, b_n, c_n, entering = _load_state(
-                    A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask,
-                    channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
+                b_n, c_n, entering = _load_state(
+                    B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask, channels,
+                    B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                 )  # fmt: skip
-                logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION)
+                # Last: it goes to shared memory at once, with a barrier that no other load passes.
+                if AHEAD:
+                    low = next_low
+                    next_pixel, next_mask = _visit(o, slot - T * S, slots, direction, length, AXES, LONG, WIDE)
+                    next_mask &= tile > 0
+                    low_at = k * ps_k + next_pixel * ps_p
+                    next_low = _load_low(dt_ptr, low_at, next_mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+                else:
+                    low = _load_low(dt_ptr, k * ps_k + p_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+                logit, step = _time_step(low, weight, bias, T, S, R, SOFTPLUS, PRECISION, FOLDED)
                 g_low_at = (pixel * K + k) * (R + 2 * N)
-                gx_at = (pixel * os_p)[:, None] + (vector * os_d)[None, :]
+                gx_at = (pixel * os_p)[:, None] + vector[None, :]
                 gx = tl.full(gy.shape, -0.0, tl.float32)
                 g_low = tl.zeros((T * S, r.shape[0]), tl.float32)
                 g_step = tl.full(gy.shape, -0.0, tl.float32)
                 for n in range(N):
+                    if N > 1:
+                        A = _load_decay(A_k, n, d, d_mask, N)
                     decay = tl.exp2(A[None, None, :] * step)
                     # Not with `b_n * x`, which would be kept for its second use.
                     added = b_n * (step * x)
@@ -632,7 +705,7 @@ def scan2d_bwd_kernel(
                     if TOGETHER:
                         g_low = _add_channels(gy * h, R + N + n, g_low, PRECISION)
                     else:
-                        g_c = tl.reshape(tl.sum(gy * h, axis=2), (T * S,)) * LN2
+                        g_c = tl.reshape(tl.sum(rounded_product(gy, h), axis=2), (T * S,)) * LN2
                         tl.store(g_low_ptr + (g_low_at + (R + N + n)), g_c, mask=mask)
                     # What a step hands on is its decay times its gradient.
                     decay = tl.flip(decay, 0)
@@ -654,20 +727,24 @@ def scan2d_bwd_kernel(
                     if TOGETHER:
                         g_low = _add_channels(g * x, R + n, g_low, PRECISION)
                     else:
-                        g_b = tl.reshape(tl.sum(g * x, axis=2), (T * S,))
+                        g_b = tl.reshape(tl.sum(rounded_product(g, x), axis=2), (T * S,))
                         tl.store(g_low_ptr + (g_low_at + (R + n)), g_b, mask=mask)
                     if N > 1:
-                        A, b_n, c_n, entering = _load_state(
-                            A_k, B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, tl.minimum(n + 1, N - 1), p_at,
-                            mask, d, border_mask, channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
+                        b_n, c_n, entering = _load_state(
+                            B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, tl.minimum(n + 1, N - 1), p_at, mask, d,
+                            border_mask, channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                         )  # fmt: skip
 
                 if not ALONE:
                     earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
+                    # Of places without a pixel it is zero: they come before all states, or after all gradients.
                     g_step *= tl.exp2(logit - step)
-                g_step = tl.where(tl.reshape(full_mask, (T, S, BLOCK_D)), g_step, 0.0)
-                g_bias += tl.sum(g_step, axis=0)
+                else:
+                    # Their decay may be infinite.
+                    g_step = tl.where(tl.reshape(full_mask, (T, S, BLOCK_D)), g_step, 0.0)
+                if not FOLDED:
+                    g_bias += tl.sum(g_step, axis=0)
                 g_step = tl.reshape(g_step, (T * S, BLOCK_D))
                 if R_PAD > 0:
                     g_low = _product(g_step, tl.trans(weight), g_low, PRECISION)
@@ -695,6 +772,11 @@ def scan2d_bwd_kernel(
                 else:
                     tl.store(partial_ptr + gx_at, gx, mask=full_mask)
 
+            if CHAINED and run > 0:
+                tl.store(origin - N * BLOCK_D + at, handed, mask=n_index < N)
+                tl.debug_barrier()
+                tl.atomic_xchg(handed_ptr + walk - 1, 1, sem="release")
+
             # Gradients of the parameters are rows of one matrix, a row for each run.
             parts = (sequence * runs + run).to(tl.int64) * rs_run
             parameters = parts + k * channels + d  # (D,)
@@ -706,23 +788,27 @@ def scan2d_bwd_kernel(
                     tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
                 elif skips:
                     tl.store(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), mask=d_mask)
-            if bias_ptr is not None:
+            if bias_ptr is not None and not FOLDED:
                 tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
             if R_PAD > 0:
                 if SIDE_BY_SIDE:
-                    weight_mask = d_mask[None, :] & (r < R)[:, None]
-                    g_weight_at = parts + (k * channels + d)[None, :] * R + r[:, None]
+                    rank, channel = r[:, None], d[None, :]
                 else:
-                    weight_mask = d_mask[:, None] & (r < R)[None, :]
-                    g_weight_at = parts + (k * channels + d)[:, None] * R + r[None, :]
-                tl.store(g_weight_ptr + g_weight_at, g_weight * LOG2E, mask=weight_mask)
+                    rank, channel = r[None, :], d[:, None]
+                g_weight *= LOG2E
+                parameter = k * channels + channel
+                inside = channel < channels
+                tl.store(g_weight_ptr + parts + parameter * R + rank, g_weight, mask=inside & (rank < R))
+                if bias_ptr is not None and FOLDED:
+                    at_bias = parts + parameter + 0 * rank
+                    tl.store(g_bias_ptr + at_bias, g_weight, mask=inside & (rank == R_PAD - 1))
             # The next direction reads sums that other threads of this program have written.
             tl.debug_barrier()
 
 
 @kernel
 def scan2d_merge_kernel(
-    parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block, dt_row, B_row, C_row,
+    parts_ptr, g_dt_ptr, g_B_ptr, g_C_ptr, rows, blocks, ls_block,
     N: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the blocks of channels give to dt, B and C, (blocks, rows, R + 2N), and takes the three apart."""
@@ -734,13 +820,11 @@ def scan2d_merge_kernel(
         at = parts_ptr + block * ls_block.to(tl.int64) + row * (R + 2 * N) + column
         total += tl.load(at, mask=mask, other=0.0)
     if R > 0:
-        tl.store(g_dt_ptr + row * dt_row + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
+        tl.store(g_dt_ptr + row * R + column, total.to(g_dt_ptr.dtype.element_ty), mask=mask & (column < R))
     column -= R
-    tl.store(
-        g_B_ptr + row * B_row + column, total.to(g_B_ptr.dtype.element_ty), mask=mask & (column >= 0) & (column < N)
-    )
+    tl.store(g_B_ptr + row * N + column, total.to(g_B_ptr.dtype.element_ty), mask=mask & (column >= 0) & (column < N))
     column -= N
-    tl.store(g_C_ptr + row * C_row + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
+    tl.store(g_C_ptr + row * N + column, total.to(g_C_ptr.dtype.element_ty), mask=mask & (column >= 0))
 
 
 class Config(NamedTuple):
@@ -753,8 +837,9 @@ class Config(NamedTuple):
         num_warps: Warps of a program.
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
-        ahead: Whether the forward asks for a tile's x and time steps before it works on the tile before.
+        ahead: Whether a tile's time steps, and the forward's x, are asked for before the work on the tile before.
         apart: Whether directions are programs of their own, with a map of results (backward: of sums) each.
+        chained: Whether a run of the backward waits for the one after it, where the forward has kept states.
     """
 
     T: int
@@ -765,6 +850,7 @@ class Config(NamedTuple):
     maxnreg: int | None = None
     ahead: bool = False
     apart: bool = False
+    chained: bool = False
 
     @property
     def S(self) -> int:
@@ -791,11 +877,16 @@ BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=9),
     "long runs": Config(4, 32, 4, 1, tiles=18),
     "long runs apart": Config(4, 32, 4, 1, tiles=18, apart=True),
+    "many apart": Config(4, 32, 4, 1, ahead=True, apart=True, chained=True),
     "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2, apart=True),
     "high rank": Config(4, 64, 2, 4, maxnreg=168, apart=True),
 }
+
+
+# Programs of one warp with all registers that an H100's 132 multiprocessors run at once.
+AT_ONCE = 8 * 132
 
 
 def _fwd_config(problem: "_Sizes") -> Config:
@@ -819,12 +910,19 @@ def _fwd_config(problem: "_Sizes") -> Config:
 
 def _bwd_config(problem: "_Sizes") -> Config:
     narrow = problem.channels <= 16 and problem.states == 1
+    if problem.separable and problem.channels in range(17, 128) and problem.length >= 512:
+        config = BACKWARD["many apart"]
+        programs = problem.programs * problem.count
+        if programs >= AT_ONCE:
+            # Of a second round of programs that is half empty, halves make one and a half.
+            runs = min(range(1, 5), key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
+            return config._replace(tiles=cdiv(problem.length, runs * config.T * config.S))
     # The totals of runs cost more with several states.
     fewest = 132 if problem.states > 1 else 512 if narrow else 640
     if problem.programs < fewest and problem.length >= 512:
-        # Of long ones there may be fewer than the 8 programs that a multiprocessor of 132 runs at once.
+        # Of long ones there may be too few.
         long = BACKWARD["long runs apart" if problem.separable else "long runs"]
-        enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= 8 * 132
+        enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= AT_ONCE
         return long if enough else BACKWARD["runs"]
     if narrow:
         return BACKWARD["narrow"]
@@ -833,17 +931,33 @@ def _bwd_config(problem: "_Sizes") -> Config:
     return BACKWARD["high rank" if problem.rank > 32 else "wide"]
 
 
-def _flat(map: Tensor) -> Tensor:
-    """A map (..., H, W) whose pixels are equally far apart, copied if they were not."""
+def _is_flat(map: Tensor) -> bool:
+    """Whether the pixels of a map (..., H, W) are equally far apart."""
     height, width = map.shape[-2:]
-    if height == 1 or map.stride(-2) == width * map.stride(-1):
-        return map
-    return map.contiguous(memory_format=torch.channels_last) if map.ndim == 4 else map.contiguous()
+    return height == 1 or width == 1 or map.stride(-2) == width * map.stride(-1)
+
+
+def _is_walked(map: Tensor) -> bool:
+    """Whether kernels walk a map (B, D, H, W) in place: pixels equally far apart, channels neighbours in memory.
+
+    With neighbouring pixels in its place, the steps of a segment would be different lanes'.
+    """
+    return _is_flat(map) and (map.shape[1] == 1 or map.stride(1) == 1)
+
+
+def _walked(map: Tensor) -> Tensor:
+    """The map itself, or a copy of it that kernels can walk."""
+    return map if _is_walked(map) else map.contiguous(memory_format=torch.channels_last)
+
+
+def _pixel_stride(map: Tensor) -> int:
+    """Distance of neighbouring pixels in a flat map (..., H, W)."""
+    return map.stride(-2 if map.shape[-1] == 1 else -1)
 
 
 def _packed(*maps: Tensor) -> list[Tensor]:
     """Flat maps (B, K, E, H, W) that differ in their strides of E only, as views of one projection do."""
-    if len({(m.stride(0), m.stride(1), m.stride(4)) for m in maps}) == 1 and all(_flat(m) is m for m in maps):
+    if len({(m.stride(0), m.stride(1), _pixel_stride(m)) for m in maps}) == 1 and all(map(_is_flat, maps)):
         return list(maps)
     sizes = [m.shape[2] for m in maps]
     joined = torch.cat([m.permute(0, 3, 4, 1, 2) for m in maps], dim=-1)
@@ -859,10 +973,9 @@ def _reach(*tensors: Tensor) -> int:
     return reach
 
 
-def _map_strides(map: Tensor) -> tuple[int, int, int]:
-    """Of batch, channel and pixel."""
-    b, d, _, p = map.stride()
-    return b, d, p
+def _map_strides(map: Tensor) -> tuple[int, int]:
+    """Of batch and pixel of a map that kernels can walk."""
+    return map.stride(0), _pixel_stride(map)
 
 
 def _cut(channels: int, length: int, config: Config) -> tuple[int, int, int]:
@@ -907,7 +1020,7 @@ class _Problem(_Sizes):
 
     def __init__(self, x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line):
         super().__init__(x, A, dt_weight, grouped, per_line)
-        self.x = _flat(x)
+        self.x = _walked(x)
         self.dt, self.B, self.C = _packed(dt, B, C)
         self.A, self.D, self.weight, self.bias = (
             None if t is None else t.contiguous() for t in (A, D, dt_weight, dt_bias)
@@ -917,18 +1030,22 @@ class _Problem(_Sizes):
 
         # Neighbouring time steps are loaded 2, 4 or 8 at once where all pixels' start at multiples of that, although
         # what is too many belongs to B and C; the weight has zeros there.
-        b, k, r, _, p = self.dt.stride()
+        b, k, r, *_ = self.dt.stride()
+        p = _pixel_stride(self.dt)
         width = math.gcd(b, k, p, 8) if r == 1 else 1
         readable = cdiv(self.rank, width) * width
         if readable > min(k, p):
             width, readable = 1, self.rank
+        padded = max(16, next_power_of_2(self.rank)) if self.rank else 0
         self.constants = dict(
             N=self.states,
             R=self.rank,
             N_PAD=next_power_of_2(self.states),
-            R_PAD=max(16, next_power_of_2(self.rank)) if self.rank else 0,
+            R_PAD=padded,
             R_READ=readable,
             ALIGNED=width.bit_length() - 1,
+            # A weight of high rank, whose gradient fills the registers, is the slower for it.
+            FOLDED=readable < min(padded, 48) and x.dtype == dt.dtype == torch.bfloat16,
             GROUPED=grouped,
             PER_LINE=per_line,
             SOFTPLUS=delta_softplus,
@@ -943,8 +1060,8 @@ class _Problem(_Sizes):
 
     def strides(self) -> tuple[int, ...]:
         """Of batch, direction and pixel of dt, B and C, and of their last dimensions."""
-        b, k, r, _, p = self.dt.stride()
-        return b, k, p, r, self.B.stride(2), self.C.stride(2)
+        b, k, r, *_ = self.dt.stride()
+        return b, k, _pixel_stride(self.dt), r, self.B.stride(2), self.C.stride(2)
 
     def sums(self, result: Tensor) -> Tensor:
         """Where sums over directions grow: float32 memory laid out like the result, or the result itself."""
@@ -973,7 +1090,8 @@ class _Problem(_Sizes):
         limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
         return dict(
             T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR, SPLIT=self.cut(config)[1] > 1,
-            WIDE=wide, num_warps=config.num_warps, **self.constants, **limit,
+            WIDE=wide, LONG=min(self.height, self.width) >= config.T * config.S, num_warps=config.num_warps,
+            **self.constants, **limit,
         )  # fmt: skip
 
     def enter(
@@ -1060,7 +1178,7 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     y = torch.empty_like(args[0])
     if y.numel() == 0:
         return y
-    out = _flat(y)
+    out = y if _is_walked(y) else torch.empty_like(y, memory_format=torch.channels_last)
     maps = walk(out, *args, saved=saved)
     if maps is not out:
         sum_maps(maps, out)
@@ -1093,21 +1211,42 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
     return maps
 
 
-def backward(
-    grads: list[Tensor], *args, saved: Sequence[Tensor] = (), projections: Sequence[Tensor] | None = None
-) -> list[Tensor | None]:
-    """The gradients of the tensors.
-
-    Args:
-        projections: Memory for those of a low-rank dt, of B and of C, views (B, H, W, K, R or N) of rows that are
-            equally far apart.
-    """
-    x, dt, A, B, C, _, D, dt_weight, dt_bias, _, grouped, _ = args
+def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
+    """The gradients of the tensors."""
+    x, dt, A, B, C, _, D, dt_weight, dt_bias, *_ = args
     if x.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, dt, A, B, C, D, dt_weight, dt_bias)]
+    gx = torch.empty_like(x, memory_format=torch.channels_last)
+    maps, parts, g_dt, parameters = walk_back(gx, grads[0], *args, saved=saved)
+    if maps is not gx:
+        sum_maps(maps, gx)
+    blocks, *picture, columns = parts.shape
+    rank, states = 0 if dt_weight is None else dt_weight.shape[2], A.shape[2]
+    widths = ((rank, dt), (states, B), (states, C))
+    low, g_B, g_C = (x.new_empty((*picture, width), dtype=t.dtype) for width, t in widths)
+    rows, block = parts[0, ..., 0].numel(), max(1, 2048 // next_power_of_2(columns))
+    scan2d_merge_kernel[(cdiv(rows, block),)](
+        parts, low, g_B, g_C, rows, blocks, parts.stride(0),
+        N=states, R=rank, ROWS=block, COLUMNS=next_power_of_2(columns),
+    )  # fmt: skip
+    g_A, *g_parameters = parameters
+    g_dt, g_B, g_C = (g.permute(0, 3, 4, 1, 2) for g in (g_dt if rank == 0 else low, g_B, g_C))
+    return [gx, g_dt, g_A, g_B, g_C, *g_parameters]
+
+
+def walk_back(
+    gx: Tensor, gy: Tensor, *args, saved: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+    """Gradients, those of the maps in the parts that the programs give.
+
+    Returns:
+        `gx`, a flat map like x, or maps laid out like it whose sum it is, (K, numbers of a map); what every block of
+        channels gives to (dt, B, C) side by side, (blocks, B, H, W, K, R + 2N); the gradient of dt if that has no rank,
+        (B, H, W, K, D); and the gradients of A, D, dt_weight and dt_bias.
+    """
+    _, dt, A, _, _, _, D, dt_weight, dt_bias, *_ = args
     problem = _Problem(*args)
-    x, gy = problem.x, _flat(grads[0])
-    gx = _flat(torch.empty_like(x))
+    x, gy = problem.x, _walked(gy)
     config = _bwd_config(problem)
     blocks, runs, _ = problem.cut(config)
     count, states, channels, rank = problem.count, problem.states, problem.channels, problem.rank
@@ -1115,41 +1254,39 @@ def backward(
     # Every block of channels gives to the gradients that the channels share, every run to those of the parameters.
     picture = (problem.batch, problem.height, problem.width, count)
     parts = x.new_empty((blocks, *picture, rank + 2 * states), dtype=torch.float32)
-    if projections is None:
-        projections = [x.new_empty((*picture, t.shape[2]), dtype=t.dtype) for t in (dt, B, C)]
-    g_dt, g_B, g_C = projections
+    g_dt = x.new_empty((*picture, channels), dtype=dt.dtype) if rank == 0 else None
     # Where directions are summed, D has one gradient for all.
-    sizes = [A.numel(), 0 if D is None else (count if grouped else 1) * channels]
+    sizes = [A.numel(), 0 if D is None else (count if problem.grouped else 1) * channels]
     sizes += [0 if t is None else t.numel() for t in (dt_weight, dt_bias)]
     sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
 
-    entries, borders = problem.enter(config, gy, *saved)
     apart = problem.walks_apart(config)
+    handed = None
+    if saved and apart and runs > 1 and config.chained:
+        walks = (problem.batch, count, blocks, runs)
+        entries, (borders,) = x.new_empty((*walks, 2 * states, config.BLOCK_D), dtype=torch.float32), saved
+        handed = x.new_zeros(walks, dtype=torch.int32)
+    else:
+        entries, borders = problem.enter(config, gy, *saved)
     maps = problem.maps(gx) if apart else gx
     partial = maps if apart else problem.sums(gx)
-    tensors = (gy, x, *problem.parameters(), entries, borders, partial, maps, g_dt, parts, *sums.split(sizes, dim=1))
+    tensors = (gy, x, *problem.parameters(), entries, handed, borders, partial, maps, g_dt, parts)
+    tensors += tuple(sums.split(sizes, dim=1))
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
     strides += (maps.stride(0), parts.stride(0), sums.stride(0))
     problem.launch(
-        scan2d_bwd_kernel, config, tensors, strides, x, gy, gx, alone=grouped or apart, APART=apart, KEPT=bool(saved)
-    )
-    if apart:
-        sum_maps(maps, gx)
-
-    rows, columns = parts[0, ..., 0].numel(), next_power_of_2(rank + 2 * states)
-    block = max(1, 2048 // columns)
-    scan2d_merge_kernel[(cdiv(rows, block),)](
-        parts, *projections, rows, blocks, parts.stride(0), *(t.stride(3) for t in projections),
-        N=states, R=rank, ROWS=block, COLUMNS=columns,
+        scan2d_bwd_kernel, config, tensors, strides, x, gy, gx,
+        alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, KEPT=bool(saved),
     )  # fmt: skip
-    g_A, g_D, g_weight, g_bias = sums.sum(0).split(sizes)
-    return [
-        gx,
-        g_dt.permute(0, 3, 4, 1, 2),
-        g_A.view_as(A),
-        g_B.permute(0, 3, 4, 1, 2),
-        g_C.permute(0, 3, 4, 1, 2),
-        None if D is None else g_D.view(-1, channels).expand(count, channels),
-        None if dt_weight is None else g_weight.view_as(dt_weight),
-        None if dt_bias is None else g_bias.view_as(dt_bias),
-    ]
+    g_A, g_D, g_weight, g_bias = sum_parts(sums).split(sizes)
+    return (
+        maps,
+        parts,
+        g_dt,
+        [
+            g_A.view_as(A),
+            None if D is None else g_D.view(-1, channels).expand(count, channels),
+            None if dt_weight is None else g_weight.view_as(dt_weight),
+            None if dt_bias is None else g_bias.view_as(dt_bias),
+        ],
+    )
