@@ -126,8 +126,7 @@ class ResidualBlock(Repeated):
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether calling a block is no more than `ResidualBlock.forward`."""
-    compiled = getattr(block, "_compiled_call_impl", None) is not None
-    return getattr(type(block), "forward", None) is ResidualBlock.forward and not compiled and not has_hooks(block)
+    return getattr(type(block), "forward", None) is ResidualBlock.forward and not has_hooks(block)
 
 
 def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:

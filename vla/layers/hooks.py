@@ -28,8 +28,8 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`, or something else."""
-    # Tools that move weights put a `forward` of their own on a module.
-    if "forward" in module.__dict__:
+    # Tools that move weights put a `forward` of their own on a module, `Module.compile` what it calls instead.
+    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
         return True
     return any(hooks_of(module)) or has_global_hooks()
 

@@ -482,7 +482,6 @@ def line_scan_local_bwd_kernel(
     x, z, w, v, gy, gx, gz, gw, batch, units, pixels, rows, lines, chunk, tiles, halo, groups, per, span, workers,
     to, ti, tt, o0, i0, t0, o1, i1, t1, o2, i2, t2, o3, i3, t3,
     K: tl.constexpr, S: tl.constexpr, R: tl.constexpr, V: tl.constexpr, Q: tl.constexpr, U: tl.constexpr,
-    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients from one sweep over one block of channels of some groups.
 
@@ -490,11 +489,11 @@ def line_scan_local_bwd_kernel(
     `halo`, the first and the last row count only for what they hand on to the others. So that no two programs write to
     one place, gz has a leading axis of sweeps and blocks of channels, gw one of workers and gx one of sweeps.
     """
-    HALF: tl.constexpr = R if EXACT else R // 2
+    HALF: tl.constexpr = R // 2
     W: tl.constexpr = R * _C
     # A float16 gradient has more digits than one bfloat16.
     TWICE: tl.constexpr = z.dtype.element_ty == tl.float16
-    kept: tl.constexpr = tl.float32 if EXACT or TWICE else tl.bfloat16
+    kept: tl.constexpr = tl.float32 if TWICE else tl.bfloat16
     AT_ONCE: tl.constexpr = _P.value // Q
     channels = units * U
     blocks = tl.cdiv(channels, _C)
@@ -565,7 +564,7 @@ def line_scan_local_bwd_kernel(
             ny0e, ny0o, ny1e, ny1o = _load_two(gy_b + t * y_across, y_across, y_down, x_even, x_odd, in0, in1)
             t = _line_of_chunk(n, first, count, lane, chunk, lines, Q)
             in0, in1 = t < lines, (chunk > 1) & (t + 1 < lines)
-            z0, z1 = _proxy(z0e, z0o, zero, EXACT), _proxy(z1e, z1o, zero, EXACT)
+            z0, z1 = _proxy(z0e, z0o, zero, False), _proxy(z1e, z1o, zero, False)
             own_z0 = _own_proxy(z0e, z0o, own_even, own_odd, V > HALF)
             own_z1 = _own_proxy(z1e, z1o, own_even, own_odd, V > HALF)
             gx_t = gx_b + t * across

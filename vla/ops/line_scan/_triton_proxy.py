@@ -619,10 +619,11 @@ class _Launch:
         self.x, *self.weights, proxy, self.directions, self.chunk, _, self.aligned = args
         self.batch, self.channels, self.height, self.width = self.x.shape
         self.k, self.rank = len(self.directions), proxy.shape[1]
-        self.local = 1 <= self.chunk <= 2
         self.short = _is_short(self.height, self.width)
-        fragments = self.local or self.short and not with_gradients
         self.exact, self.most = _is_exact(self.x, proxy), _most_rows(self.x, proxy)
+        # Gradients of float32 products are more than the registers of a warp hold.
+        self.local = 1 <= self.chunk <= 2 and not (self.exact and with_gradients)
+        fragments = self.local or self.short and not with_gradients
         self.x, self.proxy = _pixels(self.x), _pixels(proxy.float() if self.exact else proxy)
         half = max(8, next_power_of_2(self.rank))
         # Channels are a multiple of it, which a compiler needs to know.
@@ -754,8 +755,7 @@ class _Launch:
             x, self.proxy, self.w[k:], self.v[k:], gy, gx, gz, part, self.batch, self.channels // self.unit,
             self.height * self.width, rows, lines, self.chunk, tiles, halo, groups, per, span, workers, *target,
             *self._sources(directions),
-            K=len(directions), S=self.rank, R=self.R, V=self.V, Q=Q, U=self.unit, EXACT=self.exact,
-            num_stages=1, **options,
+            K=len(directions), S=self.rank, R=self.R, V=self.V, Q=Q, U=self.unit, num_stages=1, **options,
         )  # fmt: skip
         return part, workers
 

@@ -565,7 +565,8 @@ def scan2d_bwd_kernel(
     borders are those that the forward has met, else with several runs those of a run from zero.
 
     With `handed_ptr`, numbers that are 0 at first, a run waits for the run after it to set its own to 1 and to leave in
-    `entry_ptr` what it hands on. Programs start in the order of their numbers, and those of later runs have lower ones.
+    `entry_ptr` what it hands on. The number behind them counts the programs that have started: it gives the first ones
+    the last runs, which wait for none.
     """
     ALONE: tl.constexpr = GROUPED or APART
     # Gradients of B and C go through the product that gives those of the time steps, where it has columns for them.
@@ -575,10 +576,13 @@ def scan2d_bwd_kernel(
     # How the product with the weight's gradient lies over several warps decides about all of a tile: side by side along
     # the channels they need nothing of each other for a scan.
     SIDE_BY_SIDE: tl.constexpr = BLOCK_D > 32
-    block = tl.program_id(0) % blocks
+    program = tl.program_id(0)
+    if CHAINED:
+        program = tl.atomic_add(handed_ptr + tl.num_programs(0), 1, sem="relaxed")
+    block = program % blocks
     begin = 0
     end = 2 * K
-    index = tl.program_id(0) // blocks
+    index = program // blocks
     if ALONE:
         begin = index % K
         end = begin + 1
@@ -1265,7 +1269,7 @@ def walk_back(
     if saved and apart and runs > 1 and config.chained:
         walks = (problem.batch, count, blocks, runs)
         entries, (borders,) = x.new_empty((*walks, 2 * states, config.BLOCK_D), dtype=torch.float32), saved
-        handed = x.new_zeros(walks, dtype=torch.int32)
+        handed = x.new_zeros(math.prod(walks) + 1, dtype=torch.int32)
     else:
         entries, borders = problem.enter(config, gy, *saved)
     maps = problem.maps(gx) if apart else gx
