@@ -250,7 +250,7 @@ def test_what_is_compiled_stays_so(part):
     if part == "method":
         block.summands = torch.compile(block.summands, backend=backend)
     else:
-        (block if part == "block" else block.mlp.fc1).compile(backend=backend)
+        (block if part == "block" else block.mlp).compile(backend=backend)
     for _ in range(5):
         before = len(calls)
         block(image())
