@@ -161,14 +161,18 @@ def test_stored_maps_that_start_between_words():
 
 
 @pytest.mark.parametrize(
-    ("shape", "aligned", "blocks"),
-    [((1, 2, 3, 20), True, [(3, 3), (1, 20), (3, 3), (1, 20)]), ((1, 2, 5, 12), False, [(2, 5)] * 4)],
+    ("shape", "rank", "dtype", "aligned", "blocks"),
+    [
+        ((1, 2, 3, 20), 0, FP32, True, [(3, 3), (1, 20), (3, 3), (1, 20)]),
+        ((1, 2, 5, 12), 0, FP32, False, [(2, 5)] * 4),
+        ((1, 2, 3, 3), 2, BF16, False, [(1, 3, 16, 16)]),
+    ],
     ids=str,
 )
-def test_states_that_the_forward_leaves(shape, aligned, blocks):
+def test_states_that_the_forward_leaves(shape, rank, dtype, aligned, blocks):
     """The backward's own are equal to the bit."""
     backend = importlib.import_module("vla.ops.line_scan._triton")
-    tensors = make(shape, 0, dtype=FP32)
+    tensors = make(shape, rank, dtype=dtype)
     arguments = (*tensors.values(), ALL, 0, True, aligned)
     saved = [torch.full_like(states, torch.nan) for states in backend.to_save(*arguments)]
     assert [tuple(states.shape[2:]) for states in saved] == blocks

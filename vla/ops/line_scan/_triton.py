@@ -208,11 +208,15 @@ class _Sweep:
             gx.copy_(turned + gx if add else turned)
 
 
-def to_save(x, gates, lam, u, skip, proxy, directions, chunk, normalize, aligned) -> list[Tensor]:
-    """The states before the backward's blocks, (B, D, blocks, rows) of every sweep, which the forward meets anyway.
+def to_save(*args) -> list[Tensor]:
+    """States that the forward meets anyway.
 
-    Not with a proxy, and not for chunks of two lines.
+    With a proxy those of its kernels; else, but for chunks of two lines, those before the backward's blocks,
+    (B, D, blocks, rows) of every sweep.
     """
+    if _triton_proxy.suits(args):
+        return _triton_proxy.to_save(*args)
+    x, proxy, directions, chunk, aligned = args[0], *args[5:8], args[9]
     sizes = [_lines(x, direction, aligned) for direction in directions]
     sizes = [(cdiv(lines, _block(lines, x.dtype.itemsize)), rows) for rows, lines in sizes]
     if proxy is not None or chunk == 2 or all(blocks == 1 for blocks, _ in sizes):
@@ -242,7 +246,7 @@ def _layout_of_coefficients(proxy: Tensor | None) -> torch.memory_format:
 def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
     x, gates, lam, u, skip, proxy, directions = args[:7]
     if _triton_proxy.suits(args):
-        return _triton_proxy.backward(grads, *args)
+        return _triton_proxy.backward(grads, *args, saved=saved)
     g_x = torch.empty_like(
         x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
     )

@@ -42,8 +42,7 @@ def to_save(*args) -> list[Tensor]:
     """The proxy of all pixels, (B H W, S), and what the scan saves."""
     x, weight, *_ = args
     projected = x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], weight.shape[0]))
-    arguments = scan_arguments(projected, args)
-    return [projected, *(proxy_scan.to_save(*arguments) if proxy_scan.suits(arguments) else [])]
+    return [projected, *scan.to_save(*scan_arguments(projected, args))]
 
 
 def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
