@@ -103,7 +103,10 @@ def test_block_in_a_network(options):
     assert all(p.grad is not None for p in network.parameters())
     network.eval()
     x = torch.randn(1, 3, 5, 11)
-    assert_close("graph", torch.fx.symbolic_trace(network)(x), network(x))
+    y = torch.fx.symbolic_trace(network)(x)
+    # The graph holds the modules apart that a GPU's kernels join, so that rounding differs there.
+    assert_close("graph", y, network(x))
+    assert x.is_cuda or torch.equal(y, network(x))
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     assert_close("compiled", compiled(x), network(x))
 

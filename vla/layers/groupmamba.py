@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..ops._maps import with_columns
 from ..ops.group_modulation import WHOLE
 from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
@@ -82,9 +83,19 @@ def added_columns(weight: Tensor, bias: Tensor | None) -> int:
     return columns
 
 
-def linear_of_wider(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-    """`F.linear` of a map that has those columns already."""
-    out_features = weight.shape[0]
+def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
+
+    Where columns are added, or the bias' gradient would be a sum over a map much wider than x, the bias is one more
+    column of the weight, and x has a column of ones: the product for the weight's gradient then has that sum. A map
+    may come with its columns.
+    """
+    out_features, in_features = weight.shape
+    columns = x.shape[-1] - in_features
+    if columns == 0:
+        columns = added_columns(weight, bias)
+        # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
+        x = with_columns(x, columns)
     # Cast first: gradients are then what is cast of parts of a wider matrix, not parts of one, to be copied once more.
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -101,22 +112,6 @@ def linear_of_wider(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int
     if bias is not None:
         bias = F.pad(bias, (0, rows))
     return F.linear(x, F.pad(weight, (0, 0, 0, rows)), bias)[..., :out_features]
-
-
-def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with zeros between the rows of its matrices, so that they all start at multiples of 16 bytes.
-
-    Where columns are added, or the bias' gradient would be a sum over a map much wider than x, the bias is one more
-    column of the weight, and x has a column of ones: the product for the weight's gradient then has that sum. A map
-    may come with its columns.
-    """
-    columns = x.shape[-1] - weight.shape[1]
-    if columns == 0 and added_columns(weight, bias) > 0:
-        columns = added_columns(weight, bias)
-        # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
-        tail = torch.eye(1, columns, dtype=x.dtype, device=x.device)
-        x = torch.cat([x, tail.expand(*x.shape[:-1], columns)], dim=-1)
-    return linear_of_wider(x, weight, bias, columns)
 
 
 @torch.fx.wrap

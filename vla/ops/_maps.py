@@ -1,5 +1,6 @@
-"""Maps as rows of pixels, and back."""
+"""Maps as rows of pixels, and back; columns behind a map's channels."""
 
+import torch
 from torch import Tensor
 
 
@@ -11,3 +12,11 @@ def pixels(x: Tensor) -> Tensor:
 def as_map(rows: Tensor, x: Tensor) -> Tensor:
     """Rows (B H W, C) as a map of the size of x (B, D, H, W), (B, C, H, W)."""
     return rows.view(x.shape[0], *x.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def with_columns(rows: Tensor, columns: int) -> Tensor:
+    """Rows (..., C) with columns behind them: ones in the first and zeros in the others."""
+    if columns == 0:
+        return rows
+    tail = torch.eye(1, columns, dtype=rows.dtype, device=rows.device)
+    return torch.cat([rows, tail.expand(*rows.shape[:-1], columns)], dim=-1)

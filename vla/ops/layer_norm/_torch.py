@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
+from .._maps import with_columns
 from .naive import scaled
 
 
@@ -32,10 +33,7 @@ def forward(
         y = y if bias is None else y + bias
     if gate is not None:
         y = y * F.silu(gate.to(state))
-    y = y.to(dtype or total.dtype).contiguous()
-    if columns > 0:
-        tail = torch.eye(1, columns, dtype=y.dtype, device=y.device)
-        y = torch.cat([y, tail.expand(*y.shape[:-1], columns)], dim=-1)
+    y = with_columns(y.to(dtype or total.dtype).contiguous(), columns)
     return y, (x.new_empty(0) if branch is None else total.contiguous())
 
 

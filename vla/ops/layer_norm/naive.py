@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
+from .._maps import with_columns
 
 
 def scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
@@ -39,8 +40,5 @@ def forward(
         y = y + bias
     if gate is not None:
         y = y * F.silu(gate.to(y.dtype))
-    y = y.to(dtype or total.dtype).contiguous()
-    if columns > 0:
-        tail = torch.eye(1, columns, dtype=y.dtype, device=y.device)
-        y = torch.cat([y, tail.expand(*y.shape[:-1], columns)], dim=-1)
+    y = with_columns(y.to(dtype or total.dtype).contiguous(), columns)
     return y, (x[..., :0].flatten().clone() if branch is None else total.contiguous())

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import state_dtype
+from .._maps import with_columns
 
 
 def forward(
@@ -17,10 +18,7 @@ def forward(
     eps: float,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    state, dtype = state_dtype(a, n), dtype or a.dtype
+    state = state_dtype(a, n)
     rows = a.to(state) * n.to(state) * gate.to(state)[:, None, None]
-    rows = F.layer_norm(rows, rows.shape[-1:], weight.to(state), bias.to(state), eps).to(dtype)
-    if columns == 0:
-        return rows
-    tail = torch.eye(1, columns, dtype=dtype, device=a.device)
-    return torch.cat([rows, tail.expand(*a.shape[:3], columns)], dim=-1)
+    rows = F.layer_norm(rows, rows.shape[-1:], weight.to(state), bias.to(state), eps)
+    return with_columns(rows.to(dtype or a.dtype), columns)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._checks import state_dtype
+from .._maps import with_columns
 
 
 def forward(
@@ -21,5 +22,4 @@ def forward(
     centred = rows - rows.mean(-1, keepdim=True)
     rows = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
     rows = rows * weight.to(state) + bias.to(state)
-    tail = torch.eye(1, columns, dtype=state, device=a.device).expand(*a.shape[:3], columns)
-    return torch.cat([rows, tail], dim=-1).to(dtype or a.dtype)
+    return with_columns(rows, columns).to(dtype or a.dtype)

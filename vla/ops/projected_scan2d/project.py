@@ -14,18 +14,12 @@ def matrix_of(weight: Tensor, x: Tensor) -> Tensor:
     return weight.flatten(0, 1).to(x.dtype)
 
 
-def split(projected: Tensor, args: tuple) -> tuple[Tensor, ...]:
-    """Projections (B H W, K (R + 2N)) as dt (B, H, W, K, R), B and C (B, H, W, K, N), views of it."""
-    x, _, A, _, _, dt_weight, *_ = args
-    rank, states = dt_weight.shape[2], A.shape[2]
-    rows = projected.view(x.shape[0], *x.shape[2:], A.shape[0], rank + 2 * states)
-    return rows.split([rank, states, states], dim=-1)
-
-
 def scan_arguments(projected: Tensor, args: tuple) -> tuple:
-    """The arguments of `scan2d`, from the projections and the arguments here."""
+    """The arguments of `scan2d`, from the projections (B H W, K (R + 2N)), and the arguments here."""
     x, _, A, directions, D, dt_weight, dt_bias, delta_softplus, per_line, *_ = args
-    dt, B, C = (part.permute(0, 3, 4, 1, 2) for part in split(projected, args))
+    rank, states = dt_weight.shape[2], A.shape[2]
+    rows = projected.view(x.shape[0], *x.shape[2:], A.shape[0], rank + 2 * states).permute(0, 3, 4, 1, 2)
+    dt, B, C = rows.split([rank, states, states], dim=2)
     return x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, False, per_line
 
 

@@ -915,9 +915,9 @@ def _fwd_config(problem: "_Sizes") -> Config:
 def _bwd_config(problem: "_Sizes") -> Config:
     narrow = problem.channels <= 16 and problem.states == 1
     if problem.separable and problem.channels in range(17, 128) and problem.length >= 512:
-        config = BACKWARD["many apart"]
         programs = problem.programs * problem.count
         if programs >= AT_ONCE:
+            config = BACKWARD["many apart"]
             # Of a second round of programs that is half empty, halves make one and a half.
             runs = min(range(1, 5), key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
             return config._replace(tiles=cdiv(problem.length, runs * config.T * config.S))
