@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from benchmarks import runner
 from benchmarks.__main__ import app
-from benchmarks.cases.models import captured, in_mode
+from benchmarks.cases.models import captured, check_model, in_mode
 from benchmarks.checks import check_operator
 from benchmarks.registry import CASES, MODES, Case, Measurement, Options
-from vla.ops import selective_scan, use_backend
+from vla.ops import _registry, selective_scan, use_backend
 from vla.timing import Timing, measure, measure_latency
 
 CPU = Options(torch.device("cpu"))
@@ -193,6 +193,30 @@ def test_modes_of_models(mode, graphs, monkeypatch):
     if "compiled" in mode:
         with pytest.raises(AssertionError, match=f"^{re.escape(mode)} against eager: relative error 0.1"):
             in_mode(mode, lambda network: lambda: network(x), model, FAST)
+
+
+@pytest.mark.parametrize(
+    ("own", "pytorch", "passes"),
+    [(1.0005, 1.0, True), (1.0015, 1.0, False), (1.0015, 1.0018, True), (1.0015, 1.0012, False), (1.003, 1.003, False)],
+)
+def test_a_wrong_model_is_found(own, pytorch, passes):
+    """Off float64 by more than the limit of 1e-3 only where PyTorch's path is too, and never by twice of it."""
+
+    class Off(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(5, 3)
+
+        def forward(self, x):
+            factor = 1.0 if x.dtype == torch.float64 else pytorch if _registry._override == "torch" else own
+            return factor * self.fc(x)
+
+    for train in (False, True):
+        if passes:
+            check_model(Off(), torch.randn(2, 5), train)
+        else:
+            with pytest.raises(AssertionError, match="^logits: relative error"):
+                check_model(Off(), torch.randn(2, 5), train)
 
 
 OFFICIAL = {"selective_scan", "bi_wkv", "line_scan", "mixers"}

@@ -19,7 +19,7 @@ from vla.ops import use_backend
 from vla.timing import WARM_UP_CALLS, Timing, evaluation, training
 from vla.train.weights import has_fixed_size
 
-from ..checks import check_close
+from ..checks import check_close, relative_error
 from ..registry import MODES, Measurement, Options, case
 
 T = TypeVar("T")
@@ -76,7 +76,11 @@ def precision(device: torch.device) -> str:
 
 
 def check_model(model: nn.Module, x: Tensor, train: bool) -> None:
-    """Compares logits, and for training the gradients of all weights, with float64 by PyTorch's path."""
+    """Compares logits, and for training the gradients of all weights, with float64 by PyTorch's path.
+
+    Of a deep model with random weights, bfloat16 alone can make more than the limit: up to twice of it is allowed where
+    PyTorch's path in the same precision is no closer.
+    """
 
     def outcome(network: nn.Module, pictures: Tensor, context: AbstractContextManager) -> list[Tensor]:
         with torch.set_grad_enabled(train), context:
@@ -91,8 +95,12 @@ def check_model(model: nn.Module, x: Tensor, train: bool) -> None:
     actual = outcome(model, x, autocast(x.device))
     with use_backend("torch"):
         expected = outcome(copy.deepcopy(model).double(), x.double(), nullcontext())
-    for what, a, e, limit in zip(("logits", "gradients"), actual, expected, LIMITS[precision(x.device)], strict=False):
-        check_close(what, a, e, limit)
+        own = None
+        for i, limit in enumerate(LIMITS[precision(x.device)][: len(actual)]):
+            if relative_error(actual[i], expected[i]) > limit:
+                own = own or outcome(model, x, autocast(x.device))
+                limit = min(max(limit, relative_error(own[i], expected[i])), 2 * limit)
+            check_close(("logits", "gradients")[i], actual[i], expected[i], limit)
 
 
 def in_mode(
