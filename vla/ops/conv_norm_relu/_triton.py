@@ -10,8 +10,8 @@ from .._checks import convolved_size
 from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
 
 BLOCK_P = 128
-# Channels of 3 x 3 kernels' maps up to which the kernel here is faster than cuDNN's.
-FEW = 32
+# Channels of maps from which on cuDNN's kernel is faster than the one here.
+MANY = 32
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def conv_norm_relu_fold_kernel(
 
 def _is_for_cudnn(x: Tensor, weight: Tensor) -> bool:
     """Whether cuDNN's convolution, which adds a vector and applies ReLU, is faster."""
-    many = weight.shape[1] > FEW and x.dtype.itemsize == 2
+    many = weight.shape[1] >= MANY and x.dtype.itemsize == 2
     cudnn = torch.backends.cudnn
     return many and x.device.type != "cpu" and torch.version.hip is None and cudnn.is_available() and cudnn.enabled
 

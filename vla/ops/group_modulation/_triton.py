@@ -20,7 +20,7 @@ from . import WHOLE, _torch
 MANY = 2**12
 # Numbers of 16 bits in rows that a library's products like.
 ALIGNED = 8
-# Programs that share the rows of a group, each of which loads its matrix once.
+# An H100's multiprocessors. As many programs, or a few times as many, share rows, and load their matrices once.
 PROGRAMS = 132
 
 
@@ -64,6 +64,18 @@ def normalize_groups(rows, exists, eps, GROUPS: tl.constexpr, SIZE: tl.constexpr
     return rows * to_columns(deviation, rows.shape[1]), deviation
 
 
+@triton.jit
+def load_groups(weight, channel, lane, within, SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Blocks on the diagonal of a matrix (WIDTH, WIDTH), transposed."""
+    return tl.load(weight + channel * SIZE + lane[:, None], within, 0.0).to(dtype)
+
+
+@triton.jit
+def load_whole(weight, channel, exists, CHANNELS: tl.constexpr, dtype: tl.constexpr):
+    """A matrix (WIDTH, WIDTH), transposed."""
+    return tl.load(weight + channel * CHANNELS + channel[:, None], exists & exists[:, None], 0.0).to(dtype)
+
+
 @kernel(do_not_specialize=["count", "pixels"])
 def group_modulation_fwd_kernel(
     y,
@@ -90,40 +102,48 @@ def group_modulation_fwd_kernel(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_R of the `count` rows of y, z, n and out; `pixels` rows share a row of gate.
+    """Every so many tiles of BLOCK_R of the `count` rows of y, z, n and out; `pixels` rows share a row of gate.
 
-    A tile's columns are GROUPS groups, of which SIZE channels each exist.
+    A tile's columns are GROUPS groups, of which SIZE channels each exist. Both matrices are KEPT, or loaded for each
+    tile.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, WIDTH)
     group, lane = column // (WIDTH // GROUPS), column % (WIDTH // GROUPS)
     channel = group * SIZE + lane
     exists = (lane < SIZE) & (channel < CHANNELS)
     within = exists & exists[:, None] & (group == group[:, None])
-    inside = (row < count) & exists
     dtype: tl.constexpr = y.dtype.element_ty
+    if KEPT:
+        block = load_groups(out_proj, channel, lane, within, SIZE, dtype)
+        matrix = load_whole(proj, channel, exists, CHANNELS, dtype)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_R), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        inside = (row < count) & exists
+        rows = tl.load(y + row * y_row + channel, inside, 0.0)  # (BLOCK_R, WIDTH)
+        gates = tl.load(z + row * z_row + channel, inside, 0.0)
+        factors = tl.load(n + row * n_row + channel, inside, 0.0)
+        rows, gates, factors = rows.to(tl.float32), gates.to(tl.float32), factors.to(tl.float32)
+        rows, _ = normalize_groups(rows, exists, out_eps, GROUPS, SIZE)
+        rows *= tl.load(out_norm_weight + channel, exists, 0.0).to(tl.float32)
+        rows += tl.load(out_norm_bias + channel, exists, 0.0).to(tl.float32)
+        rows *= gates * sigmoid(gates)
+        if not KEPT:
+            block = load_groups(out_proj, channel, lane, within, SIZE, dtype)
+        rows = product(rows.to(dtype), block, PRECISION)
 
-    rows = tl.load(y + row * y_row + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
-    rows, _ = normalize_groups(rows, exists, out_eps, GROUPS, SIZE)
-    rows *= tl.load(out_norm_weight + channel, exists, 0.0).to(tl.float32)
-    rows += tl.load(out_norm_bias + channel, exists, 0.0).to(tl.float32)
-    gates = tl.load(z + row * z_row + channel, inside, 0.0).to(tl.float32)
-    rows *= gates * sigmoid(gates)
-    # Blocks on the diagonal of a matrix (WIDTH, WIDTH), transposed.
-    block = tl.load(out_proj + channel * SIZE + lane[:, None], within, 0.0)
-    rows = product(rows.to(dtype), block.to(dtype), PRECISION)
-
-    rows *= tl.load(n + row * n_row + channel, inside, 0.0).to(tl.float32)
-    rows *= tl.load(gate + row // pixels * CHANNELS + channel, inside, 0.0).to(tl.float32)
-    rows = normalize(rows, eps, exists, CHANNELS)
-    rows *= tl.load(norm_weight + channel, exists, 0.0).to(tl.float32)
-    rows += tl.load(norm_bias + channel, exists, 0.0).to(tl.float32)
-    block = tl.load(proj + channel * CHANNELS + channel[:, None], exists & exists[:, None], 0.0)
-    rows = product(rows.to(dtype), block.to(dtype), PRECISION)
-    rows += tl.load(proj_bias + channel, exists, 0.0).to(tl.float32)
-    tl.store(out + row * CHANNELS + channel, rows.to(out.dtype.element_ty), inside)
+        rows *= factors
+        rows *= tl.load(gate + row // pixels * CHANNELS + channel, inside, 0.0).to(tl.float32)
+        rows = normalize(rows, eps, exists, CHANNELS)
+        rows *= tl.load(norm_weight + channel, exists, 0.0).to(tl.float32)
+        rows += tl.load(norm_bias + channel, exists, 0.0).to(tl.float32)
+        if not KEPT:
+            matrix = load_whole(proj, channel, exists, CHANNELS, dtype)
+        rows = product(rows.to(dtype), matrix, PRECISION)
+        rows += tl.load(proj_bias + channel, exists, 0.0).to(tl.float32)
+        tl.store(out + row * CHANNELS + channel, rows.to(out.dtype.element_ty), inside)
 
 
 @kernel(do_not_specialize=["pixels"])
@@ -508,8 +528,9 @@ def forward(
     proj = proj.contiguous() if count < MANY else proj.to(y.dtype)
     last = (norm_weight, norm_bias, proj, proj_bias, out)
     if channels <= WHOLE:
-        block_r = 64 if count >= MANY else 16
-        group_modulation_fwd_kernel[(cdiv(count, block_r),)](
+        block_r, columns = 64 if count >= MANY else 16, _columns(channels, size, groups)
+        programs = (2 if columns["WIDTH"] > 64 else 3) * PROGRAMS
+        group_modulation_fwd_kernel[(min(cdiv(count, block_r), programs),)](
             *first,
             *last,
             count,
@@ -517,10 +538,14 @@ def forward(
             *strides,
             out_eps,
             eps,
-            **_columns(channels, size, groups),
+            **columns,
             BLOCK_R=block_r,
+            # Wide ones of TF32 are more than other GPUs' multiprocessors have memory for.
+            KEPT=columns["WIDTH"] <= 64 or precision == "bf16",
             PRECISION=precision,
             num_warps=4,
+            # Loads ahead would take the memory of a second program on a multiprocessor.
+            num_stages=1,
         )
         return out
     modulated = torch.empty_like(maps[0], memory_format=torch.contiguous_format)
