@@ -377,6 +377,24 @@ def _conv_norm_relu() -> Iterator[Case]:
     yield Case("odd", f, arguments(20, (9, 7), 33, 5, 2, normed=11, padding_h=2), (FP32, FP16))
 
 
+def _conv_gelu_linear() -> Iterator[Case]:
+    def arguments(channels, size, out):
+        def make(dtype: torch.dtype) -> dict:
+            x = rows(dtype, 128, *size, channels)
+            return dict(x=x, weight=weight(channels, 1, 3, 3), bias=weight(channels)) | dict(
+                out_weight=weight(out, channels), out_bias=weight(out)
+            )
+
+        return make
+
+    f = ops.conv_gelu_linear
+    yield Case("groupmamba stage 1", f, arguments(512, (56, 56), 64), (BF16,))
+    yield Case("groupmamba stage 2", f, arguments(1024, (28, 28), 128), (BF16,))
+    yield Case("groupmamba base stage 1", f, arguments(768, (56, 56), 96), (BF16,))
+    yield Case("groupmamba base stage 2", f, arguments(1536, (28, 28), 192), (BF16,))
+    yield Case("odd", f, arguments(33, (9, 7), 300), (FP16,))
+
+
 def _mlp() -> Iterator[Case]:
     def arguments(channels, hidden, *size, out=None, bias=True, act="gelu"):
         def make(dtype: torch.dtype) -> dict:
@@ -515,6 +533,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "grouped_linear": tuple(_grouped_linear()),
     "channel_gate": tuple(_channel_gate()),
     "conv_norm_relu": tuple(_conv_norm_relu()),
+    "conv_gelu_linear": tuple(_conv_gelu_linear()),
     "mlp": tuple(_mlp()),
     "line_scan": tuple(_line_scan()),
 }

@@ -4,6 +4,7 @@ from ._registry import use_backend
 from .bi_wkv import bi_wkv
 from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
+from .conv_gelu_linear import conv_gelu_linear
 from .conv_layer_norm import conv_layer_norm
 from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
@@ -29,6 +30,7 @@ __all__ = [
     "bi_wkv",
     "bias_gelu",
     "channel_gate",
+    "conv_gelu_linear",
     "conv_layer_norm",
     "conv_norm_relu",
     "cross_merge",

@@ -1,0 +1,97 @@
+"""Depthwise convolution, GELU and linear layer: all backends against the definition in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.ops.harness import check_machinery, compare, randn, run
+from tests.tolerance import assert_close
+from vla.ops import conv_gelu_linear, use_backend
+
+DTYPES = [("torch", torch.float32), *((b, d) for b in ("torch", "triton") for d in (torch.bfloat16, torch.float16))]
+
+
+def make(shape, out, dtype=torch.float64):
+    """Tensor arguments by name."""
+    normal, channels = randn(0), shape[3]
+    tensors = {"x": normal(*shape), "weight": normal(channels, 1, 3, 3) / 3, "bias": normal(channels)}
+    tensors |= {"out_weight": normal(out, channels) / channels**0.5, "out_bias": normal(out)}
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+SHAPES = {
+    "even": ((2, 8, 12, 128), 64),
+    "rows of seven": ((1, 14, 8, 64), 96),
+    "odd": ((3, 9, 7, 67), 33),
+    "one pixel": ((2, 1, 1, 1), 1),
+    "many columns": ((1, 3, 5, 20), 300),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend, dtype", DTYPES, ids=str)
+def test_against_naive(backend, dtype, shape):
+    compare(backend, conv_gelu_linear, make(*SHAPES[shape], dtype=dtype))
+
+
+def test_definition_is_pytorch():
+    tensors = make((2, 5, 6, 8), 4)
+    x, weight, bias, out_weight, out_bias = tensors.values()
+    hidden = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=8)).permute(0, 2, 3, 1)
+    with use_backend("naive"):
+        assert_close("output", conv_gelu_linear(**tensors), F.linear(hidden, out_weight, out_bias))
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
+def test_strides(backend):
+    """Some channels of a crop, a map with its channels first, and parameters that are views."""
+    tensors = make((2, 9, 8, 40), 20, dtype=torch.bfloat16)
+    tensors["weight"], tensors["out_weight"] = tensors["weight"][::2], tensors["out_weight"][::2, 20:]
+    tensors["bias"], tensors["out_bias"] = tensors["bias"][::2], tensors["out_bias"][::2]
+    x = tensors["x"][:, 1:, :7, 3:23]
+    first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    results = [run(backend, conv_gelu_linear, tensors | {"x": t})["output 0"] for t in (x, x.contiguous(), first)]
+    assert all(y.is_contiguous() and torch.equal(y, results[0]) for y in results)
+    with use_backend("naive"):
+        expected = conv_gelu_linear(**{name: t.double() for name, t in (tensors | {"x": x}).items()})
+    assert_close("output", results[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
+def test_empty_batch(backend):
+    results = run(backend, conv_gelu_linear, make((0, 4, 3, 8), 5, torch.bfloat16))
+    assert results["output 0"].shape == (0, 4, 3, 5)
+
+
+class Layers(nn.Module):
+    def forward(self, x, weight, bias, out_weight, out_bias):
+        return conv_gelu_linear(x, weight, bias, out_weight, out_bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery():
+    tensors = tuple(make((2, 3, 4, 6), 5).values())
+    arguments = tuple(t.clone().requires_grad_() for t in tensors)
+    check_machinery(Layers(), tensors, torch.ops.vla.conv_gelu_linear.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.ones(2, 3, 6)}, r"x has shape \(2, 3, 6\), expected \(B, H, W, C\)"),
+        ({"x": torch.ones(2, 3, 6, 0)}, r"x has shape \(2, 3, 6, 0\), expected \(B, H, W, C\) with C > 0"),
+        ({"weight": torch.ones(6, 1, 5, 5)}, r"weight has shape .*, expected \(C, 1, 3, 3\) = \(6, 1, 3, 3\)"),
+        ({"bias": torch.ones(5)}, r"bias has shape \(5,\), expected \(C,\) = \(6,\)"),
+        ({"out_weight": torch.ones(5, 7)}, r"out_weight has shape \(5, 7\), expected \(D, C\) with C = 6"),
+        ({"out_bias": torch.ones(6)}, r"out_bias has shape \(6,\), expected \(D,\) = \(5,\)"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^conv_gelu_linear: {message}"):
+        conv_gelu_linear(**(make((2, 3, 4, 6), 5) | change))
+
+
+def test_bad_dtype():
+    with pytest.raises(TypeError, match="^conv_gelu_linear: weight has dtype torch.int64"):
+        conv_gelu_linear(**(make((2, 3, 4, 6), 5) | {"weight": torch.ones(6, 1, 3, 3, dtype=torch.int64)}))
