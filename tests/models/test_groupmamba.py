@@ -29,7 +29,7 @@ from vla.layers.groupmamba import (
     grouped_linear,
 )
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
-from vla.ops import cross_merge, cross_scan, use_backend
+from vla.ops import conv_gelu_linear, cross_merge, cross_scan, use_backend
 from vla.ops.scan2d import DIRECTIONS
 
 INDEX = golden.index("groupmamba")
@@ -544,3 +544,50 @@ def test_one_kernel_is_for_plain_modules(name):
         assert mixer.ends_at_once(y, y)
         module.__class__ = type("Adapted", (type(module),), {})
         assert not mixer.ends_at_once(y, y)
+
+
+def test_contraction_at_once(monkeypatch):
+    """How GPUs evaluate the MLP of a large map."""
+    mlp, x = ConvMlp(16, 40).double().eval(), torch.randn(2, 5, 6, 16, dtype=torch.float64)
+    calls = []
+
+    def called(*args):
+        calls.append(args)
+        return conv_gelu_linear(*args)
+
+    with torch.no_grad():
+        expected = mlp(x)
+        monkeypatch.setattr(groupmamba, "infers", lambda x: True)
+        monkeypatch.setattr(groupmamba, "BUSY", 1)
+        monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear", called)
+        assert_close("output", mlp(x), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["conv", "conv.act", "drop1", "fc2"])
+def test_contraction_is_of_plain_modules(name):
+    """Whatever took a module's place is called, and so is a module that somebody waits for."""
+    mlp = ConvMlp(16, 512).eval()
+    module = mlp.get_submodule(name)
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(16, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
+        assert mlp.contracts_at_once(x)
+        handle = module.register_forward_hook(lambda module, args, y: None)
+        assert not mlp.contracts_at_once(x)
+        handle.remove()
+        module.__class__ = type("Adapted", (type(module),), {})
+        assert not mlp.contracts_at_once(x)
+
+
+def test_contraction_of_what_else():
+    """Gradients, dropout, other activations, small maps and many features have no such kernel."""
+    with FakeTensorMode():
+        x = torch.empty(16, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
+        assert not ConvMlp(16, 512).eval().contracts_at_once(x)
+        with torch.no_grad():
+            assert ConvMlp(16, 512).eval().contracts_at_once(x)
+            assert not ConvMlp(16, 512).contracts_at_once(x)
+            assert not ConvMlp(16, 512, nn.SiLU).eval().contracts_at_once(x)
+            assert not ConvMlp(348, 512).eval().contracts_at_once(x)
+            assert not ConvMlp(16, 512).eval().contracts_at_once(x[:8])
+            assert not ConvMlp(16, 512).eval().contracts_at_once(x.float())

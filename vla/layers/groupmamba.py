@@ -34,6 +34,10 @@ ALIGNMENT = 8
 # rows further apart than they are long, a library adds no bias: that would be a copy to all rows before the product.
 COMPILER_ALIGNMENT = 64
 COMPILER_PADS = 1024
+# Features up to which `vla.ops.conv_gelu_linear` has registers for their sums, and numbers of a hidden map from which
+# on it keeps a GPU busy.
+SUMMED = 128
+BUSY = 2**23
 
 
 def is_worth_launches(x: Tensor) -> bool:
@@ -486,7 +490,22 @@ class ConvMlp(nn.Module):
             return self.drop2(recomputed(self.contract, x))
 
     def contract(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.contracts_at_once(x):
+                conv, fc2 = self.conv, self.fc2
+                return ops.conv_gelu_linear(x.permute(0, 2, 3, 1), conv.weight, conv.bias, fc2.weight, fc2.bias)
         return self.fc2(self.drop1(self.conv(x)).permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def contracts_at_once(self, x: Tensor) -> bool:
+        """Whether `vla.ops.conv_gelu_linear` does what follows the first layer."""
+        conv, drop, fc2 = self.conv, self.drop1, self.fc2
+        if not infers(x) or x.numel() < BUSY or fc2.out_features > SUMMED:
+            return False
+        if conv.fused_act != "gelu" or drop.training or autocast_dtype(x) not in (None, x.dtype):
+            return False
+        parts = ((conv, DepthwiseConv2d), (conv.act, nn.Identity), (drop, nn.Dropout), (fc2, Linear))
+        return all(is_plain(module, kind) for module, kind in parts)
 
 
 class GroupMambaBlock(ResidualBlock):
