@@ -37,7 +37,7 @@ COMPILER_PADS = 1024
 # Features up to which `vla.ops.conv_gelu_linear` has registers for their sums, and numbers of a hidden map from which
 # on it keeps a GPU busy.
 SUMMED = 128
-BUSY = 2**23
+BUSY = 2**22
 
 
 def is_worth_launches(x: Tensor) -> bool:

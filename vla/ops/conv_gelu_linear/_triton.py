@@ -1,6 +1,7 @@
 """Depthwise convolution in strips that are walked down in registers, whose pixels are then rows of a product."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,17 +14,27 @@ COLUMNS = 4
 PIXELS = 32
 # Columns of the result that a program has registers for.
 WIDEST = 256
+# Strips and channels of a program's block: two channels for each thread.
+BLOCK_S = 2
+BLOCK_C = 128
+# Rows of the next block that are loaded ahead where there are at most so many columns of the result, and registers that
+# leave room for three programs where there are fewer still.
+ROWS_AHEAD = 4
+FEW_COLUMNS = 96
+FEWER_COLUMNS = 64
+REGISTERS = 168
 
 
 @triton.jit
-def widen(x):
-    """A tensor of 16 bits in float32.
-
-    A bfloat16 number is the upper half of that; told so, the compiler takes one instruction for each of two neighbours.
-    """
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+def unpack(pair, dtype: tl.constexpr):
+    """Pairs of neighbouring channels (S, C), 16 bits each, in float32 (S, 2 * C)."""
+    if dtype == tl.bfloat16:
+        # The upper half of the same number in float32.
+        low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = (pair & 65535).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.join(low, high).reshape(pair.shape[0], 2 * pair.shape[1])
 
 
 @triton.jit
@@ -53,27 +64,45 @@ def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    total,
-    rows,
+def load_rows(x, stride, column: tl.constexpr, columns, rows, exists, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """The numbers of rows from FIRST to LAST - 1 one after the other, zero outside of the masks."""
+    out = ()
+    for i in tl.static_range(FIRST, LAST):
+        pointers = x + i * stride
+        for j in tl.static_range(len(columns)):
+            out = out + (tl.load(pointers + j * column, columns[j] & rows[i] & exists, 0),)
+    return out
+
+
+@triton.jit
+def load_parameters(taps, bias, c, exists, C: tl.constexpr):
+    """Kernels (9, C) and bias (C,) of channels c."""
+    out = ()
+    for t in tl.static_range(9):
+        out = out + (tl.load(taps + t * C + c, exists, 0.0),)
+    return out + (tl.load(bias + c, exists, 0.0),)
+
+
+@triton.jit
+def load_weight(
     weight,
     first_d,
     first_c,
-    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     C: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    D: tl.constexpr,
     EVEN_C: tl.constexpr,
-    DTYPE: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
-    """`total` (M, N) and what rows (M, K), channels from `first_c` on, add to columns of y from `first_d` on."""
-    d = first_d + tl.arange(0, total.shape[1])[:, None]
-    c = first_c + tl.arange(0, rows.shape[1])[None, :]
+    """The weight (D, C) from there on, (WIDTH, BLOCK_C)."""
+    d = first_d + tl.arange(0, WIDTH)[:, None]
+    c = first_c + tl.arange(0, BLOCK_C)[None, :]
     pointers = weight + d.to(tl.int64) * C + c
     if EVEN_D and EVEN_C:
-        block = tl.load(pointers)
+        return tl.load(pointers)
     else:
-        block = tl.load(pointers, (d < D) & (c < C), 0.0)
-    return tl.dot(rows.to(DTYPE), block.to(DTYPE).trans(), total)
+        return tl.load(pointers, (d < D) & (c < C), 0.0)
 
 
 @triton.jit
@@ -89,7 +118,7 @@ def conv_gelu_linear_fwd_kernel(
     x,
     taps,
     bias,
-    out_weight,
+    weight,
     out_bias,
     y,
     height,
@@ -107,6 +136,7 @@ def conv_gelu_linear_fwd_kernel(
     EVEN_C: tl.constexpr,
     EVEN_D: tl.constexpr,
     DTYPE: tl.constexpr,
+    AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -114,7 +144,8 @@ def conv_gelu_linear_fwd_kernel(
 ):
     """WIDTH + REST columns of y for BLOCK_S strips of ROWS x COLUMNS pixels.
 
-    EVEN: Strips divide the map, so that of a strip's rows and columns only those around it may be beside the map.
+    x is of pairs of channels, as are its strides. EVEN: Strips divide the map, so that of a strip's rows and columns
+    only those around it may be beside the map. AHEAD: Rows of the next channels that are loaded before the product.
     """
     strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     # Instead of one that does not exist the last one again, which is not stored.
@@ -123,42 +154,59 @@ def conv_gelu_linear_fwd_kernel(
     line = strip // strips_of_row
     row = line % segments * ROWS
     column = (strip % strips_of_row * COLUMNS).to(tl.int64)
+    x += (line // segments).to(tl.int64) * x_batch + (row - 1).to(tl.int64) * x_row + (column - 1) * x_column
+    pair = tl.arange(0, BLOCK_C // 2)[None, :] + 0 * strip
+    x += pair
     c = tl.arange(0, BLOCK_C)[None, :] + 0 * strip
-    x += (line // segments).to(tl.int64) * x_batch + (row - 1).to(tl.int64) * x_row + (column - 1) * x_column + c
     always = tl.full((BLOCK_S, 1), True, tl.int1)
-    masks = on_map(column, always, width, COLUMNS, 1, EVEN)
-    between = repeat(always, ROWS) if EVEN else on_rows(row, height, ROWS)
-    lines = ((row > 0),) + between + ((row + ROWS < height),)
+    columns = on_map(column, always, width, COLUMNS, 1, EVEN)
+    rows = ((row > 0),) + (repeat(always, ROWS) if EVEN else on_rows(row, height, ROWS)) + ((row + ROWS < height),)
 
+    dtype = y.dtype.element_ty
     first_d = tl.program_id(1) * (WIDTH + REST)
     total = tl.zeros((BLOCK_S * PIXELS, WIDTH), tl.float32)
     if REST > 0:
         rest = tl.zeros((BLOCK_S * PIXELS, REST), tl.float32)
+    ahead = load_rows(x, x_row, x_column, columns, rows, always, 0, AHEAD)
+    if AHEAD > 0:
+        parameters = load_parameters(taps, bias, c, always, C)
     for first_c in tl.range(0, C, BLOCK_C, num_stages=1):
         exists = always if EVEN_C else first_c + c < C
-        start = tl.load(bias + first_c + c, exists, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
+        if AHEAD == 0:
+            parameters = load_parameters(taps, bias, first_c + c, exists, C)
+        # Early, though needed last.
+        block = load_weight(weight, first_d, first_c, WIDTH, BLOCK_C, C, D, EVEN_C, EVEN_D)
         kernels = ()
         for t in tl.static_range(9):
-            kernels = kernels + (tl.load(taps + t * C + first_c + c, exists, 0.0).to(tl.float32),)
+            kernels = kernels + (parameters[t].to(tl.float32),)
+        start = parameters[9].to(tl.float32)
         # As in the depthwise convolution: of rows of the result whose window is at the row of the input.
         sums = repeat(start, 3 * COLUMNS)
         pixels = ()
         for i in tl.static_range(ROWS + 2):
-            pointers = x + first_c + i * x_row
+            if i < AHEAD:
+                loaded = ahead[i * (COLUMNS + 2) : (i + 1) * (COLUMNS + 2)]
+            else:
+                exists = always if EVEN_C else first_c + 2 * pair < C
+                loaded = load_rows(x + first_c // 2, x_row, x_column, columns, rows, exists, i, i + 1)
             current = ()
             for j in tl.static_range(COLUMNS + 2):
-                value = tl.load(pointers + j * x_column, masks[j] & lines[i] & exists, 0.0)
-                current = current + (widen(value),)
+                current = current + (unpack(loaded[j], dtype),)
             sums = correlate(sums, current, kernels, 3, 3)
             if i >= 2:
                 for j in tl.static_range(COLUMNS):
-                    pixels = pixels + (gelu(sums[j]).to(y.dtype.element_ty),)
+                    pixels = pixels + (gelu(sums[j]).to(dtype),)
             sums = sums[COLUMNS:] + repeat(start, COLUMNS)
-        pixels = pixels + repeat(tl.zeros((BLOCK_S, BLOCK_C), y.dtype.element_ty), PIXELS - ROWS * COLUMNS)
-        hidden = pile(pixels, BLOCK_S, BLOCK_C)
-        total = add_product(total, hidden, out_weight, first_d, first_c, D, C, EVEN_D, EVEN_C, DTYPE)
+        if AHEAD > 0:
+            next_c = tl.minimum(first_c + BLOCK_C, C - BLOCK_C)
+            ahead = load_rows(x + next_c // 2, x_row, x_column, columns, rows, always, 0, AHEAD)
+            parameters = load_parameters(taps, bias, next_c + c, always, C)
+        pixels = pixels + repeat(tl.zeros((BLOCK_S, BLOCK_C), dtype), PIXELS - ROWS * COLUMNS)
+        hidden = pile(pixels, BLOCK_S, BLOCK_C).to(DTYPE)
+        total = tl.dot(hidden, block.to(DTYPE).trans(), total)
         if REST > 0:
-            rest = add_product(rest, hidden, out_weight, first_d + WIDTH, first_c, D, C, EVEN_D, EVEN_C, DTYPE)
+            block = load_weight(weight, first_d + WIDTH, first_c, REST, BLOCK_C, C, D, EVEN_C, EVEN_D)
+            rest = tl.dot(hidden, block.to(DTYPE).trans(), rest)
 
     m = tl.arange(0, BLOCK_S * PIXELS)[:, None]
     strip = tl.program_id(0) * BLOCK_S + m // PIXELS
@@ -184,19 +232,28 @@ def _widths(out: int) -> tuple[int, int]:
     return max(16, width), 0 if rest <= 0 else max(16, next_power_of_2(rest))
 
 
+def _pairs(x: Tensor) -> Tensor:
+    """A map (..., C) as pairs of channels (..., C / 2 rounded up), a copy unless all pixels start at even places."""
+    channels = x.shape[-1]
+    starts = (x.storage_offset(), *x.stride()[:-1])
+    if x.stride(-1) != 1 or channels % 2 != 0 or any(start % 2 != 0 for start in starts):
+        x = F.pad(x, (0, channels % 2)).clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     out = out_weight.shape[0]
     y = x.new_empty(batch, height, width, out)
     if y.numel() == 0:
         return y
-    x = x if x.stride(3) == 1 else x.contiguous()
-    rows, widths = _rows(height), _widths(out)
+    pairs, rows, widths = _pairs(x), _rows(height), _widths(out)
     strips = batch * cdiv(height, rows) * cdiv(width, COLUMNS)
-    block_s, block_c = 4, 64
-    interpreted = x.device.type == "cpu"
-    conv_gelu_linear_fwd_kernel[(cdiv(strips, block_s), cdiv(out, sum(widths)))](
-        x,
+    even, even_c = height % rows == 0 and width % COLUMNS == 0, channels % BLOCK_C == 0
+    # Where a row has masks of its own, it would take long to compile.
+    ahead = ROWS_AHEAD if even and even_c and sum(widths) <= FEW_COLUMNS else 0
+    conv_gelu_linear_fwd_kernel[(cdiv(strips, BLOCK_S), cdiv(out, sum(widths)))](
+        pairs,
         # Neighbouring channels next to each other.
         weight.flatten(1).t().contiguous(),
         bias.contiguous(),
@@ -206,23 +263,25 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
         height,
         width,
         strips,
-        x.stride(0),
-        x.stride(1),
-        x.stride(2),
+        pairs.stride(0),
+        pairs.stride(1),
+        pairs.stride(2),
         C=channels,
         D=out,
         ROWS=rows,
         COLUMNS=COLUMNS,
         PIXELS=PIXELS,
-        EVEN=height % rows == 0 and width % COLUMNS == 0,
-        EVEN_C=channels % block_c == 0,
+        EVEN=even,
+        EVEN_C=even_c,
         EVEN_D=out % sum(widths) == 0,
         # Triton's interpreter cannot multiply bfloat16.
-        DTYPE=tl.float32 if interpreted else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
+        DTYPE=tl.float32 if x.is_cpu else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
+        AHEAD=ahead,
         WIDTH=widths[0],
         REST=widths[1],
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
+        BLOCK_S=BLOCK_S,
+        BLOCK_C=BLOCK_C,
         num_warps=4,
+        maxnreg=REGISTERS if ahead > 0 and sum(widths) <= FEWER_COLUMNS else None,
     )
     return y
