@@ -13,7 +13,7 @@ from tests.device import use
 use("cuda")
 
 # They look at the default device.
-from tests.ops import test_channel_gate, test_conv_norm_relu, test_gpu  # noqa: E402
+from tests.ops import test_channel_gate, test_conv_gelu_linear, test_conv_norm_relu, test_gpu  # noqa: E402
 from tests.ops.harness import run  # noqa: E402
 from tests.ops.test_gpu import (  # noqa: E402
     CROSS,
@@ -42,7 +42,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     two_layers,
     wkv6,
 )
-from vla.ops import channel_gate, conv_norm_relu  # noqa: E402
+from vla.ops import channel_gate, conv_gelu_linear, conv_norm_relu  # noqa: E402
 
 CASES: dict[str, Case] = {
     "selective_scan": scan(2, 37, 197, 1),
@@ -101,6 +101,8 @@ CASES: dict[str, Case] = {
         lambda: test_conv_norm_relu.make((3, 24, 11, 9), 34, (4, 3), 17),
         dict(padding_w=1),
     ),
+    "conv_gelu_linear": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 9, 11, 67), 33), {}),
+    "conv_gelu_linear ahead": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 16, 8, 256), 64), {}),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),
@@ -112,7 +114,7 @@ def main(names: list[str]) -> None:
         if names and name.split()[0] not in names:
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            if function is mlp and dtype == torch.float32:
+            if function in (conv_gelu_linear, mlp) and dtype == torch.float32:
                 continue  # has kernels for 16 bits only
             run("triton", function, {n: t if t is None else t.to(dtype) for n, t in make().items()}, **options)
             torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import (
     test_bi_wkv,
     test_bias_gelu,
+    test_conv_gelu_linear,
     test_conv_layer_norm,
     test_depthwise_conv2d,
     test_group_modulation,
@@ -35,6 +36,7 @@ from vla.ops import (
     add_layer_norm,
     bi_wkv,
     bias_gelu,
+    conv_gelu_linear,
     conv_layer_norm,
     depthwise_conv2d,
     group_modulation,
@@ -50,6 +52,7 @@ from vla.ops import (
     q_shift_mix,
     scan2d,
     squared_relu,
+    use_backend,
     wkv6,
 )
 
@@ -209,6 +212,29 @@ def test_against_float64(name, dtype):
         # Sums over ten thousands of float32 terms.
         relative = 5e-5 if dtype == torch.float32 else RELATIVE[dtype]
         assert_close(key, value, expected[key], relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape, out",
+    [
+        ((9, 56, 56, 512), 64),
+        ((9, 28, 28, 1024), 128),
+        ((3, 56, 56, 768), 96),
+        ((5, 57, 31, 256), 64),
+        ((2, 19, 9, 90), 70),
+    ],
+    ids=str,
+)
+def test_convolution_to_linear(shape, out, dtype):
+    """Without gradients, which are PyTorch's."""
+    tensors = {n: t.to(dtype) for n, t in test_conv_gelu_linear.make(shape, out).items()}
+    with use_backend("torch"):
+        expected = conv_gelu_linear(**{n: t.double() for n, t in tensors.items()})
+    with torch.no_grad(), use_backend("triton"):
+        y, again = conv_gelu_linear(**tensors), conv_gelu_linear(**tensors)
+    assert torch.equal(y, again)
+    assert_close("output", y, expected)
 
 
 # Arguments with a dimension for the batch, in some operators.
