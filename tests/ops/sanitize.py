@@ -56,6 +56,8 @@ CASES: dict[str, Case] = {
     "scan2d runs": directional((1, 16, 40, 41)),
     "scan2d states": directional((3, 40, 7, 7), states=8, directions=CROSS[:1] * 4),
     "scan2d grouped": directional((2, 29, 9, 7), rank=3, grouped=True),
+    "scan2d narrow groups": directional((26, 15, 9, 7), rank=1, grouped=True),
+    "scan2d groups of one word": directional((2, 18, 23, 7), rank=2, grouped=True),
     "scan2d per line": directional((1, 20, 12, 9), per_line=True),
     "projected_scan2d": projected((2, 33, 13, 17)),
     "bi_wkv": (bi_wkv, lambda: test_gpu.test_bi_wkv.make(2, 197, 33), {}),

@@ -141,6 +141,8 @@ CASES: dict[str, Case] = {
     "scan2d 14x14": directional((64, 48, 14, 14), rank=24),
     "scan2d windows": directional((300, 40, 7, 7), states=8, directions=CROSS[:1] * 4),
     "scan2d grouped": directional((3, 29, 21, 17), rank=3, grouped=True),
+    "scan2d narrow groups": directional((26, 15, 21, 17), rank=1, grouped=True),
+    "scan2d groups of one word": directional((1, 32, 56, 56), rank=2, grouped=True),
     "scan2d per line": directional((2, 40, 30, 19), per_line=True),
     "scan2d 129x128": directional((1, 16, 129, 128), rank=0),
     "projected_scan2d 56x56": projected((2, 96, 56, 56)),

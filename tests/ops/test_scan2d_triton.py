@@ -362,3 +362,59 @@ def test_runs_that_wait_for_each_other(monkeypatch):
         monkeypatch.setattr(kernels, name, lambda problem, config=config: config)
     tensors = {n: t.bfloat16() for n, t in make((2, 18, 9, 8), 1, directions=CROSS).items()}
     compare("triton", scan2d, tensors, directions=CROSS)
+
+
+@pytest.mark.parametrize("directions, grouped", [(["row", "col_rev"], False), (["row_rev", "col"], True)], ids=str)
+def test_runs_of_the_forward_that_hand_on(directions, grouped, monkeypatch):
+    """More runs than look at each other, with and without states kept for the backward."""
+    chained = kernels.Config(4, 16, 2, 1, tiles=1, columns=True, apart=True, chained=True)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: chained)
+    monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(4, 16, 2, 1))
+    monkeypatch.setattr(kernels, "scan2d_states_kernel", None)
+    tensors = make((1, 18, 3, 100), 1, 2, directions=directions, grouped=grouped)
+    tensors = {n: t.bfloat16() for n, t in tensors.items()}
+    assert 16 * 2 * kernels.GROUP.value < 300  # steps
+    compare("triton", scan2d, tensors, directions=directions, grouped=grouped)
+    with torch.no_grad(), use_backend("triton"):
+        first, second = (scan2d(**tensors, directions=directions, grouped=grouped) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_low_ranks(rank, dtype, ahead, monkeypatch):
+    """Time steps by multiply-adds, B and C with x, as two numbers or halves of a word."""
+    config = kernels.Config(4, 16, 4, 1, ahead=ahead, columns=True)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: config)
+    tensors = {n: t.to(dtype) for n, t in make((1, 5, 5, 9), 1, rank, directions=["row", "col_rev"]).items()}
+    compare("triton", scan2d, tensors, directions=["row", "col_rev"])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)], ids=["neighbours", "C before B"])
+def test_halves_of_a_word(order, monkeypatch):
+    config = kernels.Config(4, 16, 2, 1, columns=True)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: config)
+    tensors = {n: t.bfloat16() for n, t in make((1, 3, 5, 4), 1, 2, directions=["row", "col"]).items()}
+    parts = [tensors[n] for n in ("dt", "B", "C")]
+    joined = torch.cat([parts[i] for i in order], dim=2).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    views = dict(zip(order, joined.split([parts[i].shape[2] for i in order], dim=2), strict=True))
+    with torch.no_grad():
+        with use_backend("naive"):
+            expected = scan2d(**{n: t.double() for n, t in tensors.items()}, directions=["row", "col"])
+        with use_backend("triton"):
+            y = scan2d(**(tensors | dict(dt=views[0], B=views[1], C=views[2])), directions=["row", "col"])
+    assert_close("output", y, expected)
+
+
+@pytest.mark.parametrize("channels, how", [(5, 2), (6, 2), (12, 1), (15, 0), (16, 0)], ids=str)
+def test_groups_between_vectors(channels, how, monkeypatch):
+    """Groups that begin inside of a thread's vectors of four channels, at their borders, or leave blocks no room."""
+    config = kernels.Config(4, 16, 4, 1, ahead=True)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: config)
+    monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(4, 16, 2, 1))
+    found, shifted = [], kernels._Problem.shifted
+    monkeypatch.setattr(kernels._Problem, "shifted", lambda *args: found.append(shifted(*args)) or found[-1])
+    tensors = single((1, channels, 3, 7), 1, directions=CROSS, grouped=True)
+    compare("triton", scan2d, tensors, directions=CROSS, grouped=True)
+    assert set(found) == {how}

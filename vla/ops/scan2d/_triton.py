@@ -31,6 +31,8 @@ from .._triton import (
 # Whether a launch sums up over directions before another one, or after it.
 FIRST = tl.constexpr(1)
 SECOND = tl.constexpr(2)
+# Runs of the forward that look at each other: the first of the next ones sees only what has left the last.
+GROUP = tl.constexpr(8)
 
 
 @triton.jit
@@ -60,26 +62,50 @@ def _handed(decay1, state1, before1, out1, decay2, state2, before2, out2):
 
 
 @triton.jit
+def _sums(first1, first2, second1, second2):
+    return first1 + second1, first2 + second2
+
+
+@triton.jit
+def _pick_both(a, b, index, i):
+    """`pick` of two tiles, together where they lie in several warps."""
+    a = tl.where(index == i, a.to(tl.int32, bitcast=True), 0)
+    b = tl.where(index == i, b.to(tl.int32, bitcast=True), 0)
+    a, b = tl.reduce((a, b), 0, _sums)
+    return a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _composed(decay, state, S: tl.constexpr, REVERSE: tl.constexpr):
+    """What S segments do to a state, (S, D), composed.
+
+    Returns:
+        Of the state that enters each segment, (S, D), what it has of the state before all of them, as a factor, and of
+        the segments; the state that leaves the last, (D,), as if from zero; and the product of the decays.
+    """
+    s = tl.arange(0, S)[:, None]
+    before = tl.full(state.shape, 1.0, tl.float32)
+    out = -0.0 * before
+    if S > 1:
+        # `reverse=True` would turn every warp's values around.
+        if REVERSE:
+            decay, state = tl.flip(decay, 0), tl.flip(state, 0)
+        decay, state, before, out = tl.associative_scan((decay, state, before, out), 0, _handed)
+        if REVERSE:
+            before, out = tl.flip(before, 0), tl.flip(out, 0)
+    decay, state = _pick_both(decay, state, s, S - 1)
+    return before, out, state, decay
+
+
+@triton.jit
 def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr):
     """What S segments do to a state, (S, D), composed, from the state `carry` (D,) before all of them.
 
     Returns:
         The states that enter the segments, (S, D), the one that leaves the last, (D,), and the product of the decays.
     """
-    s = tl.arange(0, S)[:, None]
-    if S > 1:
-        # `reverse=True` would turn every warp's values around.
-        if REVERSE:
-            decay, state = tl.flip(decay, 0), tl.flip(state, 0)
-        one = tl.full(state.shape, 1.0, tl.float32)
-        decay, state, before, out = tl.associative_scan((decay, state, one, -0.0 * one), 0, _handed)
-        entry = out + before * carry[None, :]
-        if REVERSE:
-            entry = tl.flip(entry, 0)
-    else:
-        entry = tl.broadcast_to(carry[None, :], state.shape)
-    decay = pick(decay, s, S - 1)
-    return entry, pick(state, s, S - 1) + decay * carry, decay
+    before, out, state, decay = _composed(decay, state, S, REVERSE)
+    return out + before * carry[None, :], state + decay * carry, decay
 
 
 @triton.jit
@@ -252,6 +278,75 @@ def _load_low(
 
 
 @triton.jit
+def _load_factors(dt_ptr, at, mask, dt_s, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
+    """Time steps of some pixels, R of (T, S, 1)."""
+    factors = ()
+    for r in tl.static_range(R):
+        factors = factors + (_load_column(dt_ptr + r * dt_s, at, mask, T, S),)
+    return factors
+
+
+@triton.jit
+def _load_weights(weight_ptr, k, d, d_mask, channels, R: tl.constexpr):
+    """Columns of the time step's weight of direction k times log2(e), R of (D,)."""
+    weights = ()
+    for r in tl.static_range(R):
+        weight = tl.load(weight_ptr + (k * channels + d) * R + r, mask=d_mask, other=0.0)
+        weights = weights + (weight.to(tl.float32) * LOG2E,)
+    return weights
+
+
+@triton.jit
+def _short_time_step(factors, weights, bias, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
+    """`_time_step` from `_load_factors` and `_load_weights`."""
+    step = bias[None, None, :]
+    for r in tl.static_range(len(factors)):
+        step = step + factors[r] * weights[r][None, None, :]
+    return _softplus2(step, EXACT) if SOFTPLUS else step
+
+
+@triton.jit
+def _are_neighbours(B_ptr, C_ptr):
+    """Whether B and C in 16 bits are the two halves of a word in memory."""
+    first = B_ptr.to(tl.int64)
+    return (C_ptr.to(tl.int64) == first + 2) & (first % 4 == 0)
+
+
+@triton.jit
+def _load_halves(B_ptr, C_ptr, at, mask, T: tl.constexpr, S: tl.constexpr):
+    """B and C in bfloat16 of the only state of some pixels, as the halves of a word, (T, S, 1): where they are
+    neighbours in memory, in one load."""
+    if _are_neighbours(B_ptr, C_ptr):
+        word = tl.load(B_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (at >> 1), mask=mask, other=0)
+    else:
+        b = tl.load(B_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        c = tl.load(C_ptr + at, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        word = (b & 0xFFFF) | (c << 16)
+    return tl.reshape(word, (T, S))[:, :, None]
+
+
+@triton.jit
+def _load_step(
+    x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s, B_s, C_s,
+    R: tl.constexpr, R_READ: tl.constexpr, R_PAD: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What the forward asks for of a tile before it works on it: x (T * S, D), time steps, and with COLUMNS B and C."""
+    at = k * ps_k + pixel * ps_p
+    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & x_mask[None, :], vector, xs_p)
+    if SHORT:
+        low = _load_factors(dt_ptr, at, mask, dt_s, R, T, S)
+    else:
+        low = _load_low(dt_ptr, at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+    columns = ()
+    if COLUMNS == "halves":
+        columns = (_load_halves(B_ptr, C_ptr, at, mask, T, S),)
+    elif COLUMNS == "apart":
+        columns = _load_columns(B_ptr, C_ptr, 0, at, mask, B_s, C_s, T, S)
+    return x_rows, low, columns
+
+
+@triton.jit
 def _product(a, b, out, PRECISION: tl.constexpr):
     """out + a @ b, see `product_precision`."""
     if PRECISION == "bf16":
@@ -416,44 +511,114 @@ def scan2d_carry_kernel(
             tl.store(entry_ptr + (to * 2 * N + adjoint * N + n) * BLOCK_D + lane, state, mask=mask)
 
 
+@triton.jit
+def _word(decay, state):
+    """A decay, which has no sign, and a state as one number below zero: 64 bits are written and read at once."""
+    high = decay.to(tl.int32, bitcast=True).to(tl.int64) | -(2**31)
+    return (high << 32) | (state.to(tl.int32, bitcast=True).to(tl.int64) & (2**32 - 1))
+
+
+@triton.jit
+def _hand_on(words_ptr, decay, state, run, runs, BLOCK_D: tl.constexpr):
+    """Tells the runs after this one what it does to a state, (D,), and finds out with which it is entered.
+
+    Runs are in groups. Each leaves its decay and its state as if from zero, and waits for those of the runs before it
+    in its group and for the state that has left the group before, which the last of that has left there. What is
+    composed in which order does not depend on who comes first.
+
+    Args:
+        words_ptr: Numbers that are 0 at first, those of `_word` later: of the runs (runs, D), then of groups.
+    """
+    lane = tl.arange(0, BLOCK_D)
+    groups_ptr = words_ptr + runs * BLOCK_D
+    if run < runs - 1:
+        tl.atomic_xchg(words_ptr + run * BLOCK_D + lane, _word(decay, state), sem="relaxed")
+    i = tl.arange(0, GROUP)[:, None]
+    group = run // GROUP
+    earlier = group * GROUP - 1 + i
+    at = tl.where(i == 0, groups_ptr + (group - 1) * BLOCK_D + 0 * i, words_ptr + earlier * BLOCK_D) + lane[None, :]
+    mask = (earlier >= 0) & (earlier < run)
+    words = tl.load(at, mask=mask, other=-1, volatile=True)
+    while tl.max(tl.max(words, 0), 0) >= 0:
+        words = tl.load(at, mask=mask, other=-1, volatile=True)
+    decays = ((words >> 32) & (2**31 - 1)).to(tl.int32).to(tl.float32, bitcast=True)
+    states = words.to(tl.int32).to(tl.float32, bitcast=True)
+    decays, states = tl.where(mask, decays, 1.0), tl.where(mask, states, 0.0)
+    unused, states = tl.associative_scan((decays, states), 0, compose)
+    entry = pick(states, i, GROUP - 1)
+    if (run % GROUP == GROUP - 1) & (run < runs - 1):
+        left = _word(tl.zeros_like(decay), state + decay * entry)
+        tl.atomic_xchg(groups_ptr + group * BLOCK_D + lane, left, sem="relaxed")
+    return entry
+
+
 @kernel
 def scan2d_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, border_ptr, partial_ptr, y_ptr,
-    borders, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, words_ptr, border_ptr, partial_ptr,
+    y_ptr, borders, walks, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
     xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_p, ys_k,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
     GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
-    AHEAD: tl.constexpr, BORDER: tl.constexpr,
+    AHEAD: tl.constexpr, BORDER: tl.constexpr, SHORT: tl.constexpr, COLUMNS: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
     directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each.
+
+    With `words_ptr`, numbers that are 0 at first, runs of a tile and one state hand on what they do to it, see
+    `_hand_on`. The first of the numbers counts the programs that have started, which it gives runs in their order: what
+    a run waits for has started.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
     """
     ALONE: tl.constexpr = GROUPED or APART
-    block = tl.program_id(0) % blocks
+    CHAINED: tl.constexpr = words_ptr is not None
+    index = tl.program_id(0)
+    if CHAINED:
+        program = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
+        pixel_run = program // walks
+        index = program % walks
+    block = index % blocks
     begin = 0
     end = 2 * K
-    index = tl.program_id(0) // blocks
+    index = index // blocks
     if ALONE:
         begin = index % K
         end = begin + 1
         index = index // K
-    pixel_run = index % runs
-    sequence = index // runs
+    sequence = index
+    if not CHAINED:
+        pixel_run = index % runs
+        sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
-    x_ptr += b * xs_b
-    y_ptr += b * ys_b
+    if SHIFTED:
+        x_ptr += b * (xs_b // VECTOR * VECTOR)
+        y_ptr += b * (ys_b // VECTOR * VECTOR)
+    else:
+        x_ptr += b * xs_b
+        y_ptr += b * ys_b
     partial_ptr += b * ys_b
     dt_ptr += b * ps_b
     B_ptr += b * ps_b
     C_ptr += b * ps_b
 
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    d_mask = d < channels
+    if SHIFTED:
+        # Blocks begin where vectors of channels do, before the group. Those that reach out of it are read, too.
+        shift = begin * channels % VECTOR
+        of_vector = d // VECTOR * VECTOR - shift
+        d -= shift
+        d_mask = (d >= 0) & (d < channels)
+        x_mask = (of_vector > -VECTOR) & (of_vector < channels)
+        whole = (of_vector >= 0) & (of_vector + VECTOR <= channels)
+        xs_p = xs_p // VECTOR * VECTOR
+        ys_p = ys_p // VECTOR * VECTOR
+    else:
+        d_mask = d < channels
+        x_mask = d_mask
     n_index = tl.arange(0, N_PAD)[:, None]
     # Rows of a tile are (t, s) for step t of segment s: neighbouring rows are in different lanes and warps, so that a
     # segment stays in one thread.
@@ -464,42 +629,60 @@ def scan2d_fwd_kernel(
     slots = runs * tiles * (T * S)
 
     for turn in range(begin, end):
-        k, walks, first, last = _turn(turn, K, chosen, columns, order, ALONE)
-        if walks:
+        k, walked, first, last = _turn(turn, K, chosen, columns, order, ALONE)
+        if walked:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
-            run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
-            weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
+            run = pixel_run
+            if not CHAINED:
+                run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
+            # The width of a thread's loads decides how many lanes the channels of a pixel take.
+            if SHIFTED:
+                vector = k * channels // VECTOR * VECTOR + block * BLOCK_D + tl.arange(0, BLOCK_D)
+            else:
+                vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
+            if AHEAD or CHAINED:
+                # Before the parameters, which a program with a single tile would wait for first.
+                pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, LONG, WIDE)
+                x_rows, low, of_state = _load_step(
+                    x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
+                    B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
+                )  # fmt: skip
+            if SHORT:
+                no_weight, bias = _load_parameters(None, bias_ptr, k, d, d_mask, channels, R, 0, False)
+                weight = _load_weights(weight_ptr, k, d, d_mask, channels, R)
+            else:
+                weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
             # The first program, or the first turn, of a map also passes the skip.
             skips = k == 0 if APART else first
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
-            # The width of a thread's loads decides how many lanes the channels of a pixel take.
-            vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             out_ptr = y_ptr
             if APART:
                 out_ptr += k * tl.cast(ys_k, tl.int64)
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
-                walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
-                carry += tl.load(entry_ptr + walk * (2 * N * BLOCK_D) + at, mask=n_index < N, other=0.0)
+                walk = ((sequence * K + k) * blocks + block).to(tl.int64)
+                if not CHAINED:
+                    entry_at = (walk * runs + run) * (2 * N * BLOCK_D) + at
+                    carry += tl.load(entry_ptr + entry_at, mask=n_index < N, other=0.0)
             if border_ptr is not None:
                 border_at = border_ptr + (sequence * K + k).to(tl.int64) * borders * (N * channels)
                 # Before a reversed direction, the backward may have fewer places without a pixel.
-                shift = direction[0] * (slots - borders * BORDER)
+                before_map = direction[0] * (slots - borders * BORDER)
             A_k = A_ptr + k * channels * N
             if N == 1:
                 A = _load_decay(A_k, 0, d, d_mask, N)
-            if AHEAD:
-                pixel, mask = _visit(o, run * tiles * (T * S), slots, direction, length, AXES, LONG, WIDE)
-                x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
-                low_at = k * ps_k + pixel * ps_p
-                low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
             for tile in tl.range(0, tiles, num_stages=1):
-                if not AHEAD:
-                    pixel, mask = _visit(o, (run * tiles + tile) * (T * S), slots, direction, length, AXES, LONG, WIDE)
-                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
-                    low_at = k * ps_k + pixel * ps_p
-                    low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
-                p_at, p_mask, p_low = k * ps_k + pixel * ps_p, mask, low
+                slot = (run * tiles + tile) * (T * S)
+                if AHEAD:
+                    # Found again: to carry it from tile to tile takes more instructions.
+                    same, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
+                elif not CHAINED:
+                    pixel, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
+                    x_rows, low, of_state = _load_step(
+                        x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
+                        B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
+                    )  # fmt: skip
+                p_at, p_mask, p_low, p_of_state = k * ps_k + pixel * ps_p, mask, low, of_state
                 full_mask = mask[:, None] & d_mask[None, :]
                 x = _tile(x_rows, T, S)
                 y_at = (pixel * ys_p)[:, None] + vector[None, :]
@@ -507,38 +690,57 @@ def scan2d_fwd_kernel(
                 if not ALONE:
                     earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if AHEAD:
-                    ahead = (run * tiles + tile + 1) * (T * S)
-                    pixel, mask = _visit(o, ahead, slots, direction, length, AXES, LONG, WIDE)
+                    pixel, mask = _visit(o, slot + T * S, slots, direction, length, AXES, LONG, WIDE)
                     mask &= tile + 1 < tiles
-                    x_rows = _load_rows(x_ptr, pixel, mask[:, None] & d_mask[None, :], vector, xs_p)
-                    low_at = k * ps_k + pixel * ps_p
-                    low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
+                    x_rows, low, of_state = _load_step(
+                        x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
+                        B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
+                    )  # fmt: skip
 
-                logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION, FOLDED)
+                if SHORT:
+                    step = _short_time_step(p_low, weight, bias, SOFTPLUS, PRECISION == "tf32x3")
+                else:
+                    logit, step = _time_step(p_low, weight, bias, T, S, R, SOFTPLUS, PRECISION, FOLDED)
                 if not ALONE:
                     y += _tile(earlier, T, S)
                 for n in range(N):
                     if N > 1:
                         A = _load_decay(A_k, n, d, d_mask, N)
-                    b_n, c_n = _load_columns(B_ptr, C_ptr, n, p_at, p_mask, B_s, C_s, T, S)
+                    if COLUMNS == "halves":
+                        b_n = (p_of_state[0] << 16).to(tl.float32, bitcast=True)
+                        c_n = (p_of_state[0] & -65536).to(tl.float32, bitcast=True) * LN2
+                    elif COLUMNS == "apart":
+                        b_n, c_n = p_of_state
+                    else:
+                        b_n, c_n = _load_columns(B_ptr, C_ptr, n, p_at, p_mask, B_s, C_s, T, S)
                     decay = tl.exp2(A[None, None, :] * step)
                     h = step * (b_n * x)
                     through, ended = _ends(decay, h, T)
-                    entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False)
+                    if CHAINED:
+                        before, out, state, product = _composed(through, ended, S, False)
+                        handed = words_ptr + 1 + walk * (runs + runs // GROUP) * BLOCK_D
+                        entry = out + before * _hand_on(handed, product, state, run, runs, BLOCK_D)[None, :]
+                    else:
+                        entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False)
+                        carry = tl.where(n_index == n, left[None, :], carry)
                     if border_ptr is not None:
-                        slot = (run * tiles + tile) * (T * S) + o - shift
-                        border = slot // BORDER
-                        kept = (row < S) & (slot % BORDER == 0) & (slot >= 0) & (border < borders)
+                        place = slot + o - before_map
+                        border = place // BORDER
+                        kept = (row < S) & (place % BORDER == 0) & (place >= 0) & (border < borders)
                         rows = border_at + (border.to(tl.int64) * N + n)[:, None] * channels
                         # In the shape of the tile, whose layout a store by segments would not keep to.
                         entries = tl.reshape(tl.broadcast_to(entry[None, :, :], (T, S, BLOCK_D)), (T * S, BLOCK_D))
                         tl.store(rows + d[None, :], entries, mask=kept[:, None] & d_mask[None, :])
-                    carry = tl.where(n_index == n, left[None, :], carry)
                     _, h = tl.associative_scan((decay, tl.where(t == 0, h + decay * entry[None, :, :], h)), 0, compose)
                     y += c_n * h
 
                 y = tl.reshape(y, (T * S, BLOCK_D))
-                if last:
+                if SHIFTED:
+                    y = y.to(y_ptr.dtype.element_ty)
+                    tl.store(out_ptr + y_at, y, mask=p_mask[:, None] & whole[None, :])
+                    if SHIFTED > 1:
+                        tl.store(out_ptr + y_at, y, mask=p_mask[:, None] & (d_mask & ~whole)[None, :])
+                elif last:
                     tl.store(out_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + y_at, y, mask=full_mask)
@@ -842,8 +1044,10 @@ class Config(NamedTuple):
         tiles: Tiles of a run, which a program walks one after the other; 0 for the whole sequence.
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
         ahead: Whether a tile's time steps, and the forward's x, are asked for before the work on the tile before.
+        columns: Whether the forward asks for B and C of one state together with x.
         apart: Whether directions are programs of their own, with a map of results (backward: of sums) each.
-        chained: Whether a run of the backward waits for the one after it, where the forward has kept states.
+        chained: Whether runs wait for each other: of the backward for the one after it, where the forward has kept
+            states, of the forward, which then are of one tile, for those before it.
     """
 
     T: int
@@ -853,6 +1057,7 @@ class Config(NamedTuple):
     tiles: int = 0
     maxnreg: int | None = None
     ahead: bool = False
+    columns: bool = False
     apart: bool = False
     chained: bool = False
 
@@ -863,7 +1068,7 @@ class Config(NamedTuple):
 
 
 # Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too, as are "narrow
-# apart" and "wide apart"; "many apart" are 16.
+# apart", "wide apart" and "chained"; "many apart" and "wide groups" are 16, "long" and "short" are 8.
 FORWARD = {
     "runs": Config(8, 32, 4, 1, tiles=4),
     "3": Config(4, 32, 4, 4, maxnreg=168, ahead=True),
@@ -872,10 +1077,19 @@ FORWARD = {
     "many": Config(4, 32, 4, 1, maxnreg=168, ahead=True),
     "many states": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2),
-    "few apart": Config(4, 32, 4, 4, maxnreg=128, apart=True),
+    "chained": Config(8, 32, 4, 2, tiles=1, maxnreg=168, columns=True, apart=True, chained=True),
+    "long apart": Config(8, 32, 4, 4, ahead=True, columns=True, apart=True),
+    "short apart": Config(8, 32, 4, 2, ahead=True, columns=True, apart=True),
     "narrow apart": Config(4, 32, 4, 1, maxnreg=168, ahead=True, apart=True),
+    "few wide apart": Config(4, 64, 4, 4, maxnreg=168, ahead=True, columns=True, apart=True),
     "wide apart": Config(4, 64, 4, 2, maxnreg=168, ahead=True, apart=True),
     "many apart": Config(4, 64, 4, 2, maxnreg=128, apart=True),
+    "chained groups": Config(8, 16, 4, 1, tiles=1, maxnreg=168, columns=True, chained=True),
+    "long groups": Config(8, 16, 4, 4, ahead=True, columns=True),
+    "long wider groups": Config(8, 32, 4, 8, ahead=True, columns=True),
+    "short groups": Config(8, 16, 4, 1, ahead=True, columns=True),
+    "many groups": Config(4, 16, 4, 1, maxnreg=168, ahead=True, columns=True),
+    "wide groups": Config(4, 128, 4, 4, maxnreg=128),
 }
 BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=9),
@@ -889,17 +1103,20 @@ BACKWARD = {
 }
 
 
+# Ranks of time steps that a few multiply-adds expand.
+SHORT_RANKS = range(1, 4)
 # Programs of one warp with all registers that an H100's 132 multiprocessors run at once.
 AT_ONCE = 8 * 132
 
 
 def _fwd_config(problem: "_Sizes") -> Config:
-    if problem.separable and (problem.programs >= 48 or problem.length < 1024):
-        if problem.programs < 132:
-            return FORWARD["few apart"]
-        if problem.channels < 128:
-            return FORWARD["narrow apart"]
-        return FORWARD["wide apart" if problem.programs < 1024 else "many apart"]
+    if problem.separable:
+        return FORWARD[_apart(problem)]
+    if problem.grouped and problem.states == 1 and not problem.per_line:
+        if problem.rank in SHORT_RANKS and problem.channels <= 48:
+            return FORWARD[_narrow_groups(problem)]
+        if problem.channels in range(97, 129) and problem.programs > 6 * 132:
+            return FORWARD["wide groups"]
     if problem.programs < 132 and problem.length >= 512:
         return FORWARD["runs"]
     if problem.states > 1 and problem.programs < 1024:
@@ -910,6 +1127,33 @@ def _fwd_config(problem: "_Sizes") -> Config:
     if problem.channels >= 128 and problem.rank > 32:
         return FORWARD["wide"]
     return FORWARD["many" if problem.states == 1 else "many states"]
+
+
+def _apart(problem: "_Sizes") -> str:
+    """Name of the forward's configuration for directions apart."""
+    if problem.programs < 40:
+        return "chained"
+    if problem.programs <= 66:  # a direction; twice the multiprocessors for four
+        return "long apart"
+    if problem.programs < 132:
+        return "short apart"
+    if problem.channels < 128:
+        return "narrow apart"
+    if problem.programs < 198:
+        return "few wide apart"
+    return "wide apart" if problem.programs < 1024 else "many apart"
+
+
+def _narrow_groups(problem: "_Sizes") -> str:
+    """Name of the forward's configuration for groups of few channels whose time steps need no tensor cores."""
+    programs = problem.batch * problem.count * cdiv(problem.channels, 16)
+    if programs < 100:
+        return "chained groups"
+    if problem.length > 1024 and problem.channels > 16:
+        return "long wider groups"
+    if programs <= 4 * 132:
+        return "long groups"
+    return "short groups" if programs <= AT_ONCE else "many groups"
 
 
 def _bwd_config(problem: "_Sizes") -> Config:
@@ -1075,6 +1319,23 @@ class _Problem(_Sizes):
     def walks_apart(self, config: Config) -> bool:
         return config.apart and self.count > 1 and not self.grouped
 
+    def columns_ahead(self, config: Config) -> str | None:
+        """How B and C are asked for with a tile's x: as the halves of words if they may be that."""
+        if self.states > 1 or not config.columns:
+            return None
+        even = math.gcd(*self.strides()[:3]) % 2 == 0
+        return "halves" if even and self.B.dtype == self.C.dtype == torch.bfloat16 else "apart"
+
+    def shifted(self, config: Config, *maps: Tensor) -> int:
+        """Whether groups of channels, which do not begin at multiples of a thread's channels, are read from one on."""
+        vector, (blocks, runs, _) = config.VECTOR, self.cut(config)
+        strides = math.gcd(self.count * self.channels, *(n for m in maps for n in _map_strides(m)))
+        over = vector - math.gcd(self.channels, vector)
+        room = cdiv(self.channels + over, config.BLOCK_D) == blocks
+        if not (self.grouped and self.channels % 16 > 0 and strides % vector == 0 and runs == 1 and room):
+            return 0
+        return 2 if over else 1
+
     def maps(self, result: Tensor) -> Tensor:
         """A map laid out like the result for each direction, (K, numbers of a map)."""
         # bfloat16 has float32's range, which a direction's part of a gradient may need.
@@ -1092,10 +1353,14 @@ class _Problem(_Sizes):
         gradients = self.height * self.width * self.count * (self.rank + 2 * self.states or self.channels)
         wide = max(_reach(self.dt, self.B, self.C, *maps), gradients) >= 2**31
         limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+        constants = dict(self.constants)
+        if constants["R_PAD"] == config.BLOCK_D:
+            # Triton loads matrices of one shape alike.
+            constants["ALIGNED"] = min(constants["ALIGNED"], config.VECTOR.bit_length() - 1)
         return dict(
             T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR, SPLIT=self.cut(config)[1] > 1,
             WIDE=wide, LONG=min(self.height, self.width) >= config.T * config.S, num_warps=config.num_warps,
-            **self.constants, **limit,
+            **constants, **limit,
         )  # fmt: skip
 
     def enter(
@@ -1198,19 +1463,27 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
     problem = _Problem(*args)
     x = problem.x
     config = _fwd_config(problem)
-    entries, _ = problem.enter(config)
+    apart = problem.walks_apart(config)
+    blocks, runs, tiles = problem.cut(config)
+    walks = problem.batch * problem.sequences * problem.count * blocks
+    entries = words = None
+    if config.chained and runs > 1 and tiles == problem.states == 1 and (apart or problem.grouped):
+        words = x.new_zeros(1 + walks * (runs + runs // GROUP.value) * config.BLOCK_D, dtype=torch.int64)
+    else:
+        entries, _ = problem.enter(config)
     borders, count, border = None, 0, 0
     if saved:
         (borders,), backward_config = saved, _bwd_config(problem)
         count, border = borders.shape[2] * borders.shape[3], backward_config.T * backward_config.S
-    apart = problem.walks_apart(config)
     maps = problem.maps(out) if apart else out
     partial = maps if apart else problem.sums(out)
-    tensors = (x, *problem.parameters(), entries, borders, partial, maps, count)
+    tensors = (x, *problem.parameters(), entries, words, borders, partial, maps, count, walks)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out), maps.stride(0))
     problem.launch(
         scan2d_fwd_kernel, config, tensors, strides, x, out,
         alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, BORDER=border,
+        SHORT=problem.rank in SHORT_RANKS and config.BLOCK_D <= 16, SHIFTED=problem.shifted(config, x, out),
+        COLUMNS=problem.columns_ahead(config),
     )  # fmt: skip
     return maps
 
