@@ -480,7 +480,8 @@ class ConvMlp(nn.Module):
         self.conv = DepthwiseConv2d(hidden_dim, 3, act_layer=act_layer)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = Linear(hidden_dim, dim)
-        self.drop2 = nn.Dropout(drop)
+        # Inductor (torch 2.11) copies what goes through dropout that does nothing.
+        self.drop2 = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x).permute(0, 3, 1, 2)
