@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _ahead
 from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat, sum_parts
 
 # Taps up to which all that a backward needs fits in registers.
@@ -17,6 +18,7 @@ SMALL = 9
 WIDE = 28
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -57,11 +59,35 @@ def times_derivative(g, s, ACT: tl.constexpr):
 
 
 @triton.jit
-def float32(row):
+def unpacked(pairs, DTYPE: tl.constexpr):
+    """Pairs of 16-bit numbers, each an integer (BLOCK_S, BLOCK_C // 2), as (BLOCK_S, BLOCK_C) in float32."""
+    if tl.bfloat16 == DTYPE:
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        high = (pairs & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(low, high), [pairs.shape[0], 2 * pairs.shape[1]])
+
+
+@triton.jit
+def float32(row, DTYPE: tl.constexpr):
+    """Pixels in float32; integers are pairs of what was DTYPE."""
     out = ()
     for i in tl.static_range(len(row)):
-        out = out + (row[i].to(tl.float32),)
+        if row[i].dtype == tl.int32:
+            out = out + (unpacked(row[i], DTYPE),)
+        else:
+            out = out + (row[i].to(tl.float32),)
     return out
+
+
+@triton.jit
+def lanes(pointer, block, strip, channels, BLOCK_C: tl.constexpr):
+    """Numbers of a block's channels in a map, of integers those of pairs, and which of them exist."""
+    EACH: tl.constexpr = 2 if pointer.dtype.element_ty == tl.int32 else 1
+    channel = block * (BLOCK_C // EACH) + tl.arange(0, BLOCK_C // EACH)[None, :] + 0 * strip
+    return channel, channel * EACH < channels
 
 
 @triton.jit
@@ -186,6 +212,7 @@ def depthwise_conv2d_fwd_kernel(
     KW: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
+    DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -195,9 +222,11 @@ def depthwise_conv2d_fwd_kernel(
     LEFT: tl.constexpr = KW // 2
     channels *= VEC
     blocks_c = tl.cdiv(channels, BLOCK_C)
+    block_c = tl.program_id(0) % blocks_c
     strip = tl.program_id(0) // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
-    channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + 0 * strip
-    inside = channel < channels
+    channel, inside = lanes(weight, block_c, strip, channels, BLOCK_C)
+    x_channel, x_inside = lanes(x, block_c, strip, channels, BLOCK_C)
+    X_VEC: tl.constexpr = VEC * x_channel.shape[1] // BLOCK_C
     taps = load_taps(weight, channel, inside, KH * KW)
     if FLIP:
         taps = flip(taps)
@@ -210,9 +239,9 @@ def depthwise_conv2d_fwd_kernel(
     image = (strip // strips_of_row).to(tl.int64)
     column = (strip % strips_of_row * COLUMNS).to(tl.int64)
     inside &= strip < strips
-    x += image * x_batch * VEC + (column - LEFT) * x_column * VEC + channel
+    x += image * x_batch * X_VEC + (column - LEFT) * x_column * X_VEC + x_channel
     y += image * y_batch * VEC + column * y_column * VEC + channel
-    x_masks = on_map(column, inside, width, COLUMNS, LEFT, EVEN)
+    x_masks = on_map(column, x_inside & (strip < strips), width, COLUMNS, LEFT, EVEN)
     y_masks = on_map(column, inside, width, COLUMNS, 0, EVEN)
 
     first = tl.program_id(1) * segment
@@ -221,10 +250,10 @@ def depthwise_conv2d_fwd_kernel(
     end = tl.minimum(last + TOP, height)
     # Rows of the output whose window is at the row of the input, from the one that this row completes.
     sums = repeat(start, KH * COLUMNS)
-    following = load_row(x, begin, height, x_row * VEC, x_column * VEC, x_masks)
+    following = load_row(x, begin, height, x_row * X_VEC, x_column * X_VEC, x_masks)
     for row in range(begin, end):
-        current = float32(following)
-        following = load_row(x, row + 1, height, x_row * VEC, x_column * VEC, x_masks)
+        current = float32(following, DTYPE)
+        following = load_row(x, row + 1, height, x_row * X_VEC, x_column * X_VEC, x_masks)
         sums = correlate(sums, current, taps, KH, KW)
         out = ()
         for j in tl.static_range(COLUMNS):
@@ -273,6 +302,7 @@ def depthwise_conv2d_bwd_kernel(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     SEGMENTED: tl.constexpr,
+    DTYPE: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -291,8 +321,10 @@ def depthwise_conv2d_bwd_kernel(
     blocks_c = tl.cdiv(channels, BLOCK_C)
     block_c = tl.program_id(0) % blocks_c
     lane = tl.arange(0, BLOCK_S)[:, None]
-    channel = block_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + 0 * lane
-    exists = channel < channels
+    channel, exists = lanes(weight, block_c, lane, channels, BLOCK_C)
+    # What is loaded row by row; x and g are both of pairs or not.
+    own_channel, own_exists = lanes(x, block_c, lane, channels, BLOCK_C)
+    OWN_VEC: tl.constexpr = VEC * own_channel.shape[1] // BLOCK_C
     if ACT is not None or gx is not None:
         taps = load_taps(weight, channel, exists, TAPS)
     zero = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -312,10 +344,11 @@ def depthwise_conv2d_bwd_kernel(
         image = (strip // strips_of_row).to(tl.int64)
         column = (strip % strips_of_row * COLUMNS).to(tl.int64)
         inside = exists & (strip < strips)
-        x_strip = x + image * x_batch * VEC + (column - AROUND) * x_column * VEC + channel
-        g_strip = g + image * g_batch * VEC + (column - LEFT) * g_column * VEC + channel
-        x_masks = on_map(column, inside, width, COLUMNS, AROUND, EVEN)
-        g_masks = on_map(column, inside, width, COLUMNS, LEFT, EVEN)
+        own_inside = own_exists & (strip < strips)
+        x_strip = x + image * x_batch * OWN_VEC + (column - AROUND) * x_column * OWN_VEC + own_channel
+        g_strip = g + image * g_batch * OWN_VEC + (column - LEFT) * g_column * OWN_VEC + own_channel
+        x_masks = on_map(column, own_inside, width, COLUMNS, AROUND, EVEN)
+        g_masks = on_map(column, own_inside, width, COLUMNS, LEFT, EVEN)
         if gx is not None:
             gx_strip = gx + image * gx_batch * VEC + column * gx_column * VEC + channel
             gx_masks = on_map(column, inside, width, COLUMNS, 0, EVEN)
@@ -326,17 +359,17 @@ def depthwise_conv2d_bwd_kernel(
         before = repeat(start, KH * AROUND_COLUMNS)
         gx_sums = repeat(zero, KH * COLUMNS)
         for row in range(tl.maximum(begin - TOP, 0), begin + TOP):
-            current = float32(load_row(x_strip, row, height, x_row * VEC, x_column * VEC, x_masks))
+            current = float32(load_row(x_strip, row, height, x_row * OWN_VEC, x_column * OWN_VEC, x_masks), DTYPE)
             rows = rows[COLUMNS:] + own_rows(current[AROUND : AROUND + COLUMNS], row, first, last, SEGMENTED)
             if ACT is not None:
                 before = correlate(before, current, taps, KH, KW)
                 before = before[AROUND_COLUMNS:] + repeat(start, AROUND_COLUMNS)
-        x_following = load_row(x_strip, begin + TOP, height, x_row * VEC, x_column * VEC, x_masks)
-        g_following = load_row(g_strip, begin, height, g_row * VEC, g_column * VEC, g_masks)
+        x_following = load_row(x_strip, begin + TOP, height, x_row * OWN_VEC, x_column * OWN_VEC, x_masks)
+        g_following = load_row(g_strip, begin, height, g_row * OWN_VEC, g_column * OWN_VEC, g_masks)
         for row in range(begin, end):
-            current, g_current = float32(x_following), float32(g_following)
-            x_following = load_row(x_strip, row + TOP + 1, height, x_row * VEC, x_column * VEC, x_masks)
-            g_following = load_row(g_strip, row + 1, height, g_row * VEC, g_column * VEC, g_masks)
+            current, g_current = float32(x_following, DTYPE), float32(g_following, DTYPE)
+            x_following = load_row(x_strip, row + TOP + 1, height, x_row * OWN_VEC, x_column * OWN_VEC, x_masks)
+            g_following = load_row(g_strip, row + 1, height, g_row * OWN_VEC, g_column * OWN_VEC, g_masks)
             rows = rows[COLUMNS:] + own_rows(current[AROUND : AROUND + COLUMNS], row + TOP, first, last, SEGMENTED)
             if ACT is not None:
                 before = correlate(before, current, taps, KH, KW)
@@ -387,6 +420,13 @@ def _vec(*maps: Tensor) -> int:
     return 2 if all(x.shape[1] % 2 == 0 and all(x.stride(i) % 2 == 0 for i in (0, 2, 3)) for x in maps) else 1
 
 
+def _in_pairs(*maps: Tensor) -> list[Tensor]:
+    """Maps whose pixels are even numbers of 16-bit channels as maps of pairs, if all of them can be read so."""
+    if any(x.element_size() != 2 or _ahead.address(x) % 4 for x in maps):
+        return list(maps)
+    return [x.permute(0, 2, 3, 1).view(torch.int32).permute(0, 3, 1, 2) for x in maps]
+
+
 def _strides(x: Tensor, vec: int) -> tuple[int, int, int]:
     """Strides of images, rows and columns in multiples of `vec`."""
     return x.stride(0) // vec, x.stride(2) // vec, x.stride(3) // vec
@@ -417,16 +457,18 @@ def convolved(
     if y.numel() == 0:
         return y
     x, kh, kw = _last(x), *weight.shape[2:]
-    columns, vec = 7 if kh * kw <= SMALL and (act != "gelu" or width <= WIDE) else 4, _vec(x)
+    is_large = kh * kw > SMALL
+    columns, vec = 7 if not is_large and (act != "gelu" or width <= WIDE) else 4, _vec(x)
     block_s, block_c = _tile(channels, kh * kw, vec)
     strips = batch * cdiv(width, columns)
     programs = cdiv(strips, block_s) * cdiv(channels, block_c)
-    segment = _segment(programs, height, 4096 if kh * kw <= SMALL else 1024)
-    if kh * kw <= SMALL:
+    segment = _segment(programs, height, 1024 if is_large else 4096)
+    if not is_large:
         # The longer the walks, the longer a GPU waits for the last ones.
         segment = min(segment, _segment(programs, height, 3 * 4096, rows=40))
+    loaded = _in_pairs(x)[0] if is_large and vec == 2 else x
     depthwise_conv2d_fwd_kernel[(programs, cdiv(height, segment))](
-        x,
+        loaded,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         y,
@@ -443,6 +485,7 @@ def convolved(
         KW=kw,
         COLUMNS=columns,
         EVEN=width % columns == 0,
+        DTYPE=_DTYPES.get(x.dtype, tl.float32),
         VEC=vec,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
@@ -482,9 +525,9 @@ def backward(
     segment = _segment(groups * blocks_c, height, at_once)
     segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
+    loaded = _in_pairs(g, x) if not whole and vec == 2 else [g, x]
     depthwise_conv2d_bwd_kernel[(groups * blocks_c, segments)](
-        g,
-        x,
+        *loaded,
         weight,
         bias,
         gx if whole else None,
@@ -503,6 +546,7 @@ def backward(
         COLUMNS=columns,
         EVEN=width % columns == 0,
         SEGMENTED=segments > 1,
+        DTYPE=_DTYPES.get(x.dtype, tl.float32),
         VEC=vec,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
