@@ -1,5 +1,7 @@
 """The projected line scan: every backend against the definition in float64."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.harness import check_machinery, check_saving, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import line_scan, projected_line_scan, use_backend
+from vla.ops._maps import as_map, pixels
 from vla.ops.line_scan.frames import DIRECTIONS
 from vla.ops.projected_line_scan import operator
 
@@ -72,8 +75,26 @@ def test_kernels_of_mixed_precision(dtype, side, aligned):
     tensors = {n: t.float() for n, t in make((1, 18, 5, side), 4).items()}
     tensors["x"] = tensors["x"].to(dtype).contiguous(memory_format=torch.channels_last)
 
+    project = importlib.import_module("vla.ops.projected_line_scan._triton").proxy_of
+    expected = tensors["x"].permute(0, 2, 3, 1).flatten(0, 2).double() @ tensors["weight"].double().T
+    assert_close("proxy", project(tensors["x"], tensors["weight"]), expected)
+
+    class Project(torch.autograd.Function):
+        """The kernel's sums, which may end in other digits than a library's."""
+
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return as_map(project(x, weight), x)
+
+        @staticmethod
+        def backward(ctx, g):
+            x, weight = ctx.saved_tensors
+            rows = pixels(g).to(dtype)
+            return as_map(rows @ weight.to(dtype), x), rows.T @ pixels(x)
+
     def composed(x, weight, gates, lam, u, skip):
-        proxy = (x.permute(0, 2, 3, 1) @ weight.to(dtype).T).permute(0, 3, 1, 2)
+        proxy = Project.apply(x, weight)
         return line_scan(x, gates, lam, ALL, u, skip, proxy, aligned=aligned)
 
     expected = run("triton", composed, tensors)
