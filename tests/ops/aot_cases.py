@@ -226,15 +226,21 @@ def _q_shift_mix() -> Iterator[Case]:
 
 
 def _layer_norm_grn() -> Iterator[Case]:
-    def arguments(layout, *size, **options):
+    def arguments(layout, *size, features=None, **options):
         def make(dtype: torch.dtype) -> dict:
             channels = size[1]
             parameters = {name: weight(channels) for name in ("norm_weight", "norm_bias", "weight", "bias")}
+            if features is not None:
+                parameters["projection"] = weight(features, channels)
             return dict(x=layout(dtype, *size), **parameters, **options)
 
         return make
 
     f = ops.layer_norm_grn
+    yield Case("linear, gspn stage 1", f, arguments(maps, 128, 144, 56, 56, features=96), (BF16,))
+    yield Case("linear, gspn stage 2", f, arguments(maps, 128, 288, 28, 28, features=192), (BF16,))
+    yield Case("linear, gspn small", f, arguments(maps, 128, 162, 56, 56, features=108), (BF16,))
+    yield Case("linear, odd", f, arguments(rows, 1, 33, 7, 9, features=7), (FP16,))
     yield Case("gspn stage 1", f, arguments(maps, 128, 144, 56, 56))
     yield Case("gspn stage 4", f, arguments(maps, 128, 1152, 7, 7, dtype=BF16), (BF16,))
     yield Case("odd", f, arguments(rows, 1, 33, 7, 9), (FP32, FP16))

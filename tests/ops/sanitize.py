@@ -82,6 +82,11 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
+    "layer_norm_grn linear": (
+        layer_norm_grn,
+        lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9), features=44),
+        {},
+    ),
     "bias_gelu": (bias_gelu, lambda: test_gpu.test_bias_gelu.make((7, 101, 300)), {}),
     "conv_layer_norm": pictures((2, 3, 19, 22), 48),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ops.harness import check_machinery, compare, randn, run
+from tests.ops.harness import check_machinery, check_saving, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import layer_norm_grn, use_backend
 
@@ -14,7 +14,7 @@ BACKENDS = ["torch", "triton"]
 SHAPES = [(1, 5, 1, 1), (2, 3, 1, 7), (1, 33, 5, 4), (3, 16, 7, 7), (1, 144, 9, 8)]
 
 
-def make(shape, dtype=torch.float64, channels_last=True):
+def make(shape, dtype=torch.float64, channels_last=True, features=None):
     """Tensor arguments by name."""
     normal = randn(0)
     channels = shape[1]
@@ -25,6 +25,8 @@ def make(shape, dtype=torch.float64, channels_last=True):
         "weight": normal(channels),
         "bias": normal(channels),
     }
+    if features is not None:
+        tensors["projection"] = normal(features, channels) / channels**0.5
     if channels_last:
         tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -42,11 +44,85 @@ def test_against_naive(backend, shape, dtype):
     compare(backend, layer_norm_grn, make(shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [4, 20, 96])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projection(backend, shape, features, dtype):
+    compare(backend, layer_norm_grn, make(shape, dtype, features=features))
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """The kernels that know the projection, for whatever size."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("vla.ops.layer_norm_grn._triton_linear")
+    monkeypatch.setattr(module, "suits", lambda x, projection: x.dtype.itemsize == 2)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [3, 20, 96])
+@pytest.mark.parametrize("shape", [*SHAPES[2:], (2, 3, 2, 9), (1, 180, 3, 3)], ids=lambda s: "x".join(map(str, s)))
+def test_kernels_with_the_projection(linear, shape, features, dtype):
+    compare("triton", layer_norm_grn, make(shape, dtype, features=features))
+
+
+def test_projection_against_naive_in_float64():
+    compare("torch", layer_norm_grn, make((2, 33, 5, 4), features=20))
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_projection_of_parts_of_a_picture(linear, monkeypatch, programs):
+    """Programs of many tiles of pixels, and pictures of many programs."""
+    monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton_norms"), "_PROGRAMS", programs)
+    monkeypatch.setattr(linear, "_PROGRAMS", programs)
+    compare("triton", layer_norm_grn, make((2, 130, 15, 19), torch.bfloat16, features=70))
+
+
+def test_projection_of_pixels_far_from_zero(linear):
+    """The mean is taken from the product: its share must be that of the weights as they were multiplied."""
+    tensors = make((2, 48, 9, 8), torch.float16, features=32)
+    tensors["x"] = (tensors["x"] + 50).to(torch.float16)
+    compare("triton", layer_norm_grn, tensors)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_projection_of_an_empty_batch(backend):
+    results = run(backend, layer_norm_grn, make((0, 8, 3, 4), torch.bfloat16, features=5))
+    assert results["output 0"].shape == (0, 5, 3, 4)
+    assert all((value == 0).all() for value in results.values())
+
+
+def test_projection_in_mixed_precision(linear):
+    """Activations of 16 bits, parameters of 32, the result in a dtype of its own; a crop of a map, channels first."""
+    tensors = make((2, 24, 6, 9), torch.float32, channels_last=False, features=12)
+    tensors["x"] = tensors["x"].bfloat16()[:, :, 1:, 2:]
+    compare("triton", layer_norm_grn, tensors, dtype=torch.float32, relative=2e-2)
+    with use_backend("triton"):
+        y = layer_norm_grn(**tensors)
+    assert y.dtype is torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("features", [3, 40], ids=["statistics", "normalised map"])
+def test_machinery_of_what_is_saved(features):
+    pytest.importorskip("triton")
+    leaves = [t.requires_grad_() for t in make((1, 16, 3, 3), torch.bfloat16, features=features).values()]
+
+    def norms(*leaves):
+        *norms, projection = leaves
+        return layer_norm_grn(*norms, projection=projection)
+
+    *tensors, projection = (t.detach() for t in leaves)
+    arguments = (*tensors, 1e-5, 1e-6, None, projection)
+    check_saving(norms, leaves, torch.ops.vla.layer_norm_grn_train.default, arguments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_a_picture(backend, monkeypatch):
     """As with large batches, where a program sums many tiles of pixels."""
     if backend == "triton":
-        monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton"), "_PROGRAMS", 1)
+        monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton_norms"), "_PROGRAMS", 1)
     compare(backend, layer_norm_grn, make((2, 130, 11, 13), torch.float32))
 
 
@@ -101,7 +177,7 @@ class Norm(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make((2, 16, 3, 5)).values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-6, None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-6, None, None)
     check_machinery(Norm(), tensors, torch.ops.vla.layer_norm_grn.default, arguments)
 
 
@@ -112,6 +188,8 @@ def test_machinery():
         ({"x": torch.ones(2, 0, 4, 4)}, r"x has shape \(2, 0, 4, 4\), expected at least one channel"),
         ({"norm_weight": torch.ones(7)}, r"norm_weight has shape \(7,\), expected \(C,\) = \(8,\)"),
         ({"bias": torch.ones(8, 1)}, r"bias has shape \(8, 1\)"),
+        ({"projection": torch.ones(5, 7)}, r"projection has shape \(5, 7\), expected \(F, C\) = \(5, 8\)"),
+        ({"projection": torch.ones(5)}, r"projection has shape \(5,\), expected \(F, C\)"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -1,8 +1,10 @@
 """Generalized spatial propagation (GSPN), https://arxiv.org/abs/2501.12381: scan, mixer and block."""
 
 from collections.abc import Callable
+from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
@@ -113,6 +115,30 @@ def rename_released_scan(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@torch.fx.wrap
+def normalize_and_project(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    projection: Tensor,
+    projection_bias: Optional[Tensor],  # noqa: UP045
+) -> Tensor:
+    """`vla.ops.layer_norm_grn` and a linear layer, (B, C, H, W) -> (B, H, W, F), under autocast in its dtype.
+
+    In one operator in 16 bits; PyTorch's linear layers know best about float32, and on a CPU.
+    """
+    dtype = autocast_dtype(x)
+    if projection_bias is None and not x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float16):
+        y = layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype, projection)
+        return y.permute(0, 2, 3, 1)
+    y = layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype)
+    return F.linear(y.permute(0, 2, 3, 1), projection, projection_bias)
+
+
 class GSPNMixer(nn.Module):
     r"""GSPN's token mixer, (B, C, H, W) to the same, for maps of any size.
 
@@ -163,15 +189,30 @@ class GSPNMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.scan(self.conv(self.in_proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
-        return self.drop(self.out_proj(self.normalize(y))).permute(0, 3, 1, 2)
+        return self.drop(self.project(y)).permute(0, 3, 1, 2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Both norms and the last linear layer, as one operator if they are plain: (B, C, H, W) -> (B, H, W, C)."""
+        if not torch.jit.is_scripting():
+            if not is_plain(self.out_norm, nn.LayerNorm) or not is_plain(self.grn, GlobalResponseNorm):
+                return self.out_proj(self.grn(self.out_norm(x.permute(0, 2, 3, 1))))
+            if not is_plain(self.out_proj, nn.Linear):
+                return self.out_proj(self.normalize(x))
+        return normalize_and_project(
+            x,
+            self.out_norm.weight,
+            self.out_norm.bias,
+            self.grn.weight,
+            self.grn.bias,
+            self.out_norm.eps,
+            self.grn.eps,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Both norms, in one pass where they are its own: (B, C, H, W) -> (B, H, W, C)."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if not is_plain(self.out_norm, nn.LayerNorm) or not is_plain(self.grn, GlobalResponseNorm):
-                return self.grn(self.out_norm(x.permute(0, 2, 3, 1)))
-        norm = self.out_norm
-        grn = self.grn
+        """Both norms in one operator: (B, C, H, W) -> (B, H, W, C)."""
+        norm, grn = self.out_norm, self.grn
         y = layer_norm_grn(
             x, norm.weight, norm.bias, grn.weight, grn.bias, norm.eps, grn.eps, autocast_dtype(x)
         )  # fmt: skip

@@ -15,6 +15,7 @@ def forward(
     norm_eps: float,
     eps: float,
     dtype: torch.dtype | None,
+    projection: Tensor | None,
 ) -> Tensor:
     state = state_dtype(x)
     norm_weight, norm_bias, weight, bias = (t.to(state) for t in (norm_weight, norm_bias, weight, bias))
@@ -23,4 +24,7 @@ def forward(
     n = norm_weight * centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + norm_eps) + norm_bias
     response = torch.linalg.vector_norm(n, dim=(1, 2), keepdim=True)
     share = response / (response.mean(-1, keepdim=True) + eps)
-    return (bias + n * (1 + weight * share)).to(dtype or x.dtype).contiguous().permute(0, 3, 1, 2)
+    y = bias + n * (1 + weight * share)
+    if projection is not None:
+        y = y @ projection.to(state).T
+    return y.to(dtype or x.dtype).contiguous().permute(0, 3, 1, 2)

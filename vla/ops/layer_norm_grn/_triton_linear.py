@@ -1,0 +1,383 @@
+"""Triton kernels of both norms with the linear layer behind them, in 16 bits: the normalised map is never written.
+
+The norms are a factor and a shift for each pixel and, in a picture, each channel. So a picture has its own weights,
+which are multiplied with the map itself:
+
+    y = inverse (weights x - mean row_sum) + shift
+
+Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a tile's
+width must. Maps and matrices have rows of `units` and `width` times the largest powers of two, up to 16, that divide
+their lengths: U and V.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import cdiv, kernel, next_power_of_2, rounded_product
+from ..line_scan._triton_common import _dot_add
+from . import _triton_norms as norms
+from ._triton_norms import _store_gradients, _totals
+
+# Pixels and features of the linear kernel's tiles.
+P_LINEAR, N_LINEAR = 64, 128
+# Programs that keep a GPU busy.
+_PROGRAMS = 528
+
+
+@triton.jit
+def _column(i, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Numbers of the columns of tile i."""
+    return tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
+
+
+@triton.jit
+def _load(pointer, row, inside, columns, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Rows of a matrix, (P, LEAD) and (P, REST); row and inside are (P,)."""
+    tiles = ()
+    for i in tl.static_range(2 if REST else 1):
+        column = _column(i, LEAD, REST)[None, :]
+        tile = tl.load(pointer + row[:, None] * columns + column, inside[:, None] & (column < columns), 0.0)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _zeros(P: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    tiles = (tl.zeros((P, LEAD), tl.float32),)
+    if REST:
+        tiles = tiles + (tl.zeros((P, REST), tl.float32),)
+    return tiles
+
+
+@kernel
+def layer_norm_grn_weights_kernel(
+    scale_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, projection_ptr, weights_ptr, shifts_ptr,
+    channels, features,
+    N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A picture's weights of N features, (B, F, C), with their sums over the channels and the shifts, (B, 2, F)."""
+    blocks = tl.cdiv(features, N)
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    column = tl.arange(0, BLOCK_C)
+    exists, valid = feature < features, column < channels
+    norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
+    norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
+    bias = tl.load(bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
+    scale = tl.load(scale_ptr + picture * channels + column, valid, 0.0)  # (C,)
+    mask = exists[:, None] & valid[None, :]
+    projection = tl.load(projection_ptr + feature[:, None] * channels + column[None, :], mask, 0.0).to(tl.float32)
+    # What the product is made of, and so what the mean's share is to be taken of.
+    weights = (projection * (norm_weight * scale)[None, :]).to(weights_ptr.dtype.element_ty)
+    row = picture * features + feature
+    tl.store(weights_ptr + row[:, None] * channels + column[None, :], weights, mask)
+    shift = tl.sum(rounded_product(projection, (bias + norm_bias * scale)[None, :]), 1)
+    shifts_ptr += picture * 2 * features + feature
+    tl.store(shifts_ptr, tl.sum(weights.to(tl.float32), 1), exists)
+    tl.store(shifts_ptr + features, shift, exists)
+
+
+@kernel
+def layer_norm_grn_linear_kernel(
+    x_ptr, stats_ptr, weights_ptr, shifts_ptr, y_ptr,
+    units, width, pixels, rows, parts, steps,
+    U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """N features of a part of a picture's pixels."""
+    channels, features = units * U, width * V
+    blocks = tl.cdiv(features, N)
+    picture = (tl.program_id(0) // blocks // parts).to(tl.int64)
+    part = tl.program_id(0) // blocks % parts
+    feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    exists = feature < features
+    weights = _load(weights_ptr + picture * features * channels, feature, exists, channels, LEAD, REST)
+    row_sum = tl.load(shifts_ptr + picture * 2 * features + feature, exists, 0.0)
+    shift = tl.load(shifts_ptr + (picture * 2 + 1) * features + feature, exists, 0.0)
+    for step in range(steps):
+        pixel = (part * steps + step) * P + tl.arange(0, P)
+        inside = pixel < pixels
+        row = picture * pixels + pixel
+        x = _load(x_ptr, row, inside, channels, LEAD, REST)
+        mean = tl.load(stats_ptr + row, inside, 0.0)[:, None]
+        inverse = tl.load(stats_ptr + rows + row, inside, 0.0)[:, None]
+        total = tl.zeros((P, N), tl.float32)
+        for i in tl.static_range(len(x)):
+            total = _dot_add(x[i], tl.trans(weights[i]), total)
+        y = inverse * (total - mean * row_sum[None, :]) + shift[None, :]
+        to = y_ptr + row[:, None] * features + feature[None, :]
+        tl.store(to, y.to(y_ptr.dtype.element_ty), inside[:, None] & exists[None, :])
+
+
+@kernel
+def layer_norm_grn_products_kernel(
+    g_ptr, x_ptr, stats_ptr, projection_ptr, products_ptr, g_sums_ptr, sums_ptr,
+    units, width, pixels, rows, parts, steps,
+    U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Sums over a part of a picture's pixels, of N features of the gradient: its product with the normalised pixels,
+    (B, parts, F, C), and itself, (B, parts, F).
+
+    And both times the projection, (B, parts, blocks, 2, C): the gradient of the normalised map, and times that map.
+    """
+    channels, features = units * U, width * V
+    blocks = tl.cdiv(features, N)
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    picture = part // parts
+    feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    exists = feature < features
+    products = _zeros(N, LEAD, REST)
+    gradient = tl.zeros((P, N), tl.float32)
+    mean_share = tl.zeros((P, N), tl.float32)
+    for step in range(steps):
+        pixel = (part % parts * steps + step) * P + tl.arange(0, P)
+        inside = pixel < pixels
+        row = picture * pixels + pixel
+        mean = tl.load(stats_ptr + row, inside, 0.0)[:, None]
+        inverse = tl.load(stats_ptr + rows + row, inside, 0.0)[:, None]
+        at = g_ptr + row[:, None] * features + feature[None, :]
+        g = tl.load(at, inside[:, None] & exists[None, :], 0.0)  # (P, N)
+        x = _load(x_ptr, row, inside, channels, LEAD, REST)
+        gradient += g.to(tl.float32)
+        scaled = (g.to(tl.float32) * inverse).to(g.dtype)
+        mean_share += scaled.to(tl.float32) * mean
+        sums = ()
+        for i in tl.static_range(len(x)):
+            sums = sums + (_dot_add(tl.trans(scaled), x[i], products[i]),)
+        products = sums
+    gradients = tl.sum(gradient, 0)  # (N,)
+    mean_shares = tl.sum(mean_share, 0)[:, None]
+    tl.store(g_sums_ptr + part * features + feature, gradients, exists)
+    for i in tl.static_range(len(products)):
+        column = _column(i, LEAD, REST)
+        valid = column < channels
+        mask = exists[:, None] & valid[None, :]
+        product = products[i] - mean_shares
+        tl.store(products_ptr + (part * features + feature[:, None]) * channels + column[None, :], product, mask)
+        at = projection_ptr + feature[:, None] * channels + column[None, :]
+        projection = tl.load(at, mask, 0.0).to(tl.float32)
+        out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + column
+        tl.store(out, tl.sum(rounded_product(projection, gradients[:, None]), 0), valid)
+        tl.store(out + channels, tl.sum(rounded_product(projection, product), 0), valid)
+
+
+@kernel
+def layer_norm_grn_linear_scale_bwd_kernel(
+    totals_ptr, sums_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, parameters_ptr,
+    channels, pixels, parts, eps,
+    BLOCK_C: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Factors and gradients of a picture, (B, 2, C) and (B, 4, C), see `_store_gradients`."""
+    picture = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    valid = column < channels
+    totals_ptr += picture * 3 * channels + column
+    squares = tl.load(totals_ptr, valid, 0.0)
+    first = tl.load(totals_ptr + channels, valid, 0.0)
+    second = tl.load(totals_ptr + 2 * channels, valid, 0.0)
+    sums_ptr += picture * parts * 2 * channels
+    gradient, product = _totals(sums_ptr, column, valid, channels, parts, 2, AT_ONCE)
+    _store_gradients(
+        squares, first, second, gradient, product, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        scale_ptr + picture * 2 * channels, parameters_ptr + picture * 4 * channels,
+        column, valid, channels, pixels, eps,
+    )  # fmt: skip
+
+
+@kernel
+def layer_norm_grn_projection_bwd_kernel(
+    products_ptr, g_sums_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, g_projection_ptr,
+    channels, features, parts, all_parts,
+    AT_ONCE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of C of a feature's weights, in the order of the pictures' parts modulo AT_ONCE."""
+    blocks = tl.cdiv(channels, C)
+    feature = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * C + tl.arange(0, C)
+    valid = column < channels
+    norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)[None, :]
+    norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + column, valid, 0.0).to(tl.float32)[None, :]
+    total = tl.zeros((AT_ONCE, C), tl.float32)
+    for start in range(0, all_parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        row = part.to(tl.int64) * features + feature
+        mask = (part < all_parts)[:, None] & valid[None, :]
+        product = tl.load(products_ptr + row[:, None] * channels + column[None, :], mask, 0.0)
+        gradient = tl.load(g_sums_ptr + row, part < all_parts, 0.0)[:, None]
+        scale = tl.load(scale_ptr + (part // parts * 2 * channels)[:, None] + column[None, :], mask, 0.0)
+        total += norm_weight * scale * product + gradient * (bias + norm_bias * scale)
+    to = g_projection_ptr + feature.to(tl.int64) * channels + column
+    tl.store(to, tl.sum(total, 0).to(g_projection_ptr.dtype.element_ty), valid)
+
+
+def _tiles(channels: int) -> dict:
+    """Constants of the tiles of a row."""
+    lead = max(16, next_power_of_2(channels + 1) // 2)
+    rest = max(16, next_power_of_2(channels - lead)) if channels > lead else 0
+    return dict(LEAD=lead, REST=rest)
+
+
+def _units(channels: int, features: int) -> tuple[tuple[int, int], dict]:
+    """Lengths of rows in units, and these."""
+    u, v = math.gcd(channels, 16), math.gcd(features, 16)
+    return (channels // u, features // v), dict(U=u, V=v)
+
+
+def _fits(channels: int) -> bool:
+    """Whether 128 features' weights and three blocks of pixels fit the shared memory of every GPU."""
+    return 2 * sum(_tiles(channels).values()) * (N_LINEAR + 3 * P_LINEAR) <= 92 << 10
+
+
+def _products_options() -> dict:
+    """Launch options with a limit of registers, where a GPU has one: three programs of a multiprocessor."""
+    options = dict(num_warps=4, num_stages=3)
+    return options if torch.version.cuda is None else options | dict(maxnreg=168)
+
+
+def _parts(batch: int, pixels: int, block_p: int, blocks: int) -> tuple[int, int]:
+    """Parts of a picture's pixels, and blocks of each."""
+    tiles = cdiv(pixels, block_p)
+    steps = cdiv(tiles, max(1, cdiv(_PROGRAMS, batch * blocks)))
+    return cdiv(tiles, steps), steps
+
+
+def suits(x: Tensor, projection: Tensor) -> bool:
+    """Whether the kernels have the dtype, and are faster than norms and products apart.
+
+    They keep weights and, training, products of every picture, which should be few beside the picture.
+    """
+    few = 2 * len(projection) <= x.shape[2] * x.shape[3]
+    return few and x.dtype.itemsize == 2 and _fits(x.shape[1])
+
+
+def to_save(x: Tensor) -> list[Tensor]:
+    """Mean and inverse deviation of all pixels, (2, B H W), and sums over a picture's, (B, 3, C)."""
+    batch, channels, height, width = x.shape
+    stats = x.new_empty(2, batch * height * width, dtype=torch.float32)
+    return [stats, x.new_empty(batch, 3, channels, dtype=torch.float32)]
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    dtype: torch.dtype | None,
+    projection: Tensor,
+    saved: Sequence[Tensor],
+) -> Tensor:
+    (batch, channels, height, width), features = x.shape, len(projection)
+    y = x.new_empty(batch, height, width, features, dtype=dtype)
+    if x.numel() > 0 and features > 0:
+        x, norm_weight, norm_bias, weight, bias, projection = norms._dense(
+            x, norm_weight, norm_bias, weight, bias, projection
+        )
+        pixels = height * width
+        rows = batch * pixels
+        constants, block_p = norms._tile(channels)
+        parts, steps = norms._parts(batch, pixels, block_p)
+        stats, totals = saved or (x.new_empty(2, rows, dtype=torch.float32), None)
+        count = 3 if saved else 1
+        sums = x.new_empty(batch, parts, count, channels, dtype=torch.float32)
+        norms.layer_norm_grn_sums_kernel[(batch * parts,)](
+            x, None, norm_weight, norm_bias, sums, stats, channels, pixels, parts, steps, rows, norm_eps,
+            SUMS=count, **constants,
+        )  # fmt: skip
+        scale = x.new_empty(batch, channels, dtype=torch.float32)
+        norms.layer_norm_grn_scale_kernel[(batch,)](
+            sums, weight, scale, totals, channels, parts, eps, SUMS=count, **norms._picture(channels)
+        )
+        weights = x.new_empty(batch, features, channels)
+        shifts = x.new_empty(batch, 2, features, dtype=torch.float32)
+        block_c = next_power_of_2(channels)
+        block_n = max(1, 4096 // block_c)
+        layer_norm_grn_weights_kernel[(batch * cdiv(features, block_n),)](
+            scale, norm_weight, norm_bias, bias, projection, weights, shifts, channels, features,
+            N=block_n, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+        blocks = cdiv(features, N_LINEAR)
+        parts, steps = _parts(batch, pixels, P_LINEAR, blocks)
+        lengths, units = _units(channels, features)
+        layer_norm_grn_linear_kernel[(batch * parts * blocks,)](
+            x, stats, weights, shifts, y, *lengths, pixels, rows, parts, steps,
+            **units, **_tiles(channels), P=P_LINEAR, N=N_LINEAR, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return y.permute(0, 3, 1, 2)
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_eps: float,
+    eps: float,
+    projection: Tensor,
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    (batch, channels, height, width), features = x.shape, len(projection)
+    if g.numel() == 0:
+        return [torch.zeros_like(t) for t in (x, norm_weight, norm_bias, weight, bias, projection)]
+    x, norm_weight, norm_bias, weight, bias, projection = norms._dense(
+        x, norm_weight, norm_bias, weight, bias, projection
+    )
+    (g,) = norms._dense(g.to(x.dtype))
+    if not saved:
+        saved = to_save(x)
+        forward(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, x.dtype, projection, saved)
+    stats, totals = saved
+    pixels = height * width
+    rows = batch * pixels
+    lengths, units = _units(channels, features)
+    tiles, picture = _tiles(channels), norms._picture(channels)
+
+    block_n, block_p = 64, 32
+    blocks = cdiv(features, block_n)
+    parts, steps = _parts(batch, pixels, block_p, blocks)
+    products = x.new_empty(batch, parts, features, channels, dtype=torch.float32)
+    g_sums = x.new_empty(batch, parts, features, dtype=torch.float32)
+    sums = x.new_empty(batch, parts * blocks, 2, channels, dtype=torch.float32)
+    layer_norm_grn_products_kernel[(batch * parts * blocks,)](
+        g, x, stats, projection, products, g_sums, sums, *lengths, pixels, rows, parts, steps,
+        **units, **tiles, P=block_p, N=block_n, **_products_options(),
+    )  # fmt: skip
+    scale = x.new_empty(batch, 2, channels, dtype=torch.float32)
+    parameters = x.new_empty(batch, 4, channels, dtype=torch.float32)
+    layer_norm_grn_linear_scale_bwd_kernel[(batch,)](
+        totals,
+        sums,
+        norm_weight,
+        norm_bias,
+        weight,
+        scale,
+        parameters,
+        channels,
+        pixels,
+        parts * blocks,
+        eps,
+        **picture,
+    )
+    g_projection = torch.empty_like(projection)
+    block_c = 32
+    layer_norm_grn_projection_bwd_kernel[(features * cdiv(channels, block_c),)](
+        products, g_sums, scale, norm_weight, norm_bias, bias, g_projection,
+        channels, features, parts, batch * parts, AT_ONCE=64, C=block_c, num_warps=4,
+    )  # fmt: skip
+    gx = torch.empty_like(x)
+    g_normed = g.permute(0, 2, 3, 1).flatten(0, 2) @ projection.to(x.dtype)
+    constants, block_p = norms._tile(channels)
+    blocks = cdiv(pixels, block_p)
+    norms.layer_norm_grn_bwd_kernel[(batch * blocks,)](
+        x, g_normed, norm_weight, norm_bias, scale, gx, channels, pixels, blocks, norm_eps, **constants
+    )
+    return [gx, *parameters.sum(0), g_projection]
