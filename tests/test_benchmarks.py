@@ -197,10 +197,10 @@ def test_modes_of_models(mode, graphs, monkeypatch):
 
 @pytest.mark.parametrize(
     ("own", "pytorch", "passes"),
-    [(1.0005, 1.0, True), (1.0015, 1.0, False), (1.0015, 1.0018, True), (1.0015, 1.0012, False), (1.003, 1.003, False)],
+    [(1.0005, 1.0, True), (1.0015, 1.0, False), (1.0015, 1.0013, True), (1.0015, 1.0011, False), (1.003, 1.003, False)],
 )
 def test_a_wrong_model_is_found(own, pytorch, passes):
-    """Off float64 by more than the limit of 1e-3 only where PyTorch's path is too, and never by twice of it."""
+    """Off float64 by more than the limit of 1e-3 only where PyTorch's path is about as far off, and never by twice."""
 
     class Off(torch.nn.Module):
         def __init__(self):

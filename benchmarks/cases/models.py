@@ -79,7 +79,7 @@ def check_model(model: nn.Module, x: Tensor, train: bool) -> None:
     """Compares logits, and for training the gradients of all weights, with float64 by PyTorch's path.
 
     Of a deep model with random weights, bfloat16 alone can make more than the limit: up to twice of it is allowed where
-    PyTorch's path in the same precision is no closer.
+    PyTorch's path in the same precision, whose roundings are others, is as far off to within a quarter.
     """
 
     def outcome(network: nn.Module, pictures: Tensor, context: AbstractContextManager) -> list[Tensor]:
@@ -99,7 +99,7 @@ def check_model(model: nn.Module, x: Tensor, train: bool) -> None:
         for i, limit in enumerate(LIMITS[precision(x.device)][: len(actual)]):
             if relative_error(actual[i], expected[i]) > limit:
                 own = own or outcome(model, x, autocast(x.device))
-                limit = min(max(limit, relative_error(own[i], expected[i])), 2 * limit)
+                limit = min(max(limit, 1.25 * relative_error(own[i], expected[i])), 2 * limit)
             check_close(("logits", "gradients")[i], actual[i], expected[i], limit)
 
 
