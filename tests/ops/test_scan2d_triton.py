@@ -391,7 +391,7 @@ def test_low_ranks(rank, dtype, ahead, monkeypatch):
     compare("triton", scan2d, tensors, directions=["row", "col_rev"])
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)], ids=["neighbours", "C before B"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)], ids=["neighbours", "apart", "C before B"])
 def test_halves_of_a_word(order, monkeypatch):
     config = kernels.Config(4, 16, 2, 1, columns=True)
     monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: config)

@@ -1068,7 +1068,7 @@ class Config(NamedTuple):
 
 
 # Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too, as are "narrow
-# apart", "wide apart" and "chained"; "many apart" and "wide groups" are 16, "long" and "short" are 8.
+# apart", "wide apart" and "chained"; "many apart" and "wide groups" are 16, "long" and "short" ones are 8.
 FORWARD = {
     "runs": Config(8, 32, 4, 1, tiles=4),
     "3": Config(4, 32, 4, 4, maxnreg=168, ahead=True),
@@ -1078,6 +1078,7 @@ FORWARD = {
     "many states": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2),
     "chained": Config(8, 32, 4, 2, tiles=1, maxnreg=168, columns=True, apart=True, chained=True),
+    "few apart": Config(4, 32, 4, 4, maxnreg=128, apart=True),
     "long apart": Config(8, 32, 4, 4, ahead=True, columns=True, apart=True),
     "short apart": Config(8, 32, 4, 2, ahead=True, columns=True, apart=True),
     "narrow apart": Config(4, 32, 4, 1, maxnreg=168, ahead=True, apart=True),
@@ -1131,15 +1132,16 @@ def _fwd_config(problem: "_Sizes") -> Config:
 
 def _apart(problem: "_Sizes") -> str:
     """Name of the forward's configuration for directions apart."""
-    if problem.programs < 40:
-        return "chained"
-    if problem.programs <= 66:  # a direction; twice the multiprocessors for four
-        return "long apart"
     if problem.programs < 132:
-        return "short apart"
+        if problem.length < 512:
+            return "few apart"
+        if problem.programs < 40:
+            return "chained"
+        # Two programs a multiprocessor, of four directions, or four.
+        return "long apart" if problem.programs <= 66 else "short apart"
     if problem.channels < 128:
         return "narrow apart"
-    if problem.programs < 198:
+    if problem.programs < 198 and problem.length >= 128:
         return "few wide apart"
     return "wide apart" if problem.programs < 1024 else "many apart"
 
