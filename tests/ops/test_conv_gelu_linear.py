@@ -52,10 +52,13 @@ def test_strides(backend):
     x = tensors["x"][:, 1:, :7, 3:23]
     first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     results = [run(backend, conv_gelu_linear, tensors | {"x": t})["output 0"] for t in (x, x.contiguous(), first)]
-    assert all(y.is_contiguous() and torch.equal(y, results[0]) for y in results)
+    if backend == "triton":  # a library has algorithms for each order
+        assert all(torch.equal(y, results[0]) for y in results)
     with use_backend("naive"):
         expected = conv_gelu_linear(**{name: t.double() for name, t in (tensors | {"x": x}).items()})
-    assert_close("output", results[0], expected)
+    for y in results:
+        assert y.is_contiguous()
+        assert_close("output", y, expected)
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
