@@ -2,6 +2,7 @@
 
 import copy
 import dis
+import os
 from collections.abc import Callable
 from functools import partial, update_wrapper
 
@@ -263,6 +264,66 @@ def always():
     hangs together.
     """
     return tl.num_programs(0) > 0
+
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in float32 from operands of 16 bits as they are."""
+    if INTERPRETED:
+        # Triton's interpreter multiplies the bits of bfloat16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def dot_add(a, b, total):
+    """total + a @ b, see `dot`."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc=total, input_precision="ieee")
+
+
+@triton.jit
+def unpack(pairs, dtype: tl.constexpr):
+    """Pairs of neighbouring numbers of 16 bits, integers (S, C), in float32 (S, 2 * C): fewer instructions a number."""
+    if dtype == tl.bfloat16:
+        # The upper half of the same number in float32.
+        low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = pairs.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+
+
+# Rows may be a tuple of one or two tiles, of LEAD and REST columns, as their length need not be a power of two, as a
+# tile's width must. Columns outside are zero.
+
+
+def lead_and_rest(size: int) -> tuple[int, int]:
+    """LEAD and REST for rows of `size` numbers, powers of two from 16 on; REST may be 0."""
+    whole = max(16, next_power_of_2(size))
+    lead = whole // 2
+    if lead < 16 or size <= lead or size > lead + lead // 2:
+        return whole, 0
+    return lead, max(16, next_power_of_2(size - lead))
+
+
+@triton.jit
+def tile_columns(i, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Numbers of the columns of tile i."""
+    return tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
+    """Tiles of zeros in float32."""
+    tiles = (tl.zeros((ROWS, LEAD), tl.float32),)
+    if REST:
+        tiles = tiles + (tl.zeros((ROWS, REST), tl.float32),)
+    return tiles
 
 
 @triton.jit

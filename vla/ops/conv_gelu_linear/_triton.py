@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, gelu, kernel, next_power_of_2, repeat
+from .._triton import cdiv, gelu, kernel, lead_and_rest, repeat, unpack
 from ..depthwise_conv2d._triton import correlate, on_map
 
 COLUMNS = 4
 # Pixels of a strip, of which a power of two can be rows of a product.
 PIXELS = 32
 # Columns of the result that a program has registers for.
-WIDEST = 256
+WIDEST = 192
 # Strips and channels of a program's block: two channels for each thread.
 BLOCK_S = 2
 BLOCK_C = 128
@@ -23,18 +23,6 @@ ROWS_AHEAD = 4
 FEW_COLUMNS = 96
 FEWER_COLUMNS = 64
 REGISTERS = 168
-
-
-@triton.jit
-def unpack(pair, dtype: tl.constexpr):
-    """Pairs of neighbouring channels (S, C), 16 bits each, in float32 (S, 2 * C)."""
-    if dtype == tl.bfloat16:
-        # The upper half of the same number in float32.
-        low, high = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = (pair & 65535).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.join(low, high).reshape(pair.shape[0], 2 * pair.shape[1])
 
 
 @triton.jit
@@ -225,13 +213,6 @@ def _rows(height: int) -> int:
     return min((8, 7), key=lambda rows: cdiv(height, rows) * rows)
 
 
-def _widths(out: int) -> tuple[int, int]:
-    """Powers of two whose sum is the number of columns of the result that a program has; the second may be 0."""
-    width = min(next_power_of_2(out + 1) // 2, WIDEST // 2)
-    rest = min(out, WIDEST) - width
-    return max(16, width), 0 if rest <= 0 else max(16, next_power_of_2(rest))
-
-
 def _pairs(x: Tensor) -> Tensor:
     """A map (..., C) as pairs of channels (..., C / 2 rounded up), a copy unless all pixels start at even places."""
     channels = x.shape[-1]
@@ -247,7 +228,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
     y = x.new_empty(batch, height, width, out)
     if y.numel() == 0:
         return y
-    pairs, rows, widths = _pairs(x), _rows(height), _widths(out)
+    pairs, rows, widths = _pairs(x), _rows(height), lead_and_rest(min(out, WIDEST))
     strips = batch * cdiv(height, rows) * cdiv(width, COLUMNS)
     even, even_c = height % rows == 0 and width % COLUMNS == 0, channels % BLOCK_C == 0
     # Where a row has masks of its own, it would take long to compile.

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat, sum_parts
+from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat, sum_parts, unpack
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -59,24 +59,12 @@ def times_derivative(g, s, ACT: tl.constexpr):
 
 
 @triton.jit
-def unpacked(pairs, DTYPE: tl.constexpr):
-    """Pairs of 16-bit numbers, each an integer (BLOCK_S, BLOCK_C // 2), as (BLOCK_S, BLOCK_C) in float32."""
-    if tl.bfloat16 == DTYPE:
-        low = (pairs << 16).to(tl.float32, bitcast=True)
-        high = (pairs & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(low, high), [pairs.shape[0], 2 * pairs.shape[1]])
-
-
-@triton.jit
 def float32(row, DTYPE: tl.constexpr):
     """Pixels in float32; integers are pairs of what was DTYPE."""
     out = ()
     for i in tl.static_range(len(row)):
         if row[i].dtype == tl.int32:
-            out = out + (unpacked(row[i], DTYPE),)
+            out = out + (unpack(row[i], DTYPE),)
         else:
             out = out + (row[i].to(tl.float32),)
     return out

@@ -5,9 +5,8 @@ which are multiplied with the map itself:
 
     y = inverse (weights x - mean row_sum) + shift
 
-Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a tile's
-width must. Maps and matrices have rows of `units` and `width` times the largest powers of two, up to 16, that divide
-their lengths: U and V.
+Maps and matrices have rows of `units` and `width` times the largest powers of two, up to 16, that divide their lengths:
+U and V.
 """
 
 import math
@@ -18,8 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, next_power_of_2, rounded_product
-from ..line_scan._triton_common import _dot_add
+from .._triton import (
+    cdiv,
+    dot_add,
+    kernel,
+    lead_and_rest,
+    next_power_of_2,
+    rounded_product,
+    tile_columns,
+    zero_tiles,
+)
 from . import _triton_norms as norms
 from ._triton_norms import _store_gradients, _totals
 
@@ -30,27 +37,13 @@ _PROGRAMS = 528
 
 
 @triton.jit
-def _column(i, LEAD: tl.constexpr, REST: tl.constexpr):
-    """Numbers of the columns of tile i."""
-    return tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
-
-
-@triton.jit
 def _load(pointer, row, inside, columns, LEAD: tl.constexpr, REST: tl.constexpr):
     """Rows of a matrix, (P, LEAD) and (P, REST); row and inside are (P,)."""
     tiles = ()
     for i in tl.static_range(2 if REST else 1):
-        column = _column(i, LEAD, REST)[None, :]
+        column = tile_columns(i, LEAD, REST)[None, :]
         tile = tl.load(pointer + row[:, None] * columns + column, inside[:, None] & (column < columns), 0.0)
         tiles = tiles + (tile,)
-    return tiles
-
-
-@triton.jit
-def _zeros(P: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
-    tiles = (tl.zeros((P, LEAD), tl.float32),)
-    if REST:
-        tiles = tiles + (tl.zeros((P, REST), tl.float32),)
     return tiles
 
 
@@ -107,7 +100,7 @@ def layer_norm_grn_linear_kernel(
         inverse = tl.load(stats_ptr + rows + row, inside, 0.0)[:, None]
         total = tl.zeros((P, N), tl.float32)
         for i in tl.static_range(len(x)):
-            total = _dot_add(x[i], tl.trans(weights[i]), total)
+            total = dot_add(x[i], tl.trans(weights[i]), total)
         y = inverse * (total - mean * row_sum[None, :]) + shift[None, :]
         to = y_ptr + row[:, None] * features + feature[None, :]
         tl.store(to, y.to(y_ptr.dtype.element_ty), inside[:, None] & exists[None, :])
@@ -130,7 +123,7 @@ def layer_norm_grn_products_kernel(
     picture = part // parts
     feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
     exists = feature < features
-    products = _zeros(N, LEAD, REST)
+    products = zero_tiles(N, LEAD, REST)
     gradient = tl.zeros((P, N), tl.float32)
     mean_share = tl.zeros((P, N), tl.float32)
     for step in range(steps):
@@ -147,13 +140,13 @@ def layer_norm_grn_products_kernel(
         mean_share += scaled.to(tl.float32) * mean
         sums = ()
         for i in tl.static_range(len(x)):
-            sums = sums + (_dot_add(tl.trans(scaled), x[i], products[i]),)
+            sums = sums + (dot_add(tl.trans(scaled), x[i], products[i]),)
         products = sums
     gradients = tl.sum(gradient, 0)  # (N,)
     mean_shares = tl.sum(mean_share, 0)[:, None]
     tl.store(g_sums_ptr + part * features + feature, gradients, exists)
     for i in tl.static_range(len(products)):
-        column = _column(i, LEAD, REST)
+        column = tile_columns(i, LEAD, REST)
         valid = column < channels
         mask = exists[:, None] & valid[None, :]
         product = products[i] - mean_shares
@@ -217,8 +210,7 @@ def layer_norm_grn_projection_bwd_kernel(
 
 def _tiles(channels: int) -> dict:
     """Constants of the tiles of a row."""
-    lead = max(16, next_power_of_2(channels + 1) // 2)
-    rest = max(16, next_power_of_2(channels - lead)) if channels > lead else 0
+    lead, rest = lead_and_rest(channels)
     return dict(LEAD=lead, REST=rest)
 
 

@@ -1,10 +1,10 @@
-"""What the line scan's GPU kernels share: products, special functions, and choices between sweeps."""
-
-import os
+"""What the line scan's GPU kernels share: special functions, and choices between sweeps."""
 
 import torch
 import triton
 import triton.language as tl
+
+from .._triton import INTERPRETED
 
 # The least sum of sigmoids that divides them.
 _MIN_TOTAL = tl.constexpr(1e-7)
@@ -13,24 +13,8 @@ _STEEPEST = tl.constexpr(41.9)
 # In place of a logit whose neighbour does not exist.
 _CLOSED = tl.constexpr(1e3)
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
-_FTZ = tl.constexpr(torch.version.cuda is not None and not _INTERPRETED.value)
-
-
-@triton.jit
-def _dot(a, b):
-    if _INTERPRETED:
-        # Triton's interpreter multiplies the bits of bfloat16.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _dot_add(a, b, acc):
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee")
+_FTZ = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 
 
 @triton.jit

@@ -12,14 +12,12 @@ Names end in `e` for even rows and in `o` for odd ones, after the number of the 
 import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import dot, dot_add, kernel
 from ._triton_common import (
     _CLOSED,
     _FTZ,
     _MIN_TOTAL,
     _STEEPEST,
-    _dot,
-    _dot_add,
     _exp2,
     _halves,
     _inverse,
@@ -213,26 +211,26 @@ def line_scan_local_fwd_kernel(
         x0e, x0o, x1e, x1o, xre, xro = _wide(x0e), _wide(x0o), _wide(x1e), _wide(x1o), _wide(xre), _wide(xro)
         w_k = w + k * blocks * (6 * W)
         lam, u, skip = _fragment(w_k + 3 * W, R), _fragment(w_k + 4 * W, R), _fragment(w_k + 5 * W, R)
-        ce, co = _expanded(_dot(z0, lam))
+        ce, co = _expanded(dot(z0, lam))
         he, ho = ce * x0e, co * x0o
-        ce, co = _expanded(_dot(z0, u))
+        ce, co = _expanded(dot(z0, u))
         y0e += ce * he
         y0o += co * ho
-        ce, co = _expanded(_dot(z0, skip))
+        ce, co = _expanded(dot(z0, skip))
         y0e += ce * x0e
         y0o += co * x0o
-        ce, co = _expanded(_dot(z_around, lam))
+        ce, co = _expanded(dot(z_around, lam))
         hre, hro = ce * xre, co * xro
-        le, lo = _expanded(_dot_add(z1, _fragment(w_k, R), no_left))
-        me, mo = _expanded(_dot_add(z1, _fragment(w_k + W, R), logits))
-        re, ro = _expanded(_dot_add(z1, _fragment(w_k + 2 * W, R), no_right))
-        ce, co = _expanded(_dot(z1, lam))
+        le, lo = _expanded(dot_add(z1, _fragment(w_k, R), no_left))
+        me, mo = _expanded(dot_add(z1, _fragment(w_k + W, R), logits))
+        re, ro = _expanded(dot_add(z1, _fragment(w_k + 2 * W, R), no_right))
+        ce, co = _expanded(dot(z1, lam))
         h1e = ce * x1e + _mixed(le, me, re, hre, he, ho)
         h1o = co * x1o + _mixed(lo, mo, ro, he, ho, hro)
-        ce, co = _expanded(_dot(z1, u))
+        ce, co = _expanded(dot(z1, u))
         y1e += ce * h1e
         y1o += co * h1o
-        ce, co = _expanded(_dot(z1, skip))
+        ce, co = _expanded(dot(z1, skip))
         y1e += ce * x1e
         y1o += co * x1o
     y += target * channels + c
@@ -266,15 +264,15 @@ def _moved(x, STEP: tl.constexpr):
 @triton.jit
 def _line(z, xe, xo, he, ho, no_left, no_right, logits, i, rows, w, R: tl.constexpr):
     """States of a line, from those of the line before, and its outputs; `w` are six fragments."""
-    le, lo = _expanded(_dot_add(z, w[0], no_left))
-    me, mo = _expanded(_dot_add(z, w[1], logits))
-    re, ro = _expanded(_dot_add(z, w[2], no_right))
+    le, lo = _expanded(dot_add(z, w[0], no_left))
+    me, mo = _expanded(dot_add(z, w[1], logits))
+    re, ro = _expanded(dot_add(z, w[2], no_right))
     above = tl.where(i > 0, _moved(ho, -1), 0.0)
     below = tl.where(i + 2 < rows, _moved(he, 1), 0.0)
-    ce, co = _expanded(_dot(z, w[3]))
+    ce, co = _expanded(dot(z, w[3]))
     ne, no = ce * xe + _mixed(le, me, re, above, he, ho), co * xo + _mixed(lo, mo, ro, he, ho, below)
-    ce, co = _expanded(_dot(z, w[4]))
-    skip_e, skip_o = _expanded(_dot(z, w[5]))
+    ce, co = _expanded(dot(z, w[4]))
+    skip_e, skip_o = _expanded(dot(z, w[5]))
     return ne, no, ce * ne + skip_e * xe, co * no + skip_o * xo
 
 
@@ -428,11 +426,11 @@ def _contract(g, z, v, gw, gz, TWICE: tl.constexpr):
     """Adds what coefficients' gradients g (2 P, N) make of those of weights (N, V), and of the proxy (2 P, V)."""
     if TWICE:
         high, low = _halves(g)
-        gw = _dot_add(tl.trans(high), z, _dot_add(tl.trans(low), z, gw))
-        gz = _dot_add(high, v, _dot_add(low, v, gz))
+        gw = dot_add(tl.trans(high), z, dot_add(tl.trans(low), z, gw))
+        gz = dot_add(high, v, dot_add(low, v, gz))
     else:
-        gw = _dot_add(tl.trans(g), z, gw)
-        gz = _dot_add(g, v, gz)
+        gw = dot_add(tl.trans(g), z, gw)
+        gz = dot_add(g, v, gz)
     return gw, gz
 
 
@@ -571,7 +569,7 @@ def line_scan_local_bwd_kernel(
             gz_t = gz_b + t * z_across
 
             # The first line's states, and gradients of its weights of u and skip.
-            lam_e, lam_o = _expanded(_dot(z0, w3))
+            lam_e, lam_o = _expanded(dot(z0, w3))
             he, ho = lam_e * _wide(x0e), lam_o * _wide(x0o)
             g_out = _beside(
                 _unpaired(_wide(gy0e) * he, _wide(gy0o) * ho).to(kept),
@@ -580,10 +578,10 @@ def line_scan_local_bwd_kernel(
             # The second line, which no other gets anything from.
             g_skip = _unpaired(_product(x1e, gy1e), _product(x1o, gy1o)).to(kept)
             x1e, x1o, gy1e, gy1o = _wide(x1e), _wide(x1o), _wide(gy1e), _wide(gy1o)
-            ce, co = _expanded(_dot(z1, w4))
+            ce, co = _expanded(dot(z1, w4))
             ge, go = gy1e * ce, gy1o * co
-            lam_e, lam_o = _expanded(_dot(z1, w3))
-            ce, co = _expanded(_dot(z1, w5))
+            lam_e, lam_o = _expanded(dot(z1, w3))
+            ce, co = _expanded(dot(z1, w5))
             even1, odd1 = own_even & in1, own_odd & in1
             g_xe, g_xo = ge * lam_e + gy1e * ce, go * lam_o + gy1o * co
             _store(gx_t + across, down, g_xe, g_xo, even1 & c_mask, odd1 & c_mask)
@@ -595,9 +593,9 @@ def line_scan_local_bwd_kernel(
             if first + n < lines:
                 gw_out, g_z0 = _contract(g_out, own_z0, v_out, gw_out, g_z0, TWICE)
                 gw_in, g_z1 = _contract(g_in, own_z1, v_in, gw_in, g_z1, TWICE)
-            le, lo = _expanded(_dot_add(z1, w0, no_left))
-            me, mo = _expanded(_dot(z1, w1))
-            re, ro = _expanded(_dot_add(z1, w2, no_right))
+            le, lo = _expanded(dot_add(z1, w0, no_left))
+            me, mo = _expanded(dot(z1, w1))
+            re, ro = _expanded(dot_add(z1, w2, no_right))
             h1e, sle, sme, sre, g0e, g1e, g2e = _through_gates(le, me, re, ge, lam_e * x1e, _moved(ho, -1), he, ho)
             h1o, slo, smo, sro, g0o, g1o, g2o = _through_gates(lo, mo, ro, go, lam_o * x1o, he, ho, _moved(he, 1))
             g_last = _beside(
@@ -610,11 +608,11 @@ def line_scan_local_bwd_kernel(
             # The first line, which gets what the second hands back: within a pair, or from one pair up or down.
             even0, odd0 = own_even & in0, own_odd & in0
             gy0e, gy0o = _wide(gy0e), _wide(gy0o)
-            ce, co = _expanded(_dot(z0, w4))
+            ce, co = _expanded(dot(z0, w4))
             ge = gy0e * ce + (sme + slo + _moved(sro, -1))
             go = gy0o * co + (smo + sre + _moved(sle, 1))
-            lam_e, lam_o = _expanded(_dot(z0, w3))
-            ce, co = _expanded(_dot(z0, w5))
+            lam_e, lam_o = _expanded(dot(z0, w3))
+            ce, co = _expanded(dot(z0, w5))
             g_xe, g_xo = ge * lam_e + gy0e * ce, go * lam_o + gy0o * co
             _store(gx_t, down, g_xe, g_xo, even0 & c_mask, odd0 & c_mask)
             g_lam = _unpaired(ge * _wide(x0e), go * _wide(x0o)).to(kept)

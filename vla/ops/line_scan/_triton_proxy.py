@@ -8,14 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2, sum_maps
+from .._triton import LOG2E, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
 from ._triton_common import (
     _CLOSED,
     _FTZ,
     _MIN_TOTAL,
     _STEEPEST,
-    _dot,
-    _dot_add,
     _exp2,
     _halves,
     _inverse,
@@ -125,7 +123,7 @@ def _settle(x, EXACT: tl.constexpr):
     C: tl.constexpr = x.shape[1]
     if EXACT:
         return x
-    return _dot_add(tl.zeros([T, C, 16], tl.bfloat16), tl.zeros([T, 16, 16], tl.bfloat16), x)
+    return dot_add(tl.zeros([T, C, 16], tl.bfloat16), tl.zeros([T, 16, 16], tl.bfloat16), x)
 
 
 @triton.jit
@@ -135,10 +133,10 @@ def _neighbours(h, before, after, EXACT: tl.constexpr):
         h = h.to(tl.float32)
         return _around(h, h)
     elif EXACT or h.dtype == tl.bfloat16:
-        return _dot(h, before), _dot(h, after)
+        return dot(h, before), dot(h, after)
     else:
         high, low = _halves(h)
-        return _dot_add(high, before, _dot(low, before)), _dot_add(high, after, _dot(low, after))
+        return dot_add(high, before, dot(low, before)), dot_add(high, after, dot(low, after))
 
 
 @triton.jit
@@ -148,7 +146,7 @@ def _mix(w0, w1, w2, z, no_left, no_right, h, before, after, EXACT: tl.constexpr
     With `b = 1 + exp(-logit)`, the sigmoids' ratio `1/bl : 1/bm : 1/br` is `bm br : bl br : bl bm`, so that one
     division is enough.
     """
-    l, m, r = _dot_add(w0, z, no_left), _dot(w1, z), _dot_add(w2, z, no_right)
+    l, m, r = dot_add(w0, z, no_left), dot(w1, z), dot_add(w2, z, no_right)
     bl = 1 + _exp2(tl.minimum(l, _STEEPEST))
     bm = 1 + _exp2(tl.minimum(m, _STEEPEST))
     br = 1 + _exp2(tl.minimum(r, _STEEPEST))
@@ -286,19 +284,19 @@ def line_scan_proxy_fwd_kernel(
             out = zero
             if k > 0:
                 out = tl.load(scratch + t * (P * C)).to(tl.float32)
-            h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+            h = dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
             if states is not None:
                 tl.store(states_k + t * (P * C), h.to(states.dtype.element_ty))
-            out += _dot(w4, zt) * h
-            out += _dot(w5, zt) * xt
+            out += dot(w4, zt) * h
+            out += dot(w5, zt) * xt
             if G == 2:
                 xt = x2n.to(tl.float32)
                 x2n = tl.load(x2_ptr + t_next * x2_across * channels, mask, 0.0)
-                h2 = _dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
+                h2 = dot(v3, zt) * xt + _mix(v0, v1, v2, zt, no_left, no_right, h2, before, after, EXACT)
                 if states is not None:
                     tl.store(states_k + (blocks.to(tl.int64) * chunk + t) * (P * C), h2.to(states.dtype.element_ty))
-                out += _dot(v4, zt) * h2
-                out += _dot(v5, zt) * xt
+                out += dot(v4, zt) * h2
+                out += dot(v5, zt) * xt
             if k + G < sweeps:
                 tl.store(scratch + t * (P * C), out)
             else:
@@ -315,12 +313,12 @@ def _proxy_line_gradients(
 
     `h` are the states of the line before.
     """
-    lam = _dot(w3, z)
-    g = gy * _dot(w4, z) + carry
-    g_x = g * lam + gy * _dot(w5, z)
-    al = tl.where(has_left, _inverse(1 + _exp2(_dot(w0, z))), 0.0)
-    am = _inverse(1 + _exp2(_dot(w1, z)))
-    ar = tl.where(has_right, _inverse(1 + _exp2(_dot(w2, z))), 0.0)
+    lam = dot(w3, z)
+    g = gy * dot(w4, z) + carry
+    g_x = g * lam + gy * dot(w5, z)
+    al = tl.where(has_left, _inverse(1 + _exp2(dot(w0, z))), 0.0)
+    am = _inverse(1 + _exp2(dot(w1, z)))
+    ar = tl.where(has_right, _inverse(1 + _exp2(dot(w2, z))), 0.0)
     total = al + am + ar
     share = _inverse(tl.maximum(total, _MIN_TOTAL))
     if len(h.shape) == 3:
@@ -340,12 +338,12 @@ def _proxy_line_gradients(
         from_above, from_below = _around(sr, sl)
         carry = sm + from_above + from_below
     elif EXACT:
-        carry = _dot_add(sr, before, _dot_add(sl, after, sm))
+        carry = dot_add(sr, before, dot_add(sl, after, sm))
     else:
         sl_high, sl_low = _halves(sl)
         sr_high, sr_low = _halves(sr)
-        carry = _dot_add(sl_high, after, _dot_add(sl_low, after, sm))
-        carry = _dot_add(sr_high, before, _dot_add(sr_low, before, carry))
+        carry = dot_add(sl_high, after, dot_add(sl_low, after, sm))
+        carry = dot_add(sr_high, before, dot_add(sr_low, before, carry))
     return g_x, carry, g_l, g_m, g_r, g * x, gy * (lam * x + mixed), gy * x
 
 
@@ -354,9 +352,9 @@ def _weights_gradient(g, z, gw, TWICE: tl.constexpr):
     """Adds what a coefficient's gradient (C, 16) makes of the gradient (C, V) of its weights."""
     if TWICE:
         high, low = _halves(g)
-        return _dot_add(high, z, _dot_add(low, z, gw))
+        return dot_add(high, z, dot_add(low, z, gw))
     else:
-        return _dot_add(g.to(z.dtype), z, gw)
+        return dot_add(g.to(z.dtype), z, gw)
 
 
 @triton.jit
@@ -370,9 +368,9 @@ def _proxy_gradient(g, v, gz, TWICE: tl.constexpr):
     """Adds what coefficients' gradients (C, 16) and weights (C, V) make of the proxy's gradient (16, V)."""
     if TWICE:
         high, low = _halves(g)
-        return _dot_add(_turned(high), v, _dot_add(_turned(low), v, gz))
+        return dot_add(_turned(high), v, dot_add(_turned(low), v, gz))
     else:
-        return _dot_add(_turned(g.to(v.dtype)), v, gz)
+        return dot_add(_turned(g.to(v.dtype)), v, gz)
 
 
 @triton.jit
@@ -473,7 +471,7 @@ def line_scan_proxy_bwd_kernel(
                 t_next = tl.minimum(t + 1, steps - 1)
                 zn = tl.load(z + (start + t_next * tt) * S + z_at, z_mask, 0.0)
                 xn = tl.load(x + (source_start + t_next * st) * channels + x_at, mask, 0.0)
-                h = _dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
+                h = dot(w3, zt) * xt + _mix(w0, w1, w2, zt, no_left, no_right, h, before, after, EXACT)
                 tl.store(states + t * (P * C), h.to(scratch.dtype.element_ty))
             tl.debug_barrier()
         h_next = tl.load(states + tl.maximum(steps - 2, 0) * (P * C))

@@ -8,10 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, next_power_of_2, normal_tail
-
-# Rows of C channels are a tuple of one or two tiles, of LEAD and REST columns: C need not be a power of two, as a
-# tile's width must. Columns outside are zero.
+from .._triton import LOG2E, cdiv, kernel, lead_and_rest, normal_tail, tile_columns, zero_tiles
 
 
 @triton.jit
@@ -71,12 +68,6 @@ def _fetch(pointer, rows, columns, ALL_ROWS: tl.constexpr, ALL_COLUMNS: tl.const
 
 
 @triton.jit
-def _column(i, LEAD: tl.constexpr, REST: tl.constexpr):
-    """Numbers of the columns of part i."""
-    return tl.arange(0, LEAD) if i == 0 else LEAD + tl.arange(0, REST)
-
-
-@triton.jit
 def _load(
     pointer,
     inside,
@@ -89,7 +80,7 @@ def _load(
     """The rows that `pointer` (BLOCK,) points to, of SIZE numbers with STRIDE between them; are ALL of them inside?"""
     parts = ()
     for i in tl.static_range(0, 2 if REST else 1):
-        column = _column(i, LEAD, REST)
+        column = tile_columns(i, LEAD, REST)
         tile = pointer[:, None] + column[None, :] * STRIDE
         parts = parts + (_fetch(tile, inside, column < SIZE, ALL, LEAD + REST == SIZE),)
     return parts
@@ -98,17 +89,9 @@ def _load(
 @triton.jit
 def _store(pointer, parts, inside, SIZE: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
     for i in tl.static_range(0, len(parts)):
-        column = _column(i, LEAD, REST)
+        column = tile_columns(i, LEAD, REST)
         mask = inside[:, None] & (column < SIZE)[None, :]
         tl.store(pointer[:, None] + column[None, :], parts[i].to(pointer.dtype.element_ty), mask)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr):
-    sums = (tl.zeros((ROWS, LEAD), tl.float32),)
-    if REST:
-        sums = sums + (tl.zeros((ROWS, REST), tl.float32),)
-    return sums
 
 
 @triton.jit
@@ -189,7 +172,7 @@ def mlp_fwd_kernel(
     """BLOCK_M rows of x (rows, CHANNELS) to those of y (rows, OUT), through all hidden channels."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
-    sums = _zeros(BLOCK_M, OUT_LEAD, OUT_REST)
+    sums = zero_tiles(BLOCK_M, OUT_LEAD, OUT_REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         hidden = first + tl.arange(0, BLOCK_H)
         w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
@@ -198,7 +181,7 @@ def mlp_fwd_kernel(
     if bias2 is not None:
         shifted = ()
         for i in tl.static_range(0, len(sums)):
-            column = _column(i, OUT_LEAD, OUT_REST)
+            column = tile_columns(i, OUT_LEAD, OUT_REST)
             shifted = shifted + (sums[i] + tl.load(bias2 + column, column < OUT, 0.0).to(tl.float32)[None, :],)
         sums = shifted
     _store(y + row * OUT, sums, row < rows, OUT, OUT_LEAD, OUT_REST)
@@ -232,9 +215,9 @@ def mlp_bwd_kernel(
     x_rows = _load(x + row * CHANNELS, row < rows, False, 1, CHANNELS, LEAD, REST)
     g_rows = _load(g + row * OUT, row < rows, False, 1, OUT, OUT_LEAD, OUT_REST)
     for i in tl.static_range(0, len(g_rows)):
-        column = _column(i, OUT_LEAD, OUT_REST)
+        column = tile_columns(i, OUT_LEAD, OUT_REST)
         tl.store(g_sums + tl.program_id(0) * OUT + column, tl.sum(g_rows[i].to(tl.float32), 0), column < OUT)
-    sums = _zeros(BLOCK_M, LEAD, REST)
+    sums = zero_tiles(BLOCK_M, LEAD, REST)
     for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=STAGES):
         hidden = first + tl.arange(0, BLOCK_H)
         w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
@@ -280,8 +263,8 @@ def mlp_bwd_weights_kernel(
     w1, w2 = _weights(weight1, weight2, hidden, CHANNELS, HIDDEN, OUT, LEAD, REST, OUT_LEAD, OUT_REST, BLOCK_H)
     if bias1 is not None:
         bias = tl.load(bias1 + hidden, inside, 0.0).to(tl.float32)[:, None]
-    sums1 = _zeros(BLOCK_H, LEAD, REST)
-    sums2 = _zeros(BLOCK_H, OUT_LEAD, OUT_REST)
+    sums1 = zero_tiles(BLOCK_H, LEAD, REST)
+    sums2 = zero_tiles(BLOCK_H, OUT_LEAD, OUT_REST)
     bias_sums = tl.zeros((BLOCK_H,), tl.float32)
     for tile in tl.range(tl.program_id(1), tl.cdiv(rows, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -426,16 +409,6 @@ MULTIPROCESSORS = 132
 
 
 @cache
-def _widths(size: int) -> tuple[int, int]:
-    """LEAD and REST for rows of `size` numbers, powers of two from 16 on."""
-    whole = max(16, next_power_of_2(size))
-    lead = whole // 2
-    if lead < 16 or size <= lead or size > lead + lead // 2:
-        return whole, 0
-    return lead, max(16, next_power_of_2(size - lead))
-
-
-@cache
 def _constants(channels: int, hidden: int, out: int, act: str, dtype: torch.dtype, interpreted: bool) -> dict:
     """Constants of all kernels."""
     # Triton's interpreter cannot multiply bfloat16.
@@ -446,7 +419,7 @@ def _constants(channels: int, hidden: int, out: int, act: str, dtype: torch.dtyp
 @cache
 def _parts(channels: int, out: int) -> dict:
     """Constants of the kernels for narrow rows."""
-    (lead, rest), (out_lead, out_rest) = _widths(channels), _widths(out)
+    (lead, rest), (out_lead, out_rest) = lead_and_rest(channels), lead_and_rest(out)
     return dict(LEAD=lead, REST=rest, OUT_LEAD=out_lead, OUT_REST=out_rest)
 
 

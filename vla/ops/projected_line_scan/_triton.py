@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._maps import pixels
-from .._triton import cdiv, kernel, next_power_of_2
+from .._triton import cdiv, dot, dot_add, kernel, next_power_of_2
 from ..line_scan import _triton as scan
 from ..line_scan import _triton_proxy as proxy_scan
-from ..line_scan._triton_common import _dot, _dot_add
 from . import project
 from .project import scan_arguments
 
@@ -30,7 +29,7 @@ def projected_line_scan_proxy_kernel(
         c = start + tl.arange(0, C)
         pixels = tl.load(x + row * channels + c[None, :], (row < rows) & (c < channels)[None, :], 0.0)  # (P, C)
         w = tl.load(weight + s * channels + c[:, None], (s < S) & (c < channels)[:, None], 0.0)  # (C, R)
-        total = _dot_add(pixels, w.to(pixels.dtype), total)
+        total = dot_add(pixels, w.to(pixels.dtype), total)
     tl.store(projected + row * S + s, total.to(projected.dtype.element_ty), (row < rows) & (s < S))
 
 
@@ -52,7 +51,7 @@ def projected_line_scan_sum_kernel(
         value += tl.load(gx + k * tl.cast(rows, tl.int64) * channels + at, mask, 0.0).to(tl.float32)
     z = tl.load(gz + row * S + s[None, :], (row < rows) & (s < S)[None, :], 0.0)  # (P, R)
     w = tl.load(weight + s[:, None] * channels + c, (s < S)[:, None] & (c < channels), 0.0)  # (R, C)
-    value += _dot(z, w)
+    value += dot(z, w)
     tl.store(total + at, value.to(total.dtype.element_ty), mask)
 
 
