@@ -152,3 +152,26 @@ def test_mixed_precision(backend):
     actual.sum().backward()
     assert_close("out", actual, expected, 2e-2)
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
+
+
+class LowRank(torch.nn.Module):
+    """An adapter around a linear layer, whose parameters it shows as its own."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.down = torch.nn.Linear(linear.in_features, 2)
+        self.up = torch.nn.Linear(2, linear.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias) + self.up(self.down(x))
+
+
+def test_script_calls_what_took_the_place_of_the_last_layer():
+    torch.manual_seed(0)
+    mixer, x = GSPNMixer(16).eval(), torch.randn(1, 16, 6, 5)
+    plain = mixer(x)
+    mixer.out_proj = LowRank(mixer.out_proj)
+    expected = mixer(x)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert_close("output", torch.jit.script(mixer)(x), expected)

@@ -8,6 +8,7 @@ from torch import nn
 from tests.ops.harness import check_machinery, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import conv_gelu_linear, use_backend
+from vla.ops.conv_gelu_linear._triton import _pairs
 
 DTYPES = [("torch", torch.float32), *((b, d) for b in ("torch", "triton") for d in (torch.bfloat16, torch.float16))]
 
@@ -59,6 +60,16 @@ def test_strides(backend):
     for y in results:
         assert y.is_contiguous()
         assert_close("output", y, expected)
+
+
+def test_memory_from_outside():
+    """Pairs of numbers start at addresses, not at offsets, that are even."""
+    tensors = make((1, 8, 8, 32), 16, dtype=torch.float16)
+    x = tensors["x"]
+    outside = torch.from_dlpack(x.new_empty(x.numel() + 1)[1:]).view(x.shape).copy_(x)
+    assert outside.storage_offset() == 0 and outside.data_ptr() % 4 == 2
+    assert _pairs(outside).data_ptr() % 4 == 0 and _pairs(x).data_ptr() == x.data_ptr()
+    compare("triton", conv_gelu_linear, tensors | {"x": outside})
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "triton"])

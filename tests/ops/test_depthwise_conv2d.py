@@ -47,6 +47,15 @@ def test_against_naive(backend, shape, kernel, bias, channels_last, act, dtype):
     compare(backend, depthwise_conv2d, make(shape, kernel, bias, dtype, channels_last), act=act)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "result"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_two_dtypes_of_16_bits(dtype, result):
+    """Maps and gradients that kernels with many taps must not take apart alike."""
+    tensors = make((2, 16, 6, 8), (5, 5), True, dtype)
+    compare("triton", depthwise_conv2d, tensors, relative=2e-2, dtype=result)
+
+
 @pytest.mark.parametrize("act", [None, "silu", "gelu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_definition_is_pytorch(act, bias):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
@@ -115,30 +114,6 @@ def rename_released_scan(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-@torch.fx.wrap
-def normalize_and_project(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_eps: float,
-    eps: float,
-    projection: Tensor,
-    projection_bias: Optional[Tensor],  # noqa: UP045
-) -> Tensor:
-    """`vla.ops.layer_norm_grn` and a linear layer, (B, C, H, W) -> (B, H, W, F), under autocast in its dtype.
-
-    In one operator in 16 bits; PyTorch's linear layers know best about float32, and on a CPU.
-    """
-    dtype = autocast_dtype(x)
-    if projection_bias is None and not x.is_cpu and (x.dtype == torch.bfloat16 or x.dtype == torch.float16):
-        y = layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype, projection)
-        return y.permute(0, 2, 3, 1)
-    y = layer_norm_grn(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, dtype)
-    return F.linear(y.permute(0, 2, 3, 1), projection, projection_bias)
-
-
 class GSPNMixer(nn.Module):
     r"""GSPN's token mixer, (B, C, H, W) to the same, for maps of any size.
 
@@ -192,29 +167,28 @@ class GSPNMixer(nn.Module):
         return self.drop(self.project(y)).permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> Tensor:
-        """Both norms and the last linear layer, as one operator if they are plain: (B, C, H, W) -> (B, H, W, C)."""
+        """Both norms and the last linear layer, as one operator where that is faster: (B, C, H, W) -> (B, H, W, C)."""
         if not torch.jit.is_scripting():
             if not is_plain(self.out_norm, nn.LayerNorm) or not is_plain(self.grn, GlobalResponseNorm):
                 return self.out_proj(self.grn(self.out_norm(x.permute(0, 2, 3, 1))))
-            if not is_plain(self.out_proj, nn.Linear):
-                return self.out_proj(self.normalize(x))
-        return normalize_and_project(
-            x,
-            self.out_norm.weight,
-            self.out_norm.bias,
-            self.grn.weight,
-            self.grn.bias,
-            self.out_norm.eps,
-            self.grn.eps,
-            self.out_proj.weight,
-            self.out_proj.bias,
-        )
+            if self.projects_at_once(x):
+                return self.normalize(x, self.out_proj.weight)
+        return self.out_proj(self.normalize(x))
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Both norms in one operator: (B, C, H, W) -> (B, H, W, C)."""
-        norm, grn = self.out_norm, self.grn
+    @torch.jit.ignore
+    def projects_at_once(self, x: Tensor) -> bool:
+        """Whether the norms' operator has the last linear layer."""
+        # PyTorch's own layers know best about float32 and CPUs, and a graph of torch.fx has the layer as a module.
+        if not isinstance(x, Tensor) or not x.is_cuda or x.dtype.itemsize != 2:
+            return False
+        return is_plain(self.out_proj, nn.Linear) and self.out_proj.bias is None
+
+    def normalize(self, x: Tensor, projection: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        """Both norms in one operator, and a linear layer: (B, C, H, W) -> (B, H, W, C)."""
+        norm = self.out_norm
+        grn = self.grn
         y = layer_norm_grn(
-            x, norm.weight, norm.bias, grn.weight, grn.bias, norm.eps, grn.eps, autocast_dtype(x)
+            x, norm.weight, norm.bias, grn.weight, grn.bias, norm.eps, grn.eps, autocast_dtype(x), projection
         )  # fmt: skip
         return y.permute(0, 2, 3, 1)
 

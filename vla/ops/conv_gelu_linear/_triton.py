@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, gelu, kernel, lead_and_rest, repeat, unpack
+from .. import _ahead
+from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, unpack
 from ..depthwise_conv2d._triton import correlate, on_map
 
 COLUMNS = 4
@@ -23,6 +24,8 @@ ROWS_AHEAD = 4
 FEW_COLUMNS = 96
 FEWER_COLUMNS = 64
 REGISTERS = 168
+# Numbers between rows of which ten, a strip's with those around it, are no number of 32 bits.
+FAR = 2**27
 
 
 @triton.jit
@@ -123,7 +126,6 @@ def conv_gelu_linear_fwd_kernel(
     EVEN: tl.constexpr,
     EVEN_C: tl.constexpr,
     EVEN_D: tl.constexpr,
-    DTYPE: tl.constexpr,
     AHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
@@ -190,11 +192,11 @@ def conv_gelu_linear_fwd_kernel(
             ahead = load_rows(x + next_c // 2, x_row, x_column, columns, rows, always, 0, AHEAD)
             parameters = load_parameters(taps, bias, next_c + c, always, C)
         pixels = pixels + repeat(tl.zeros((BLOCK_S, BLOCK_C), dtype), PIXELS - ROWS * COLUMNS)
-        hidden = pile(pixels, BLOCK_S, BLOCK_C).to(DTYPE)
-        total = tl.dot(hidden, block.to(DTYPE).trans(), total)
+        hidden = pile(pixels, BLOCK_S, BLOCK_C)
+        total = dot_add(hidden, block.trans(), total)
         if REST > 0:
             block = load_weight(weight, first_d + WIDTH, first_c, REST, BLOCK_C, C, D, EVEN_C, EVEN_D)
-            rest = tl.dot(hidden, block.to(DTYPE).trans(), rest)
+            rest = dot_add(hidden, block.trans(), rest)
 
     m = tl.arange(0, BLOCK_S * PIXELS)[:, None]
     strip = tl.program_id(0) * BLOCK_S + m // PIXELS
@@ -214,11 +216,14 @@ def _rows(height: int) -> int:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """A map (..., C) as pairs of channels (..., C / 2 rounded up), a copy unless all pixels start at even places."""
-    channels = x.shape[-1]
-    starts = (x.storage_offset(), *x.stride()[:-1])
-    if x.stride(-1) != 1 or channels % 2 != 0 or any(start % 2 != 0 for start in starts):
-        x = F.pad(x, (0, channels % 2)).clone(memory_format=torch.contiguous_format)
+    """A map (..., C) as pairs of channels (..., C / 2 rounded up), a copy unless all pixels start at whole pairs.
+
+    So is a map whose rows lie too far apart for a kernel to count a strip's in 32 bits.
+    """
+    odd, strides = x.shape[-1] % 2, x.stride()
+    starts = (odd, *strides[:-1], _ahead.address(x) // x.element_size())
+    if strides[-1] != 1 or any(start % 2 != 0 for start in starts) or strides[-3] >= FAR:
+        x = (F.pad(x, (0, 1)) if odd else x).clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)
 
 
@@ -255,8 +260,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
         EVEN=even,
         EVEN_C=even_c,
         EVEN_D=out % sum(widths) == 0,
-        # Triton's interpreter cannot multiply bfloat16.
-        DTYPE=tl.float32 if x.is_cpu else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
         AHEAD=ahead,
         WIDTH=widths[0],
         REST=widths[1],

@@ -409,8 +409,8 @@ def _vec(*maps: Tensor) -> int:
 
 
 def _in_pairs(*maps: Tensor) -> list[Tensor]:
-    """Maps whose pixels are even numbers of 16-bit channels as maps of pairs, if all of them can be read so."""
-    if any(x.element_size() != 2 or _ahead.address(x) % 4 for x in maps):
+    """Maps whose pixels are even numbers of 16-bit channels as maps of pairs, if all of them can be read alike."""
+    if any(x.element_size() != 2 or x.dtype != maps[0].dtype or _ahead.address(x) % 4 for x in maps):
         return list(maps)
     return [x.permute(0, 2, 3, 1).view(torch.int32).permute(0, 3, 1, 2) for x in maps]
 

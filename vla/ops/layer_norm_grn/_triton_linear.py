@@ -1,4 +1,4 @@
-"""Triton kernels of both norms with the linear layer behind them, in 16 bits: the normalised map is never written.
+"""Triton kernels of both norms with the linear layer behind them, in bfloat16: the normalised map is never written.
 
 The norms are a factor and a shift for each pixel and, in a picture, each channel. So a picture has its own weights,
 which are multiplied with the map itself:
@@ -241,10 +241,11 @@ def _parts(batch: int, pixels: int, block_p: int, blocks: int) -> tuple[int, int
 def suits(x: Tensor, projection: Tensor) -> bool:
     """Whether the kernels have the dtype, and are faster than norms and products apart.
 
-    They keep weights and, training, products of every picture, which should be few beside the picture.
+    They keep weights and, training, products of every picture, which should be few beside the picture; and they divide
+    the gradient by deviations, for which float16 has no range.
     """
     few = 2 * len(projection) <= x.shape[2] * x.shape[3]
-    return few and x.dtype.itemsize == 2 and _fits(x.shape[1])
+    return few and x.dtype == torch.bfloat16 and _fits(x.shape[1])
 
 
 def to_save(x: Tensor) -> list[Tensor]:
