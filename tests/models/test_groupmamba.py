@@ -583,11 +583,13 @@ def test_contraction_of_what_else():
     """Gradients, dropout, other activations, small maps and many features have no such kernel."""
     with FakeTensorMode():
         x = torch.empty(16, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
+        small = torch.empty(4, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
+        wide = torch.empty(16, 512, 32, 32, device="cuda")
         assert not ConvMlp(16, 512).eval().contracts_at_once(x)
         with torch.no_grad():
             assert ConvMlp(16, 512).eval().contracts_at_once(x)
             assert not ConvMlp(16, 512).contracts_at_once(x)
             assert not ConvMlp(16, 512, nn.SiLU).eval().contracts_at_once(x)
             assert not ConvMlp(348, 512).eval().contracts_at_once(x)
-            assert not ConvMlp(16, 512).eval().contracts_at_once(x[:4])
-            assert not ConvMlp(16, 512).eval().contracts_at_once(x.float())
+            assert not ConvMlp(16, 512).eval().contracts_at_once(small)
+            assert not ConvMlp(16, 512).eval().contracts_at_once(wide)
