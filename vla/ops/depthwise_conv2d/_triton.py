@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import LOG2E, cdiv, kernel, normal_tail, repeat, sum_parts, unpack
+from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, repeat, sum_parts, unpack
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -33,8 +33,7 @@ def activation(s, ACT: tl.constexpr):
     if ACT == "silu":
         return s * reciprocal(1.0 + tl.exp2(s * -LOG2E))
     elif ACT == "gelu":
-        a = tl.abs(s)
-        return tl.maximum(s, 0.0) - a * normal_tail(a)
+        return gelu(s)
     else:
         return s
 
@@ -45,9 +44,7 @@ def derivative(s, ACT: tl.constexpr):
         p = reciprocal(1.0 + tl.exp2(s * -LOG2E))
         return p + p * s * (1.0 - p)
     else:
-        tail = normal_tail(tl.abs(s))
-        density = tl.exp2(s * s * (-0.5 * LOG2E) - 1.3257480647361593)
-        return tl.where(s < 0.0, tail, 1.0 - tail) + s * density
+        return gelu_slope(s)
 
 
 @triton.jit

@@ -255,6 +255,34 @@ def to_save(x: Tensor) -> list[Tensor]:
     return [stats, x.new_empty(batch, 3, channels, dtype=torch.float32)]
 
 
+def _factors(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    norm_eps: float,
+    eps: float,
+    stats: Tensor,
+    totals: Tensor | None,
+) -> Tensor:
+    """A picture's factor of every channel, (B, C), and what `to_save` names."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    constants, block_p = norms._tile(channels)
+    parts, steps = norms._parts(batch, pixels, block_p)
+    count = 1 if totals is None else 3
+    sums = x.new_empty(batch, parts, count, channels, dtype=torch.float32)
+    norms.layer_norm_grn_sums_kernel[(batch * parts,)](
+        x, None, norm_weight, norm_bias, sums, stats, channels, pixels, parts, steps, batch * pixels, norm_eps,
+        SUMS=count, **constants,
+    )  # fmt: skip
+    scale = x.new_empty(batch, channels, dtype=torch.float32)
+    norms.layer_norm_grn_scale_kernel[(batch,)](
+        sums, weight, scale, totals, channels, parts, eps, SUMS=count, **norms._picture(channels)
+    )
+    return scale
+
+
 def forward(
     x: Tensor,
     norm_weight: Tensor,
@@ -275,19 +303,8 @@ def forward(
         )
         pixels = height * width
         rows = batch * pixels
-        constants, block_p = norms._tile(channels)
-        parts, steps = norms._parts(batch, pixels, block_p)
         stats, totals = saved or (x.new_empty(2, rows, dtype=torch.float32), None)
-        count = 3 if saved else 1
-        sums = x.new_empty(batch, parts, count, channels, dtype=torch.float32)
-        norms.layer_norm_grn_sums_kernel[(batch * parts,)](
-            x, None, norm_weight, norm_bias, sums, stats, channels, pixels, parts, steps, rows, norm_eps,
-            SUMS=count, **constants,
-        )  # fmt: skip
-        scale = x.new_empty(batch, channels, dtype=torch.float32)
-        norms.layer_norm_grn_scale_kernel[(batch,)](
-            sums, weight, scale, totals, channels, parts, eps, SUMS=count, **norms._picture(channels)
-        )
+        scale = _factors(x, norm_weight, norm_bias, weight, norm_eps, eps, stats, totals)
         weights = x.new_empty(batch, features, channels)
         shifts = x.new_empty(batch, 2, features, dtype=torch.float32)
         block_c = next_power_of_2(channels)
@@ -327,7 +344,7 @@ def backward(
     (g,) = norms._dense(g.to(x.dtype))
     if not saved:
         saved = to_save(x)
-        forward(x, norm_weight, norm_bias, weight, bias, norm_eps, eps, x.dtype, projection, saved)
+        _factors(x, norm_weight, norm_bias, weight, norm_eps, eps, *saved)
     stats, totals = saved
     pixels = height * width
     rows = batch * pixels

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, kernel, lead_and_rest, normal_tail, tile_columns, zero_tiles
+from .._triton import LOG2E, cdiv, gelu, kernel, lead_and_rest, normal_tail, tile_columns, zero_tiles
 
 
 @triton.jit
@@ -19,8 +19,7 @@ def _relu(s):
 @triton.jit
 def _activate(s, ACT: tl.constexpr):
     if ACT == "gelu":
-        a = tl.abs(s)
-        return tl.maximum(s, 0.0) - a * normal_tail(a)
+        return gelu(s)
     elif ACT == "gelu_tanh":
         return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
     elif ACT == "silu":
