@@ -28,6 +28,10 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
 LARGE = 2**20
 
 
+# Channels beyond which a compiler's norm of a sum takes longer than the operator, although it need not write the sum.
+NARROW = 128
+
+
 def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     """Whether `vla.ops.layer_norm` is faster than PyTorch's own, or with `composite` than several of its operators."""
     # A CPU is served as well by PyTorch's own layer norm. What is traced must not depend on whether gradients are on.
@@ -128,7 +132,7 @@ def add_normalize(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     """`x + branch`, and its `normalize`, of maps (B, C, H, W)."""
-    if _uses_operator(x):
+    if _uses_operator(x, composite=torch.compiler.is_compiling() and x.shape[1] > NARROW):
         x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
         dtype = _result_dtype(x, narrow)
         total, y = ops.add_layer_norm(as_rows(x), as_rows(branch), weight, bias, eps=eps, dtype=dtype)
