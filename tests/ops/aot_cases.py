@@ -444,6 +444,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     yield Case("groupmamba 1024", f, arguments(maps, (3, 3), "silu", True, 8, 64, 256, 256), (BF16,))
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
     yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
+    yield Case("gspn stage 3", f, arguments(maps, (7, 7), None, False, 128, 576, 14, 14), (FP16,))
     yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
     yield Case("odd", f, arguments(rows, (5, 3), "gelu", True, 3, 33, 7, 9), (FP16,))
     yield Case("large, activation", f, arguments(maps, (5, 5), "silu", True, 8, 96, 56, 56), (BF16,))

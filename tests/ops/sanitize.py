@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
     "q_shift_mix low": (q_shift_mix, lambda: test_gpu.test_q_shift_mix.make((2, 64, 9, 7), 5, 32), dict(head_dim=32)),
     "depthwise_conv2d": depthwise((2, 33, 13, 17), 3, "silu", bias=True),
     "depthwise_conv2d 7x7": depthwise((1, 40, 15, 15), 7),
+    "depthwise_conv2d 7x7 many": depthwise((5, 36, 9, 14), 7),
     "depthwise_conv2d 5x5 activation": depthwise((1, 34, 9, 11), 5, "silu", bias=True),
     "layer_norm": norm(layer_norm, (2, 200, 96)),
     "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),

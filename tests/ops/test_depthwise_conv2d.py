@@ -37,6 +37,11 @@ CASES = [
     # Widths that strips of 4 and of 7 columns divide.
     ((1, 20, 9, 14), (3, 3), True, True, "gelu"),
     ((2, 64, 3, 28), (3, 3), False, True, "silu"),
+    # Many taps and many strips: in several blocks, as the channels are; of widths they divide or not; with segments.
+    ((3, 20, 3, 24), (7, 7), False, True, None),
+    ((2, 8, 10, 32), (7, 7), False, True, None),
+    ((4, 10, 9, 13), (5, 7), True, True, "gelu"),
+    ((18, 8, 2, 3), (7, 5), False, True, None),
 ]
 
 
@@ -54,6 +59,25 @@ def test_two_dtypes_of_16_bits(dtype, result):
     """Maps and gradients that kernels with many taps must not take apart alike."""
     tensors = make((2, 16, 6, 8), (5, 5), True, dtype)
     compare("triton", depthwise_conv2d, tensors, relative=2e-2, dtype=result)
+
+
+def test_which_maps_tensor_cores_take():
+    """Pairs of channels of 16 bits at multiples of their size, no more taps than registers, and enough strips."""
+    tiles = pytest.importorskip("vla.ops.depthwise_conv2d._triton_tiles")
+
+    def suits(x, *kernel, dtype=torch.bfloat16):
+        return tiles.suits(x, torch.ones(x.shape[1], 1, *kernel), x.to(dtype))
+
+    x = torch.ones(6, 8, 9, 9, dtype=torch.bfloat16, device="cpu").to(memory_format=torch.channels_last)
+    assert (
+        suits(x, 7, 7)
+        and not suits(x[:5], 7, 7)
+        and suits(x, 5, 3)
+        and suits(x[:, 2:], 7, 7)
+        and suits(x.half(), 7, 7, dtype=torch.float16)
+    )
+    assert not suits(x, 3, 3) and not suits(x, 9, 9) and not suits(x, 7, 7, dtype=torch.float16)
+    assert not suits(x.float(), 7, 7) and not suits(x[:, :7], 7, 7) and not suits(x[:, 1:7], 7, 7)
 
 
 @pytest.mark.parametrize("act", [None, "silu", "gelu"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _ahead
 from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, unpack
-from ..depthwise_conv2d._triton import correlate, on_map
+from ..depthwise_conv2d._triton_strips import correlate, on_map
 
 COLUMNS = 4
 # Pixels of a strip, of which a power of two can be rows of a product.
