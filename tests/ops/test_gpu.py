@@ -293,3 +293,25 @@ def test_more_than_two_billion_elements(name):
     repeated = {n: t.detach().expand(count, *t.shape[1:]).contiguous() if n in batched else t for n, t in alone.items()}
     for what, a, e in zip(["output", *batched], outcome(repeated), expected, strict=True):
         assert_close(what, a, e.double())
+
+
+@pytest.mark.large
+def test_scan_of_a_picture_of_more_than_two_billion_elements():
+    """Some channels of one large picture, whose runs are handed on, come out as they do alone."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    channels, alone, side = 256, 32, 2900
+    arguments = {n: t.bfloat16() for n, t in test_scan2d.make((1, channels, 1, 1), 1, 2).items()}
+    for name in ("x", "dt", "B", "C"):
+        arguments[name] = torch.randn(1, side, side, arguments[name][..., 0, 0].numel(), dtype=torch.bfloat16)
+        arguments[name] = arguments[name].permute(0, 3, 1, 2)
+    assert arguments["x"].numel() > 2**31
+    for name, states in (("dt", 2), ("B", 1), ("C", 1)):
+        arguments[name] = arguments[name].unflatten(1, (4, states))
+
+    def last(name: str, tensor: Tensor) -> Tensor:
+        return tensor[:, -alone:] if name in ("x", "A", "D", "dt_weight", "dt_bias") else tensor
+
+    with torch.no_grad():
+        expected = scan2d(**{n: last(n, t) for n, t in arguments.items()}, directions=CROSS)
+        y = scan2d(**arguments, directions=CROSS)[:, -alone:]
+    assert_close("output", y, expected.double())
