@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kernels import need_triton
 from tests.ops.harness import check_machinery, compare, randn, run
 from tests.tolerance import assert_close
 from vla.ops import depthwise_conv2d, use_backend
@@ -63,7 +64,8 @@ def test_two_dtypes_of_16_bits(dtype, result):
 
 def test_which_maps_tensor_cores_take():
     """Pairs of channels of 16 bits at multiples of their size, no more taps than registers, and enough strips."""
-    tiles = pytest.importorskip("vla.ops.depthwise_conv2d._triton_tiles")
+    need_triton()
+    from vla.ops.depthwise_conv2d import _triton_tiles as tiles
 
     def suits(x, *kernel, dtype=torch.bfloat16):
         return tiles.suits(x, torch.ones(x.shape[1], 1, *kernel), x.to(dtype))
