@@ -267,6 +267,8 @@ def always():
 
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Whether kernels may name NVIDIA's instructions.
+PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 
 
 @triton.jit
@@ -296,6 +298,19 @@ def unpack(pairs, dtype: tl.constexpr):
         low = pairs.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+
+
+@triton.jit
+def pack(low, high, dtype: tl.constexpr):
+    """Two float32 numbers rounded to 16 bits as one integer, the inverse of `unpack`."""
+    if PTX and dtype == tl.float16:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
+    elif PTX:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
+    else:
+        low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        high = high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        return (low & 65535) | (high << 16)
 
 
 # Rows may be a tuple of one or two tiles, of LEAD and REST columns, as their length need not be a power of two, as a

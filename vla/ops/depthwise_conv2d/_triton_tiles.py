@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import INTERPRETED, cdiv, kernel, repeat, sum_parts, unpack
+from .._triton import INTERPRETED, cdiv, kernel, pack, repeat, sum_parts, unpack
 from ._triton_strips import (
     DTYPES,
     MULTIPROCESSORS,
@@ -40,19 +40,6 @@ STRIPS, CHANNELS, WARPS = 16, 8, 2
 COLUMNS = 4
 # Rows and columns of kernels up to which there are registers for their sums.
 MOST = 7
-
-
-@triton.jit
-def _pack(low, high, DTYPE: tl.constexpr):
-    """Two float32 numbers rounded to DTYPE, as an integer."""
-    if INTERPRETED:
-        low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-        high = high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
-        return (low & 65535) | (high << 16)
-    elif tl.float16 == DTYPE:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
-    else:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
 
 
 @triton.jit
@@ -184,7 +171,7 @@ def _load_kernels(
                 for j in tl.static_range(first, first + 4, 2):
                     low = _tap(weight, 2 * pair + odd, own, i, j - shift, FLIP, KH, KW)
                     high = _tap(weight, 2 * pair + odd, own, i, j + 1 - shift, FLIP, KH, KW)
-                    tiles = tiles + (_pack(low, high, DTYPE),)
+                    tiles = tiles + (pack(low, high, DTYPE),)
     return tiles
 
 
@@ -226,7 +213,7 @@ def _finish(sums, OF: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr, DT
     for j in tl.static_range(COLUMNS):
         low = activation(sums[j // 2 * 8 + OF + j % 2], ACT)
         high = activation(sums[j // 2 * 8 + OF + j % 2 + 4], ACT)
-        out = out + (_pack(low, high, DTYPE),)
+        out = out + (pack(low, high, DTYPE),)
     return out
 
 

@@ -1,10 +1,9 @@
 """What the line scan's GPU kernels share: special functions, and choices between sweeps."""
 
-import torch
 import triton
 import triton.language as tl
 
-from .._triton import INTERPRETED
+from .._triton import PTX
 
 # The least sum of sigmoids that divides them.
 _MIN_TOTAL = tl.constexpr(1e-7)
@@ -13,13 +12,11 @@ _STEEPEST = tl.constexpr(41.9)
 # In place of a logit whose neighbour does not exist.
 _CLOSED = tl.constexpr(1e3)
 
+
 # Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
-_FTZ = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
-
-
 @triton.jit
 def _exp2(x):
-    if _FTZ:
+    if PTX:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return tl.exp2(x)
@@ -27,7 +24,7 @@ def _exp2(x):
 
 @triton.jit
 def _inverse(x):
-    if _FTZ:
+    if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return 1 / x

@@ -12,10 +12,9 @@ Names end in `e` for even rows and in `o` for odd ones, after the number of the 
 import triton
 import triton.language as tl
 
-from .._triton import dot, dot_add, kernel
+from .._triton import PTX, dot, dot_add, kernel
 from ._triton_common import (
     _CLOSED,
-    _FTZ,
     _MIN_TOTAL,
     _STEEPEST,
     _exp2,
@@ -87,7 +86,7 @@ def fragment_place(c, r, R: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def _distinct(x, zero):
     """`x` as something else for a compiler, who would make copies of a tile that is in a product twice."""
-    if _FTZ and x.dtype != tl.float32:
+    if PTX and x.dtype != tl.float32:
         zeros = tl.zeros(x.shape, tl.int16) + zero.to(tl.int16)
         return tl.inline_asm_elementwise("add.s32 $0, $1, $2;", "=r,r,r", [x, zeros], x.dtype, True, 2)
     else:
@@ -109,7 +108,7 @@ def _proxy(even, odd, zero, EXACT: tl.constexpr):
 @triton.jit
 def _wide(x):
     """In float32; bfloat16 with one instruction a number."""
-    if _FTZ and x.dtype == tl.bfloat16:
+    if PTX and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, True, 2
         )
@@ -390,7 +389,7 @@ def line_scan_short_fwd_kernel(
 @triton.jit
 def _product(a, b):
     """Of tiles as they were loaded; of bfloat16 ones rounded once, two numbers at a time."""
-    if _FTZ and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+    if PTX and a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
         zeros = tl.full(a.shape, -0.0, tl.bfloat16)
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, zeros], tl.bfloat16, True, 2

@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
+from .._triton import LOG2E, PTX, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
 from ._triton_common import (
     _CLOSED,
-    _FTZ,
     _MIN_TOTAL,
     _STEEPEST,
     _exp2,
@@ -43,7 +42,7 @@ def _hold(x):
     not load it ahead.
     """
     x = x.to(tl.float32)
-    if _FTZ:
+    if PTX:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     else:
         return x

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .._triton import LOG2E, kernel
-from ._triton_common import _FTZ, _MIN_TOTAL, _STEEPEST, _exp2, _inverse
+from .._triton import LOG2E, kernel, pack
+from ._triton_common import _MIN_TOTAL, _STEEPEST, _exp2, _inverse
 
 # A sum of sigmoids that only clamped logits have.
 _NO_TOTAL = tl.constexpr(8e-13)
@@ -95,19 +95,6 @@ def _stack(columns, R: tl.constexpr, W: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _pack(low, high, dtype: tl.constexpr):
-    """Two lines as a word of 32 bits."""
-    if _FTZ and dtype == tl.float16:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
-    elif _FTZ:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
-    else:
-        low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-        high = high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
-        return (low & 65535) | (high << 16)
-
-
-@triton.jit
 def _put(words, line, SECOND: tl.constexpr, LOW_FIRST: tl.constexpr, dtype: tl.constexpr, V: tl.constexpr):
     """Words with a float32 line more, rounded to `dtype`: where two lines make a word, that waits for the SECOND."""
     if dtype.primitive_bitwidth == 32 or V == 1:
@@ -115,9 +102,9 @@ def _put(words, line, SECOND: tl.constexpr, LOW_FIRST: tl.constexpr, dtype: tl.c
     elif not SECOND:
         return words + (line,)
     elif LOW_FIRST:
-        return words[:-1] + (_pack(words[-1], line, dtype),)
+        return words[:-1] + (pack(words[-1], line, dtype),)
     else:
-        return words[:-1] + (_pack(line, words[-1], dtype),)
+        return words[:-1] + (pack(line, words[-1], dtype),)
 
 
 @triton.jit
