@@ -241,6 +241,8 @@ def _layer_norm_grn() -> Iterator[Case]:
     yield Case("linear, gspn stage 2", f, arguments(maps, 128, 288, 28, 28, features=192), (BF16,))
     yield Case("linear, gspn small", f, arguments(maps, 128, 162, 56, 56, features=108), (BF16,))
     yield Case("linear, odd", f, arguments(rows, 1, 33, 7, 9, features=7), (BF16,))
+    yield Case("linear, large pictures", f, arguments(maps, 8, 144, 256, 256, features=96), (BF16,))
+    yield Case("large pictures", f, arguments(maps, 8, 288, 128, 128), (BF16,))
     yield Case("gspn stage 1", f, arguments(maps, 128, 144, 56, 56))
     yield Case("gspn stage 4", f, arguments(maps, 128, 1152, 7, 7, dtype=BF16), (BF16,))
     yield Case("odd", f, arguments(rows, 1, 33, 7, 9), (FP32, FP16))

@@ -72,10 +72,18 @@ def test_projection_against_naive_in_float64():
     compare("torch", layer_norm_grn, make((2, 33, 5, 4), features=20))
 
 
+def walk_far(monkeypatch):
+    """As with large batches, where a program has many tiles of pixels."""
+    norms = importlib.import_module("vla.ops.layer_norm_grn._triton_norms")
+    monkeypatch.setattr(norms, "MULTIPROCESSORS", 0)
+    monkeypatch.setattr(norms, "_PROGRAMS", 1)
+
+
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_projection_of_parts_of_a_picture(linear, monkeypatch, programs):
     """Programs of many tiles of pixels, and pictures of many programs."""
-    monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton_norms"), "_PROGRAMS", programs)
+    if programs == 1:
+        walk_far(monkeypatch)
     monkeypatch.setattr(linear, "_PROGRAMS", programs)
     compare("triton", layer_norm_grn, make((2, 130, 15, 19), torch.bfloat16, features=70))
 
@@ -104,26 +112,47 @@ def test_projection_in_mixed_precision(linear):
     assert y.dtype is torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("features", [3, 40], ids=["statistics", "normalised map"])
+@pytest.mark.parametrize("features", [None, 3, 40], ids=["norms", "statistics", "normalised map"])
 def test_machinery_of_what_is_saved(features):
     pytest.importorskip("triton")
     leaves = [t.requires_grad_() for t in make((1, 16, 3, 3), torch.bfloat16, features=features).values()]
 
     def norms(*leaves):
-        *norms, projection = leaves
-        return layer_norm_grn(*norms, projection=projection)
+        return layer_norm_grn(*leaves[:5], projection=leaves[5] if features else None)
 
-    *tensors, projection = (t.detach() for t in leaves)
-    arguments = (*tensors, 1e-5, 1e-6, None, projection)
+    tensors = [t.detach() for t in leaves]
+    arguments = (*tensors[:5], 1e-5, 1e-6, None, tensors[5] if features else None)
     check_saving(norms, leaves, torch.ops.vla.layer_norm_grn_train.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_a_picture(backend, monkeypatch):
-    """As with large batches, where a program sums many tiles of pixels."""
     if backend == "triton":
-        monkeypatch.setattr(importlib.import_module("vla.ops.layer_norm_grn._triton_norms"), "_PROGRAMS", 1)
+        walk_far(monkeypatch)
     compare(backend, layer_norm_grn, make((2, 130, 11, 13), torch.float32))
+
+
+@pytest.mark.parametrize("features", [None, 9])
+def test_many_parts_of_a_picture(linear, features):
+    """More than the kernel of a picture's factors adds up by itself, and than another takes at once."""
+    compare("triton", layer_norm_grn, make((2, 130, 23, 24), torch.bfloat16, features=features))
+
+
+def test_backward_without_what_a_forward_saves():
+    pytest.importorskip("triton")
+    module = importlib.import_module("vla.ops.layer_norm_grn._triton")
+    reference = importlib.import_module("vla.ops.layer_norm_grn._torch")
+    for features in (None, 3, 40):
+        tensors = make((1, 16, 5, 3), torch.bfloat16, features=features)
+        projection = tensors.pop("projection", None)
+        g = randn(1)(1, features or 16, 5, 3)
+        actual = module.backward([g.bfloat16()], *tensors.values(), 1e-5, 1e-6, None, projection)
+        doubles = [t if t is None else t.double() for t in (*tensors.values(), projection)]
+        expected = reference.backward([g.bfloat16().double()], *doubles[:5], 1e-5, 1e-6, None, doubles[5])
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert (a is None) == (e is None)
+            if a is not None:
+                assert_close(f"gradient {i}", a, e, 2e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -255,34 +255,6 @@ def to_save(x: Tensor) -> list[Tensor]:
     return [stats, x.new_empty(batch, 3, channels, dtype=torch.float32)]
 
 
-def _factors(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    norm_eps: float,
-    eps: float,
-    stats: Tensor,
-    totals: Tensor | None,
-) -> Tensor:
-    """A picture's factor of every channel, (B, C), and what `to_save` names."""
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    constants, block_p = norms._tile(channels)
-    parts, steps = norms._parts(batch, pixels, block_p)
-    count = 1 if totals is None else 3
-    sums = x.new_empty(batch, parts, count, channels, dtype=torch.float32)
-    norms.layer_norm_grn_sums_kernel[(batch * parts,)](
-        x, None, norm_weight, norm_bias, sums, stats, channels, pixels, parts, steps, batch * pixels, norm_eps,
-        SUMS=count, **constants,
-    )  # fmt: skip
-    scale = x.new_empty(batch, channels, dtype=torch.float32)
-    norms.layer_norm_grn_scale_kernel[(batch,)](
-        sums, weight, scale, totals, channels, parts, eps, SUMS=count, **norms._picture(channels)
-    )
-    return scale
-
-
 def forward(
     x: Tensor,
     norm_weight: Tensor,
@@ -304,7 +276,7 @@ def forward(
         pixels = height * width
         rows = batch * pixels
         stats, totals = saved or (x.new_empty(2, rows, dtype=torch.float32), None)
-        scale = _factors(x, norm_weight, norm_bias, weight, norm_eps, eps, stats, totals)
+        scale = norms.factors(x, norm_weight, norm_bias, weight, norm_eps, eps, stats, totals)
         weights = x.new_empty(batch, features, channels)
         shifts = x.new_empty(batch, 2, features, dtype=torch.float32)
         block_c = next_power_of_2(channels)
@@ -344,7 +316,7 @@ def backward(
     (g,) = norms._dense(g.to(x.dtype))
     if not saved:
         saved = to_save(x)
-        _factors(x, norm_weight, norm_bias, weight, norm_eps, eps, *saved)
+        norms.factors(x, norm_weight, norm_bias, weight, norm_eps, eps, *saved)
     stats, totals = saved
     pixels = height * width
     rows = batch * pixels
@@ -363,31 +335,17 @@ def backward(
     )  # fmt: skip
     scale = x.new_empty(batch, 2, channels, dtype=torch.float32)
     parameters = x.new_empty(batch, 4, channels, dtype=torch.float32)
+    summed = norms.few_parts(sums, picture["AT_ONCE"])
     layer_norm_grn_linear_scale_bwd_kernel[(batch,)](
-        totals,
-        sums,
-        norm_weight,
-        norm_bias,
-        weight,
-        scale,
-        parameters,
-        channels,
-        pixels,
-        parts * blocks,
-        eps,
+        totals, summed, norm_weight, norm_bias, weight, scale, parameters, channels, pixels, summed.shape[1], eps,
         **picture,
-    )
+    )  # fmt: skip
     g_projection = torch.empty_like(projection)
     block_c = 32
     layer_norm_grn_projection_bwd_kernel[(features * cdiv(channels, block_c),)](
         products, g_sums, scale, norm_weight, norm_bias, bias, g_projection,
         channels, features, parts, batch * parts, AT_ONCE=64, C=block_c, num_warps=4,
     )  # fmt: skip
-    gx = torch.empty_like(x)
     g_normed = g.permute(0, 2, 3, 1).flatten(0, 2) @ projection.to(x.dtype)
-    constants, block_p = norms._tile(channels)
-    blocks = cdiv(pixels, block_p)
-    norms.layer_norm_grn_bwd_kernel[(batch * blocks,)](
-        x, g_normed, norm_weight, norm_bias, scale, gx, channels, pixels, blocks, norm_eps, **constants
-    )
-    return [gx, *parameters.sum(0), g_projection]
+    gx = norms.gradient_of_map(g_normed, x, norm_weight, norm_bias, scale, stats)
+    return [gx, *norms.of_parameters(parameters), g_projection]
