@@ -447,6 +447,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))
     yield Case("gspn", f, arguments(maps, (7, 7), None, False, 128, 144, 56, 56))
     yield Case("gspn stage 3", f, arguments(maps, (7, 7), None, False, 128, 576, 14, 14), (FP16,))
+    yield Case("three columns", f, arguments(maps, (5, 3), None, False, 8, 64, 33, 30), (BF16,))
     yield Case("one picture", f, arguments(maps, (7, 7), None, False, 1, 1152, 7, 7), (BF16,))
     yield Case("odd", f, arguments(rows, (5, 3), "gelu", True, 3, 33, 7, 9), (FP16,))
     yield Case("large, activation", f, arguments(maps, (5, 5), "silu", True, 8, 96, 56, 56), (BF16,))

@@ -43,6 +43,9 @@ CASES = [
     ((2, 8, 10, 32), (7, 7), False, True, None),
     ((4, 10, 9, 13), (5, 7), True, True, "gelu"),
     ((18, 8, 2, 3), (7, 5), False, True, None),
+    # A strip of one column behind those of a whole warp, and kernels of three columns.
+    ((11, 4, 5, 9), (5, 5), False, True, None),
+    ((6, 4, 5, 10), (5, 3), False, True, None),
 ]
 
 
@@ -62,24 +65,62 @@ def test_two_dtypes_of_16_bits(dtype, result):
     compare("triton", depthwise_conv2d, tensors, relative=2e-2, dtype=result)
 
 
-def test_which_maps_tensor_cores_take():
-    """Pairs of channels of 16 bits at multiples of their size, no more taps than registers, and enough strips."""
+X = torch.ones(6, 8, 9, 9, dtype=torch.bfloat16, device="cpu").to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "x, kernel, dtype, expected",
+    [
+        (X, (7, 7), torch.bfloat16, True),
+        (X, (5, 3), torch.bfloat16, True),
+        (X[:, 2:], (7, 7), torch.bfloat16, True),
+        (X.half(), (7, 7), torch.float16, True),
+        (X, (7, 7), torch.float16, False),
+        (X.float(), (7, 7), torch.float32, False),
+        # Too few taps and too many, too few strips, no pairs of channels.
+        (X, (3, 3), torch.bfloat16, False),
+        (X, (9, 9), torch.bfloat16, False),
+        (X[:5], (7, 7), torch.bfloat16, False),
+        (X[:, :7], (7, 7), torch.bfloat16, False),
+        (X[:, 1:7], (7, 7), torch.bfloat16, False),
+    ],
+)
+def test_which_maps_tensor_cores_take(x, kernel, dtype, expected):
     need_triton()
     from vla.ops.depthwise_conv2d import _triton_tiles as tiles
 
-    def suits(x, *kernel, dtype=torch.bfloat16):
-        return tiles.suits(x, torch.ones(x.shape[1], 1, *kernel), x.to(dtype))
+    assert tiles.suits(x, torch.ones(x.shape[1], 1, *kernel), dtype) is expected
 
-    x = torch.ones(6, 8, 9, 9, dtype=torch.bfloat16, device="cpu").to(memory_format=torch.channels_last)
-    assert (
-        suits(x, 7, 7)
-        and not suits(x[:5], 7, 7)
-        and suits(x, 5, 3)
-        and suits(x[:, 2:], 7, 7)
-        and suits(x.half(), 7, 7, dtype=torch.float16)
-    )
-    assert not suits(x, 3, 3) and not suits(x, 9, 9) and not suits(x, 7, 7, dtype=torch.float16)
-    assert not suits(x.float(), 7, 7) and not suits(x[:, :7], 7, 7) and not suits(x[:, 1:7], 7, 7)
+
+def test_memory_that_does_not_begin_at_a_pair():
+    """At a multiple of 4 bytes, but not in its storage."""
+    need_triton()
+    from vla.ops.depthwise_conv2d import _triton_strips as strips
+
+    values = torch.frombuffer(bytearray(200), dtype=torch.bfloat16, offset=2)[1:65].view(1, 4, 4, 4).permute(0, 3, 1, 2)
+    assert not strips.starts_at_pair(values)
+    assert strips.in_pairs(values)[0] is values
+
+
+def test_gradient_of_many_groups(monkeypatch):
+    """More groups of strips than programs, of a crop of a map, with kernels of 32 bits."""
+    need_triton()
+    from vla.ops.depthwise_conv2d import _triton_tiles as tiles
+
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
+    tensors = make((10, 24, 5, 20), (5, 5), False, torch.bfloat16)
+    tensors["weight"] = tensors["weight"].float()
+    x, weight = tensors["x"][:, 2:22, 1:, 2:], tensors["weight"][2:22]
+    g = randn(1)(*x.shape).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert tiles.suits(x, weight, g.dtype)
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    y = F.conv2d(*leaves, padding=2, groups=20)
+    expected = [y, *torch.autograd.grad(y, leaves, g.double())]
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    with use_backend("triton"):
+        y = depthwise_conv2d(*leaves)
+    for name, a, e in zip(["y", "x", "weight"], [y, *torch.autograd.grad(y, leaves, g)], expected, strict=True):
+        assert_close(name, a, e, 2e-2)
 
 
 @pytest.mark.parametrize("act", [None, "silu", "gelu"])

@@ -100,8 +100,9 @@ def projected_lines(shape: tuple[int, ...], rank: int = 8, **options) -> Case:
     )
 
 
-def depthwise(shape: tuple[int, ...], side: int, act: str | None = None, bias: bool = False) -> Case:
-    return depthwise_conv2d, lambda: test_depthwise_conv2d.make(shape, (side, side), bias), dict(act=act)
+def depthwise(shape: tuple[int, ...], *kernel: int, act: str | None = None, bias: bool = False) -> Case:
+    kernel = kernel if len(kernel) == 2 else kernel * 2
+    return depthwise_conv2d, lambda: test_depthwise_conv2d.make(shape, kernel, bias), dict(act=act)
 
 
 def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: bool) -> Case:
@@ -165,11 +166,13 @@ CASES: dict[str, Case] = {
     "q_shift": (q_shift, lambda: {"x": randn(0)(3, 70, 33, 17)}, {}),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((8, 192, 14, 14), 3), {}),
     "q_shift_mix low": (q_shift_mix, lambda: test_q_shift_mix.make((4, 192, 15, 13), 5, 32), dict(head_dim=64)),
-    "depthwise_conv2d 3x3": depthwise((8, 96, 56, 57), 3, "silu", bias=True),
-    "depthwise_conv2d 3x3 stage 3": depthwise((8, 348, 14, 14), 3, "gelu", bias=True),
+    "depthwise_conv2d 3x3": depthwise((8, 96, 56, 57), 3, act="silu", bias=True),
+    "depthwise_conv2d 3x3 stage 3": depthwise((8, 348, 14, 14), 3, act="gelu", bias=True),
     "depthwise_conv2d 7x7": depthwise((8, 144, 56, 56), 7),
-    "depthwise_conv2d 5x5 activation": depthwise((8, 96, 28, 29), 5, "silu", bias=True),
+    "depthwise_conv2d 5x5 activation": depthwise((8, 96, 28, 29), 5, act="silu", bias=True),
     "depthwise_conv2d 7x7 odd": depthwise((16, 90, 14, 23), 7),
+    "depthwise_conv2d 7x7 many groups": depthwise((128, 288, 6, 18), 7),
+    "depthwise_conv2d 5x3": depthwise((8, 64, 33, 30), 5, 3),
     "depthwise_conv2d 5x5 bias": depthwise((8, 64, 33, 30), 5, bias=True),
     "depthwise_conv2d one picture": depthwise((1, 33, 67, 130), 7),
     "depthwise_conv2d one large picture": depthwise((1, 48, 67, 130), 7),
@@ -259,7 +262,7 @@ HUGE: dict[str, Case] = {
     "q_shift": (q_shift, lambda: {"x": randn(0)(1, 64, 64, 64)}, {}),
     "q_shift_mix": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2), {}),
     "q_shift_mix low": (q_shift_mix, lambda: test_q_shift_mix.make((1, 64, 64, 64), 2, 16), {}),
-    "depthwise_conv2d": depthwise((1, 64, 64, 64), 3, "silu"),
+    "depthwise_conv2d": depthwise((1, 64, 64, 64), 3, act="silu"),
     "depthwise_conv2d 7x7": depthwise((1, 64, 64, 64), 7),
     "layer_norm": norm(layer_norm, (1, 4096, 64)),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((1, 64, 64, 64)), {}),

@@ -28,8 +28,9 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:  # noqa: UP045
 LARGE = 2**20
 
 
-# Channels beyond which a compiler's norm of a sum takes longer than the operator, although it need not write the sum.
-NARROW = 128
+# Channels up to which a compiler's norm of a sum is as fast as the operator: it does not write the sum, and so adds all
+# branches anew in every norm that follows.
+FEW_CHANNELS = 128
 
 
 def _uses_operator(x: Tensor, composite: bool = False) -> bool:
@@ -132,7 +133,7 @@ def add_normalize(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor]:
     """`x + branch`, and its `normalize`, of maps (B, C, H, W)."""
-    if _uses_operator(x, composite=torch.compiler.is_compiling() and x.shape[1] > NARROW):
+    if _uses_operator(x, composite=torch.compiler.is_compiling() and x.shape[1] > FEW_CHANNELS):
         x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
         dtype = _result_dtype(x, narrow)
         total, y = ops.add_layer_norm(as_rows(x), as_rows(branch), weight, bias, eps=eps, dtype=dtype)

@@ -55,9 +55,10 @@ def depthwise_conv2d(
 
         y[b, c, h, w] = act(bias[c] + sum_ij weight[c, 0, i, j] x[b, c, h + i - kh // 2, w + j - kw // 2])
 
-    Computed in float32 (float64 for float64 inputs), where NVIDIA's GPUs may round kernels of more than 9 taps to the
-    dtype of a map of 16 bits first, as autocast does. Every tensor argument is differentiable; of the forward only the
-    arguments are kept, the backward computes the activation's derivative anew.
+    Computed in float32 (float64 for float64 inputs). NVIDIA's GPUs may round kernels of more than 9 taps to the dtype
+    of a map of 16 bits first, as autocast does, and spread what is not finite to channels and columns beside it. Every
+    tensor argument is differentiable; of the forward only the arguments are kept, the backward computes the
+    activation's derivative anew.
 
     Args:
         x: Map, (B, C, H, W), any memory format; `torch.channels_last` needs no copy.

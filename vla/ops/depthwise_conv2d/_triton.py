@@ -14,7 +14,7 @@ def _convolved(
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() > 0:
         x = strips.last(x)
-        kernels = tiles if tiles.suits(x, weight, y) else strips
+        kernels = tiles if tiles.suits(x, weight, y.dtype) else strips
         kernels.convolve(x, weight, bias, act, flip, y)
     return y
 
@@ -35,7 +35,7 @@ def backward(
     if g.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, bias)]
     g, x = strips.last(g), strips.last(x)
-    if act is None and bias is None and tiles.suits(x, weight, g) and tiles.suits(g, weight, x):
+    if act is None and bias is None and tiles.suits(x, weight, g.dtype) and tiles.suits(g, weight, x.dtype):
         gx, g_weight, g_bias = None, tiles.kernels_gradient(g, x, weight), None
     else:
         gx, g_weight, g_bias = strips.backward(g, x, weight, bias, act)

@@ -405,9 +405,14 @@ def vec_of(*maps: Tensor) -> int:
     return 2 if all(x.shape[1] % 2 == 0 and all(x.stride(i) % 2 == 0 for i in (0, 2, 3)) for x in maps) else 1
 
 
+def starts_at_pair(x: Tensor) -> bool:
+    """Whether a map of 16 bits begins at a multiple of 4 bytes, in its memory and in its storage."""
+    return _ahead.address(x) % 4 == 0 and x.storage_offset() % 2 == 0
+
+
 def in_pairs(*maps: Tensor) -> list[Tensor]:
     """Maps whose pixels are even numbers of 16-bit channels as maps of pairs, if all of them can be read alike."""
-    if any(x.element_size() != 2 or x.dtype != maps[0].dtype or _ahead.address(x) % 4 for x in maps):
+    if any(x.element_size() != 2 or x.dtype != maps[0].dtype or not starts_at_pair(x) for x in maps):
         return list(maps)
     return [x.permute(0, 2, 3, 1).view(torch.int32).permute(0, 3, 1, 2) for x in maps]
 

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _ahead
 from .._triton import INTERPRETED, cdiv, kernel, pack, repeat, sum_parts, unpack
 from ._triton_strips import (
     DTYPES,
@@ -29,17 +28,20 @@ from ._triton_strips import (
     load_row,
     on_map,
     segment_of,
+    starts_at_pair,
     store_row,
     strides_of,
     vec_of,
 )
 
-# Strips and channels of a warp, warps of a program: the channels of a sector of memory.
+# Strips and channels of a warp, as PTX has them, and warps of a program: a sector of memory has the channels of two.
 STRIPS, CHANNELS, WARPS = 16, 8, 2
 # Columns of a strip.
 COLUMNS = 4
 # Rows and columns of kernels up to which there are registers for their sums.
 MOST = 7
+
+# Instructions of a whole warp are called pure, which lets a compiler move them: no branch here parts the lanes of one.
 
 
 @triton.jit
@@ -218,7 +220,7 @@ def _finish(sums, OF: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr, DT
 
 
 @kernel(do_not_specialize=["pairs", "height", "width", "strips", "segment", "x_batch", "x_row", "y_batch", "y_row"])
-def depthwise_conv2d_tiles_kernel(
+def depthwise_conv2d_tiles_fwd_kernel(
     x,
     weight,
     bias,
@@ -438,7 +440,7 @@ def depthwise_conv2d_tiles_bwd_kernel(
     nothing = tl.zeros((32 * WARPS,), tl.int32)
     sums = repeat(zero, KH * 2 * QUADS * 4)
     for group in range(tl.program_id(0) // blocks, tl.cdiv(strips, 16), tl.num_programs(0) // blocks):
-        x_at, x_masks, g_at, g_masks, around = (), (), (), (), ()
+        x_at, x_masks, g_at, g_masks, around, insides, columns = (), (), (), (), (), (), ()
         for i in tl.static_range(4):
             strip = group * 16 + quad * 4 + i
             image = (strip // strips_of_row).to(tl.int64)
@@ -452,12 +454,13 @@ def depthwise_conv2d_tiles_bwd_kernel(
                 g_mask = g_mask + (inside if EVEN else inside & (column + odd_columns + j < width),)
             x_masks, g_masks = x_masks + (x_mask,), g_masks + (g_mask,)
             around = around + ((column > 0, column + COLUMNS < width),)
-            if i == 0:
-                is_before = (quad == 0) & inside & (column > 0)
+            insides, columns = insides + (inside,), columns + (column,)
+        is_before = (quad == 0) & insides[0] & (columns[0] > 0)
         edge = tl.where(quad == 0, x_at[0] - COLUMNS * x_column, x_at[3] + COLUMNS * x_column)
         edge_mask = ()
         for j in tl.static_range(COLUMNS, 2 * COLUMNS, 2):
-            edge_mask = edge_mask + (is_before | ((quad == 3) & inside & (column + (0 if EVEN else own) + j < width)),)
+            is_behind = (quad == 3) & insides[3] & (columns[3] + (0 if EVEN else own) + j < width)
+            edge_mask = edge_mask + (is_before | is_behind,)
         x_at, x_masks = x_at + (edge,), x_masks + (edge_mask,)
 
         # Rows of the gradient around the row of x, as far as they are the program's own.
@@ -503,11 +506,11 @@ def _strips(x: Tensor) -> int:
     return x.shape[0] * cdiv(x.shape[3], COLUMNS)
 
 
-def suits(x: Tensor, weight: Tensor, y: Tensor) -> bool:
-    """Whether the kernel has the dtype and registers for the taps, and is faster than multiply-adds."""
+def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels have registers for the taps, take this dtype beside a map's, and are the faster."""
     kh, kw = weight.shape[2:]
     fits = kh * kw > SMALL and max(kh, kw) <= MOST
-    paired = x.element_size() == 2 and x.dtype == y.dtype and vec_of(x) == 2 and _ahead.address(x) % 4 == 0
+    paired = x.element_size() == 2 and x.dtype == dtype and vec_of(x) == 2 and starts_at_pair(x)
     return fits and paired and _strips(x) >= STRIPS and _has_instructions(x.device)
 
 
@@ -516,11 +519,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, fl
     _, channels, height, width = x.shape
     strips = _strips(x)
     programs = cdiv(strips, STRIPS) * cdiv(channels, WARPS * CHANNELS)
-    # As many as a GPU runs at once, by half; then the last ones of long walks are not waited for as long.
-    segment = min(segment_of(programs, height, 264), segment_of(programs, height, 1024, rows=20))
+    # At least half as many programs as a GPU runs at once; of long walks more, as it else waits for the last ones.
+    segment = min(
+        segment_of(programs, height, 2 * MULTIPROCESSORS), segment_of(programs, height, 8 * MULTIPROCESSORS, rows=20)
+    )
     dtype = x.dtype
     x, y = in_pairs(x, y)
-    depthwise_conv2d_tiles_kernel[(programs, cdiv(height, segment))](
+    depthwise_conv2d_tiles_fwd_kernel[(programs, cdiv(height, segment))](
         x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),

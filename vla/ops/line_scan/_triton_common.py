@@ -13,7 +13,7 @@ _STEEPEST = tl.constexpr(41.9)
 _CLOSED = tl.constexpr(1e3)
 
 
-# Without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
+# Both without Triton's care for denormal numbers, which do not occur here: a third of the gates' instructions.
 @triton.jit
 def _exp2(x):
     if PTX:
