@@ -95,11 +95,13 @@ def test_which_maps_tensor_cores_take(x, kernel, dtype, expected):
 def test_memory_that_does_not_begin_at_a_pair():
     """At a multiple of 4 bytes, but not in its storage."""
     need_triton()
-    from vla.ops.depthwise_conv2d import _triton_strips as strips
+    from vla.ops.conv_gelu_linear._triton import _pairs
+    from vla.ops.depthwise_conv2d._triton_strips import in_pairs
 
-    values = torch.frombuffer(bytearray(200), dtype=torch.bfloat16, offset=2)[1:65].view(1, 4, 4, 4).permute(0, 3, 1, 2)
-    assert not strips.starts_at_pair(values)
-    assert strips.in_pairs(values)[0] is values
+    values = torch.frombuffer(bytearray(200), dtype=torch.bfloat16, offset=2)[1:65].view(1, 4, 4, 4)
+    assert values.data_ptr() % 4 == 0 and _pairs(values).shape == (1, 4, 4, 2)
+    values = values.permute(0, 3, 1, 2)
+    assert in_pairs(values)[0] is values
 
 
 def test_gradient_of_many_groups(monkeypatch):

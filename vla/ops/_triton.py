@@ -313,6 +313,11 @@ def pack(low, high, dtype: tl.constexpr):
         return (low & 65535) | (high << 16)
 
 
+def starts_at_pair(x: Tensor) -> bool:
+    """Whether numbers of 16 bits can be seen as integers: they begin at a multiple of 4 bytes, in their storage too."""
+    return _ahead.address(x) % 4 == 0 and x.storage_offset() % 2 == 0
+
+
 # Rows may be a tuple of one or two tiles, of LEAD and REST columns, as their length need not be a power of two, as a
 # tile's width must. Columns outside are zero.
 

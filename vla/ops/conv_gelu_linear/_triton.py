@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _ahead
-from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, unpack
+from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, starts_at_pair, unpack
 from ..depthwise_conv2d._triton_strips import correlate, on_map
 
 COLUMNS = 4
@@ -221,8 +220,8 @@ def _pairs(x: Tensor) -> Tensor:
     So is a map whose rows lie too far apart for a kernel to count a strip's in 32 bits.
     """
     odd, strides = x.shape[-1] % 2, x.stride()
-    starts = (odd, *strides[:-1], _ahead.address(x) // x.element_size())
-    if strides[-1] != 1 or any(start % 2 != 0 for start in starts) or strides[-3] >= FAR:
+    even = not odd and all(stride % 2 == 0 for stride in strides[:-1]) and starts_at_pair(x)
+    if strides[-1] != 1 or not even or strides[-3] >= FAR:
         x = (F.pad(x, (0, 1)) if odd else x).clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _ahead
-from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, repeat, sum_parts, unpack
+from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, repeat, starts_at_pair, sum_parts, unpack
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -403,11 +402,6 @@ def last(x: Tensor) -> Tensor:
 def vec_of(*maps: Tensor) -> int:
     """Channels that a thread can load at once: 2 where every pixel starts at an even place."""
     return 2 if all(x.shape[1] % 2 == 0 and all(x.stride(i) % 2 == 0 for i in (0, 2, 3)) for x in maps) else 1
-
-
-def starts_at_pair(x: Tensor) -> bool:
-    """Whether a map of 16 bits begins at a multiple of 4 bytes, in its memory and in its storage."""
-    return _ahead.address(x) % 4 == 0 and x.storage_offset() % 2 == 0
 
 
 def in_pairs(*maps: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, cdiv, kernel, pack, repeat, sum_parts, unpack
+from .._triton import INTERPRETED, cdiv, kernel, pack, repeat, starts_at_pair, sum_parts, unpack
 from ._triton_strips import (
     DTYPES,
     MULTIPROCESSORS,
@@ -28,7 +28,6 @@ from ._triton_strips import (
     load_row,
     on_map,
     segment_of,
-    starts_at_pair,
     store_row,
     strides_of,
     vec_of,
