@@ -2,6 +2,7 @@
 
 import copy
 import dis
+import math
 import os
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -389,22 +390,26 @@ def as_rows(x: Tensor) -> Tensor:
 
 @kernel(do_not_specialize=["count", "size"])
 def sum_parts_kernel(parts, sums, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of `count` partial sums, in a fixed order."""
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """Sums (..., size) of partial sums (..., count, size), in a fixed order."""
+    blocks = tl.cdiv(size, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    entry = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
     for first in range(0, count, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(parts + part.to(tl.int64) * size + entry, (part < count) & (entry < size), 0.0)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sums + entry, tl.sum(total, 0), entry < size)
+        row = batch * count + part
+        total += tl.load(parts + row * size + entry, (part < count) & (entry < size), 0.0)
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + batch * size + entry, tl.sum(total, 0), entry < size)
 
 
 def sum_parts(parts: Tensor) -> Tensor:
-    """Sum over the first of two dimensions of float32 numbers."""
-    count, size = parts.shape
-    sums = parts.new_empty(size)
+    """Sums over the last but one dimension of float32 numbers."""
+    *batch, count, size = parts.shape
+    sums = parts.new_empty(*batch, size)
     block = 8 if size < 2**14 else 32  # neighbours in one sector of memory, or in one line of the cache
-    sum_parts_kernel[(cdiv(size, block),)](parts, sums, count, size, BLOCK_P=128, BLOCK=block)
+    sum_parts_kernel[(math.prod(batch) * cdiv(size, block),)](parts, sums, count, size, BLOCK_P=128, BLOCK=block)
     return sums
 
 

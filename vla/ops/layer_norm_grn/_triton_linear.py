@@ -9,7 +9,6 @@ Maps and matrices have rows of `units` and `width` times the largest powers of t
 U and V.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -216,8 +215,8 @@ def _tiles(channels: int) -> dict:
 
 def _units(channels: int, features: int) -> tuple[tuple[int, int], dict]:
     """Lengths of rows in units, and these."""
-    u, v = math.gcd(channels, 16), math.gcd(features, 16)
-    return (channels // u, features // v), dict(U=u, V=v)
+    (units, u), (width, v) = norms.units_of(channels), norms.units_of(features)
+    return (units, width), dict(U=u, V=v)
 
 
 def _fits(channels: int) -> bool:
@@ -249,10 +248,8 @@ def suits(x: Tensor, projection: Tensor) -> bool:
 
 
 def to_save(x: Tensor) -> list[Tensor]:
-    """Mean and inverse deviation of all pixels, (2, B H W), and sums over a picture's, (B, 3, C)."""
-    batch, channels, height, width = x.shape
-    stats = x.new_empty(2, batch * height * width, dtype=torch.float32)
-    return [stats, x.new_empty(batch, 3, channels, dtype=torch.float32)]
+    """Statistics of the pixels, and three sums over a picture's."""
+    return norms.to_save(x, 3)
 
 
 def forward(

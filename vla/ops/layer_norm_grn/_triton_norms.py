@@ -185,25 +185,6 @@ def layer_norm_grn_sums_bwd_kernel(
     tl.store(out + 3 * channels, tl.sum(product, 0), column < channels)
 
 
-@kernel
-def layer_norm_grn_parts_kernel(
-    sums_ptr, totals_ptr,
-    size, parts,
-    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums over pictures, (B, size), of those over parts, (B, parts, size), in their order modulo AT_ONCE."""
-    blocks = tl.cdiv(size, BLOCK)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
-    entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    valid = entry < size
-    total = tl.zeros((AT_ONCE, BLOCK), tl.float32)
-    for start in range(0, parts, AT_ONCE):
-        part = start + tl.arange(0, AT_ONCE)[:, None]
-        row = picture * parts + part
-        total += tl.load(sums_ptr + row * size + entry[None, :], (part < parts) & valid[None, :], 0.0)
-    tl.store(totals_ptr + picture * size + entry, tl.sum(total, 0), valid)
-
-
 @triton.jit
 def _totals(sums_ptr, column, valid, channels, parts, SUMS: tl.constexpr, AT_ONCE: tl.constexpr):
     """The sums over all parts of a picture, SUMS times (C,), in the order of the parts modulo AT_ONCE."""
@@ -383,7 +364,7 @@ def layer_norm_grn_bwd_kernel(
             tl.store(gx_ptr + row * channels + column, gx.to(gx_ptr.dtype.element_ty), inside)
 
 
-def _units(channels: int) -> tuple[int, int]:
+def units_of(channels: int) -> tuple[int, int]:
     """Channels in units, and channels of a unit."""
     u = math.gcd(channels, 16)
     return channels // u, u
@@ -397,7 +378,7 @@ def _tile(channels: int) -> tuple[dict, int]:
     """
     group = next_power_of_2(cdiv(channels, 16))
     pixels = max(1, 64 // group)
-    u = _units(channels)[1]
+    u = units_of(channels)[1]
     return dict(P=pixels, G=group, N=cdiv(channels, group), U=u, num_warps=max(1, group // 64)), pixels
 
 
@@ -444,23 +425,21 @@ def few_parts(sums: Tensor, at_once: int) -> Tensor:
     batch, parts, count, channels = sums.shape
     if parts * count <= 8 * at_once:
         return sums
-    totals = sums.new_empty(batch, 1, count, channels)
-    block = 8
-    layer_norm_grn_parts_kernel[(batch * cdiv(count * channels, block),)](
-        sums, totals, count * channels, parts, AT_ONCE=128, BLOCK=block, num_warps=4
-    )
-    return totals
+    return sum_parts(sums.flatten(2)).view(batch, 1, count, channels)
 
 
 def _dense(map: Tensor, *parameters: Tensor) -> list[Tensor]:
     return [map.contiguous(memory_format=torch.channels_last), *(parameter.contiguous() for parameter in parameters)]
 
 
-def to_save(x: Tensor) -> list[Tensor]:
-    """Mean and inverse deviation of all pixels, (2, B H W), and sums of a picture's squared LayerNorm, (B, 1, C)."""
+def to_save(x: Tensor, count: int = 1) -> list[Tensor]:
+    """Mean and inverse deviation of all pixels, (2, B H W), and sums over a picture's, (B, count, C), 1 or 3.
+
+    The first is that of the squared LayerNorm.
+    """
     batch, channels, height, width = x.shape
     stats = x.new_empty(2, batch * height * width, dtype=torch.float32)
-    return [stats, x.new_empty(batch, 1, channels, dtype=torch.float32)]
+    return [stats, x.new_empty(batch, count, channels, dtype=torch.float32)]
 
 
 def factors(
@@ -483,7 +462,7 @@ def factors(
     parts, steps = _sums_parts(batch, cdiv(pixels, block_p), resident)
     sums = x.new_empty(batch, parts, count, channels, dtype=torch.float32)
     layer_norm_grn_sums_kernel[(batch * parts,)](
-        x, norm_weight, norm_bias, sums, stats, _units(channels)[0], pixels, parts, steps, batch * pixels, norm_eps,
+        x, norm_weight, norm_bias, sums, stats, units_of(channels)[0], pixels, parts, steps, batch * pixels, norm_eps,
         SUMS=count, **constants, **options,
     )  # fmt: skip
     options = _picture(channels)
@@ -505,7 +484,7 @@ def gradient_of_map(
     constants, block_p = _tile(channels)
     parts, steps = _map_parts(batch, pixels, block_p, 4)
     layer_norm_grn_bwd_kernel[(batch * parts,)](
-        x, g, stats, norm_weight, norm_bias, scale, gx, _units(channels)[0], pixels, batch * pixels, parts, steps,
+        x, g, stats, norm_weight, norm_bias, scale, gx, units_of(channels)[0], pixels, batch * pixels, parts, steps,
         **constants,
     )  # fmt: skip
     return gx
@@ -538,8 +517,9 @@ def forward(
         constants, block_p = _tile(channels)
         parts, steps = _map_parts(batch, pixels, block_p, 2)
         layer_norm_grn_fwd_kernel[(batch * parts,)](
-            x, norm_weight, norm_bias, bias, scale, y, _units(channels)[0], pixels, parts, steps, norm_eps, **constants
-        )
+            x, norm_weight, norm_bias, bias, scale, y, units_of(channels)[0], pixels, parts, steps, norm_eps,
+            **constants,
+        )  # fmt: skip
     return y.permute(0, 3, 1, 2)
 
 
@@ -565,7 +545,7 @@ def backward(
         factors(x, norm_weight, norm_bias, weight, norm_eps, eps, *saved)
     stats, squares = saved
     pixels = height * width
-    units, u = _units(channels)
+    units, u = units_of(channels)
     block_p, block_c = 16, 64
     tiles, blocks = cdiv(pixels, block_p), cdiv(channels, block_c)
     # Below four tiles what is done once takes longer than they.
