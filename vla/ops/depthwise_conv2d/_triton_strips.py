@@ -86,6 +86,21 @@ def own_rows(row, number, first, last, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
+def place(strip, width, COLUMNS: tl.constexpr):
+    """Numbers of a strip's picture and of its first column."""
+    strips_of_row = tl.cdiv(width, COLUMNS)
+    return (strip // strips_of_row).to(tl.int64), (strip % strips_of_row * COLUMNS).to(tl.int64)
+
+
+@triton.jit
+def walk(height, segment, TOP: tl.constexpr):
+    """First row of a program and the one behind its last, of its own rows and of those with TOP more on both sides."""
+    first = tl.program_id(1) * segment
+    last = tl.minimum(first + segment, height)
+    return first, last, tl.maximum(first - TOP, 0), tl.minimum(last + TOP, height)
+
+
+@triton.jit
 def on_map(column, inside, width, COLUMNS: tl.constexpr, AROUND: tl.constexpr, EVEN: tl.constexpr):
     """Which columns of a strip from `column` on, and of AROUND on both its sides, are on the map.
 
@@ -219,19 +234,14 @@ def depthwise_conv2d_fwd_kernel(
     else:
         start = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
 
-    strips_of_row = tl.cdiv(width, COLUMNS)
-    image = (strip // strips_of_row).to(tl.int64)
-    column = (strip % strips_of_row * COLUMNS).to(tl.int64)
+    image, column = place(strip, width, COLUMNS)
     inside &= strip < strips
     x += image * x_batch * X_VEC + (column - LEFT) * x_column * X_VEC + x_channel
     y += image * y_batch * VEC + column * y_column * VEC + channel
     x_masks = on_map(column, x_inside & (strip < strips), width, COLUMNS, LEFT, EVEN)
     y_masks = on_map(column, inside, width, COLUMNS, 0, EVEN)
 
-    first = tl.program_id(1) * segment
-    last = tl.minimum(first + segment, height)
-    begin = tl.maximum(first - TOP, 0)
-    end = tl.minimum(last + TOP, height)
+    first, last, begin, end = walk(height, segment, TOP)
     # Rows of the output whose window is at the row of the input, from the one that this row completes.
     sums = repeat(start, KH * COLUMNS)
     following = load_row(x, begin, height, x_row * X_VEC, x_column * X_VEC, x_masks)
@@ -316,17 +326,12 @@ def depthwise_conv2d_bwd_kernel(
     if ACT is not None and bias is not None:
         start = tl.load(bias + channel, exists, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
 
-    first = tl.program_id(1) * segment
-    last = tl.minimum(first + segment, height)
-    begin = tl.maximum(first - TOP, 0)
-    end = tl.minimum(last + TOP, height)
-    strips_of_row = tl.cdiv(width, COLUMNS)
+    first, last, begin, end = walk(height, segment, TOP)
     g_taps = repeat(zero, TAPS)
     g_bias = zero
     for group in range(tl.program_id(0) // blocks_c, tl.cdiv(strips, BLOCK_S), tl.num_programs(0) // blocks_c):
         strip = group * BLOCK_S + lane
-        image = (strip // strips_of_row).to(tl.int64)
-        column = (strip % strips_of_row * COLUMNS).to(tl.int64)
+        image, column = place(strip, width, COLUMNS)
         inside = exists & (strip < strips)
         own_inside = own_exists & (strip < strips)
         x_strip = x + image * x_batch * OWN_VEC + (column - AROUND) * x_column * OWN_VEC + own_channel
@@ -432,6 +437,12 @@ def segment_of(programs: int, height: int, wanted: int, rows: int = 4) -> int:
     return cdiv(height, max(1, min(wanted // programs, height // rows)))
 
 
+def shares(strips: int, blocks: int, height: int, at_once: int) -> tuple[int, int]:
+    """Programs that share a block of channels' tiles of strips, and rows of each: as many as a GPU runs at once."""
+    groups = max(1, min(strips, at_once // blocks))
+    return groups, segment_of(groups * blocks, height, at_once)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, flip: bool, y: Tensor) -> None:
     """Writes the convolution of a channels-last map, with `flip` its adjoint, to a channels-last map y."""
     batch, channels, height, width = x.shape
@@ -475,9 +486,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, fl
 def backward(
     g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, of the kernels and of the bias; that of x is left out where it is a convolution's own work."""
+    """Gradients of channels-last x, of kernels and bias; that of x is left out where it is a convolution's own work."""
     batch, channels, height, width = x.shape
-    g, x, weight, kh, kw = last(g), last(x), weight.contiguous(), *weight.shape[2:]
+    weight, kh, kw = weight.contiguous(), *weight.shape[2:]
     bias = None if bias is None else bias.contiguous()
     taps = kh * kw
     # All gradients in one pass, unless the registers only suffice for the sums of the taps.
@@ -487,9 +498,7 @@ def backward(
     block_s, block_c = _tile(channels, taps, vec)
     strips = batch * cdiv(width, columns)
     blocks_c = cdiv(channels, block_c)
-    at_once = MULTIPROCESSORS * per_multiprocessor
-    groups = max(1, min(cdiv(strips, block_s), at_once // blocks_c))
-    segment = segment_of(groups * blocks_c, height, at_once)
+    groups, segment = shares(cdiv(strips, block_s), blocks_c, height, MULTIPROCESSORS * per_multiprocessor)
     segments = cdiv(height, segment)
     parts = x.new_empty(groups * segments, channels * (taps + (bias is not None)), dtype=torch.float32)
     loaded = in_pairs(g, x) if not whole and vec == 2 else [g, x]

@@ -27,10 +27,13 @@ from ._triton_strips import (
     in_pairs,
     load_row,
     on_map,
+    place,
     segment_of,
+    shares,
     store_row,
     strides_of,
     vec_of,
+    walk,
 )
 
 # Strips and channels of a warp, as PTX has them, and warps of a program: a sector of memory has the channels of two.
@@ -263,13 +266,10 @@ def depthwise_conv2d_tiles_fwd_kernel(
     for _ in tl.static_range(COLUMNS // 2):
         empty = empty + repeat(first_bias, 4) + repeat(second_bias, 4)
 
-    strips_of_row = tl.cdiv(width, COLUMNS)
     lower_strip = tl.program_id(0) // blocks * 16 + lane % 32 // 4 * 2
     upper_strip = lower_strip + 1
-    lower_column = (lower_strip % strips_of_row * COLUMNS).to(tl.int64)
-    upper_column = (upper_strip % strips_of_row * COLUMNS).to(tl.int64)
-    lower_image = (lower_strip // strips_of_row).to(tl.int64)
-    upper_image = (upper_strip // strips_of_row).to(tl.int64)
+    lower_image, lower_column = place(lower_strip, width, COLUMNS)
+    upper_image, upper_column = place(upper_strip, width, COLUMNS)
     lower_inside, upper_inside = exists & (lower_strip < strips), exists & (upper_strip < strips)
     lower_x = x + lower_image * x_batch + lower_column * x_column + pair
     upper_x = x + upper_image * x_batch + upper_column * x_column + pair
@@ -290,10 +290,7 @@ def depthwise_conv2d_tiles_fwd_kernel(
         behind = is_last & upper_inside & (upper_column + COLUMNS + (0 if EVEN else j) < width)
         edge_masks = edge_masks + ((is_first & lower_inside & around[0]) | behind,)
 
-    first = tl.program_id(1) * segment
-    last = tl.minimum(first + segment, height)
-    begin = tl.maximum(first - TOP, 0)
-    end = tl.minimum(last + TOP, height)
+    first, last, begin, end = walk(height, segment, TOP)
     # Rows of the output whose window is at the row of the input, from the one that this row completes.
     sums = ()
     for _ in tl.static_range(KH):
@@ -430,11 +427,7 @@ def depthwise_conv2d_tiles_bwd_kernel(
     exists = pair < pairs
     own = (LEFT + odd_columns) % 2
 
-    first = tl.program_id(1) * segment
-    last = tl.minimum(first + segment, height)
-    begin = tl.maximum(first - TOP, 0)
-    end = tl.minimum(last + TOP, height)
-    strips_of_row = tl.cdiv(width, COLUMNS)
+    first, last, begin, end = walk(height, segment, TOP)
     zero = tl.zeros((32 * WARPS,), tl.float32)
     nothing = tl.zeros((32 * WARPS,), tl.int32)
     sums = repeat(zero, KH * 2 * QUADS * 4)
@@ -442,8 +435,7 @@ def depthwise_conv2d_tiles_bwd_kernel(
         x_at, x_masks, g_at, g_masks, around, insides, columns = (), (), (), (), (), (), ()
         for i in tl.static_range(4):
             strip = group * 16 + quad * 4 + i
-            image = (strip // strips_of_row).to(tl.int64)
-            column = (strip % strips_of_row * COLUMNS).to(tl.int64)
+            image, column = place(strip, width, COLUMNS)
             inside = exists & (strip < strips)
             x_at = x_at + (x + image * x_batch + (column + own) * x_column + pair,)
             g_at = g_at + (g + image * g_batch + (column + odd_columns) * g_column + pair,)
@@ -552,10 +544,7 @@ def kernels_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the kernels in float32, of channels-last maps."""
     _, channels, height, width = x.shape
     strips, blocks = _strips(x), cdiv(channels, WARPS * CHANNELS)
-    # All run at once.
-    at_once = 4 * MULTIPROCESSORS
-    groups = max(1, min(cdiv(strips, STRIPS), at_once // blocks))
-    segment = segment_of(groups * blocks, height, at_once)
+    groups, segment = shares(cdiv(strips, STRIPS), blocks, height, 4 * MULTIPROCESSORS)
     segments = cdiv(height, segment)
     parts = x.new_empty(2 * groups * segments, weight.numel(), dtype=torch.float32)
     dtype = x.dtype
