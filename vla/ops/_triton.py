@@ -267,6 +267,16 @@ def always():
     return tl.num_programs(0) > 0
 
 
+@triton.jit
+def last_first():
+    """Number of a program, where the last one is to have what comes first.
+
+    For maps which the kernel before, a library's product, has written from the first pixel to the last: what it wrote
+    last is in the cache still, and read before it has to leave. So it is for the kernel behind.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Whether kernels may name NVIDIA's instructions.
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)

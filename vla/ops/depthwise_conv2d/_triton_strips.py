@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, repeat, starts_at_pair, sum_parts, unpack
+from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, last_first, repeat, starts_at_pair, sum_parts, unpack
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -221,8 +221,9 @@ def depthwise_conv2d_fwd_kernel(
     LEFT: tl.constexpr = KW // 2
     channels *= VEC
     blocks_c = tl.cdiv(channels, BLOCK_C)
-    block_c = tl.program_id(0) % blocks_c
-    strip = tl.program_id(0) // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+    program = last_first()
+    block_c = program % blocks_c
+    strip = program // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     channel, inside = lanes(weight, block_c, strip, channels, BLOCK_C)
     x_channel, x_inside = lanes(x, block_c, strip, channels, BLOCK_C)
     X_VEC: tl.constexpr = VEC * x_channel.shape[1] // BLOCK_C

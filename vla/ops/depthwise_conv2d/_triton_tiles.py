@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, cdiv, kernel, pack, repeat, starts_at_pair, sum_parts, unpack
+from .._triton import INTERPRETED, cdiv, kernel, last_first, pack, repeat, starts_at_pair, sum_parts, unpack
 from ._triton_strips import (
     DTYPES,
     MULTIPROCESSORS,
@@ -254,7 +254,8 @@ def depthwise_conv2d_tiles_fwd_kernel(
     PAIRS: tl.constexpr = COLUMNS // 2 - 1 + KW // 4 * 2 + 2
     blocks = tl.cdiv(pairs, 4 * WARPS)
     lane = tl.arange(0, 32 * WARPS)
-    pair = tl.program_id(0) % blocks * (4 * WARPS) + lane // 32 * 4 + lane % 4
+    program = last_first()
+    pair = program % blocks * (4 * WARPS) + lane // 32 * 4 + lane % 4
     exists = pair < pairs
     kernels = _load_kernels(weight, pair, lane, exists, FLIP, KH, KW, DTYPE)
     zero = tl.zeros((32 * WARPS,), tl.float32)
@@ -266,7 +267,7 @@ def depthwise_conv2d_tiles_fwd_kernel(
     for _ in tl.static_range(COLUMNS // 2):
         empty = empty + repeat(first_bias, 4) + repeat(second_bias, 4)
 
-    lower_strip = tl.program_id(0) // blocks * 16 + lane % 32 // 4 * 2
+    lower_strip = program // blocks * 16 + lane % 32 // 4 * 2
     upper_strip = lower_strip + 1
     lower_image, lower_column = place(lower_strip, width, COLUMNS)
     upper_image, upper_column = place(upper_strip, width, COLUMNS)

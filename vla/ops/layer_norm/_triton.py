@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import as_rows, cdiv, kernel, next_power_of_2, sum_parts
+from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sum_parts
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -128,9 +128,9 @@ def _place(tile, rows, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _first_channel(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
+def _first_channel(program, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
     """First channel of the rows of a program's tiles, (BLOCK_R, 1): in all its tiles they are of the same groups."""
-    return ((tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)) % GROUPS * CHANNELS)[:, None]
+    return ((program * BLOCK_R + tl.arange(0, BLOCK_R)) % GROUPS * CHANNELS)[:, None]
 
 
 @kernel
@@ -160,8 +160,9 @@ def layer_norm_fwd_kernel(
 
     Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a factor.
     """
-    channel = _first_channel(CHANNELS, GROUPS, BLOCK_R)
-    token, inside = _place(tl.program_id(0), rows, GROUPS, BLOCK_R)
+    program = last_first()
+    channel = _first_channel(program, CHANNELS, GROUPS, BLOCK_R)
+    token, inside = _place(program, rows, GROUPS, BLOCK_R)
     start = token * (GROUPS * CHANNELS) + channel
     row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
     if branch is not None:
@@ -218,7 +219,7 @@ def layer_norm_bwd_kernel(
 
     `parts` is (programs * SUMS / GROUPS, 2, GROUPS, CHANNELS), of weight and bias: sums over rows of one group.
     """
-    channel = _first_channel(CHANNELS, GROUPS, BLOCK_R)
+    channel = _first_channel(tl.program_id(0), CHANNELS, GROUPS, BLOCK_R)
     known = channel >= 0
     of_weight = ()
     of_bias = ()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, next_power_of_2, sum_parts
+from .._triton import cdiv, kernel, last_first, next_power_of_2, sum_parts
 
 # Of an H100; decides in how many parts a picture is summed.
 MULTIPROCESSORS = 132
@@ -271,13 +271,6 @@ def layer_norm_grn_scale_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _last_first(parts):
-    """Picture and part of a program: what the kernel before read last, which caches still hold, is the first's."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    return (program // parts).to(tl.int64), program % parts
-
-
 @kernel
 def layer_norm_grn_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, scale_ptr, y_ptr,
@@ -286,7 +279,8 @@ def layer_norm_grn_fwd_kernel(
 ):  # fmt: skip
     """A part of a picture's pixels, normalised and scaled."""
     channels = units * U
-    picture, part = _last_first(parts)
+    program = last_first()
+    picture, part = (program // parts).to(tl.int64), program % parts
     start = part * steps * P + tl.arange(0, P)[:, None]
     x_next = _pixels(x_ptr, picture * pixels + start, start < pixels, channels, G, N)
     norm_weight = _row(norm_weight_ptr, channels, G, N)
@@ -320,7 +314,8 @@ def layer_norm_grn_bwd_kernel(
 ):  # fmt: skip
     """Gradient of a part of a picture's pixels."""
     channels = units * U
-    picture, part = _last_first(parts)
+    program = last_first()
+    picture, part = (program // parts).to(tl.int64), program % parts
     start = part * steps * P + tl.arange(0, P)[:, None]
     x_next = _pixels(x_ptr, picture * pixels + start, start < pixels, channels, G, N)
     g_next = _pixels(g_ptr, picture * pixels + start, start < pixels, channels, G, N)

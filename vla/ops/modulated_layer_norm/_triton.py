@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import as_rows, cdiv, kernel, next_power_of_2, sum_parts
+from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sum_parts
 
 # Programs of the backward, as many as an H100 has at once of 512 channels. Each leaves partial sums.
 PROGRAMS = 264
@@ -40,7 +40,7 @@ def modulated_layer_norm_fwd_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """BLOCK_R of the `count` rows; `pixels` rows share a row of gate."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    row = last_first().to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     exists = channel < CHANNELS
     inside = (row < count) & exists
