@@ -30,8 +30,9 @@ def test_to_follow_a_call_leaves_no_trace(grad):
 
 
 FIRST_CALLS = """
+import sys
 import timm, torch, triton, vla
-model = timm.create_model("vmamba_atto").cuda()
+model = timm.create_model(sys.argv[1]).cuda()
 images = torch.randn(2, 3, 64, 64, device="cuda")
 hits = []
 other = triton.knobs.compilation.listener
@@ -53,9 +54,10 @@ run(True)
 
 
 @pytest.mark.skipif(torch.get_default_device().type != "cuda", reason="run with --device cuda")
-def test_a_call_compiles_one_kernel_itself(tmp_path):
+@pytest.mark.parametrize("family", ["vmamba", "mambavision", "groupmamba", "gspn", "vrwkv", "vrwkv6"])
+def test_a_call_compiles_one_kernel_itself(tmp_path, family):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", FIRST_CALLS]
+    command = [sys.executable, "-c", FIRST_CALLS, f"{family}_atto"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     for line in process.stdout.splitlines():

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, starts_at_pair, unpack
+from .._triton import always, cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, starts_at_pair, unpack
 from ..depthwise_conv2d._triton_strips import correlate, on_map
 
 COLUMNS = 4
@@ -56,21 +56,27 @@ def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def load_rows(x, stride, column: tl.constexpr, columns, rows, exists, FIRST: tl.constexpr, LAST: tl.constexpr):
     """The numbers of rows from FIRST to LAST - 1 one after the other, zero outside of the masks."""
-    out = ()
-    for i in tl.static_range(FIRST, LAST):
-        pointers = x + i * stride
-        for j in tl.static_range(len(columns)):
-            out = out + (tl.load(pointers + j * column, columns[j] & rows[i] & exists, 0),)
+    out = repeat(tl.zeros(x.shape, tl.int32), (LAST - FIRST) * len(columns))
+    if always():  # so that Triton does not follow every load to all that is computed of it, and every other one
+        out = ()
+        for i in tl.static_range(FIRST, LAST):
+            pointers = x + i * stride
+            for j in tl.static_range(len(columns)):
+                out = out + (tl.load(pointers + j * column, columns[j] & rows[i] & exists, 0),)
     return out
 
 
 @triton.jit
 def load_parameters(taps, bias, c, exists, C: tl.constexpr):
     """Kernels (9, C) and bias (C,) of channels c."""
-    out = ()
-    for t in tl.static_range(9):
-        out = out + (tl.load(taps + t * C + c, exists, 0.0),)
-    return out + (tl.load(bias + c, exists, 0.0),)
+    kernels = repeat(tl.zeros(c.shape, taps.dtype.element_ty), 9)
+    start = tl.zeros(c.shape, bias.dtype.element_ty)
+    if always():
+        kernels = ()
+        for t in tl.static_range(9):
+            kernels = kernels + (tl.load(taps + t * C + c, exists, 0.0),)
+        start = tl.load(bias + c, exists, 0.0)
+    return kernels + (start,)
 
 
 @triton.jit
@@ -147,20 +153,20 @@ def conv_gelu_linear_fwd_kernel(
     pair = tl.arange(0, BLOCK_C // 2)[None, :] + 0 * strip
     x += pair
     c = tl.arange(0, BLOCK_C)[None, :] + 0 * strip
-    always = tl.full((BLOCK_S, 1), True, tl.int1)
-    columns = on_map(column, always, width, COLUMNS, 1, EVEN)
-    rows = ((row > 0),) + (repeat(always, ROWS) if EVEN else on_rows(row, height, ROWS)) + ((row + ROWS < height),)
+    whole = tl.full((BLOCK_S, 1), True, tl.int1)
+    columns = on_map(column, whole, width, COLUMNS, 1, EVEN)
+    rows = ((row > 0),) + (repeat(whole, ROWS) if EVEN else on_rows(row, height, ROWS)) + ((row + ROWS < height),)
 
     dtype = y.dtype.element_ty
     first_d = tl.program_id(1) * (WIDTH + REST)
     total = tl.zeros((BLOCK_S * PIXELS, WIDTH), tl.float32)
     if REST > 0:
         rest = tl.zeros((BLOCK_S * PIXELS, REST), tl.float32)
-    ahead = load_rows(x, x_row, x_column, columns, rows, always, 0, AHEAD)
+    ahead = load_rows(x, x_row, x_column, columns, rows, whole, 0, AHEAD)
     if AHEAD > 0:
-        parameters = load_parameters(taps, bias, c, always, C)
+        parameters = load_parameters(taps, bias, c, whole, C)
     for first_c in tl.range(0, C, BLOCK_C, num_stages=1):
-        exists = always if EVEN_C else first_c + c < C
+        exists = whole if EVEN_C else first_c + c < C
         if AHEAD == 0:
             parameters = load_parameters(taps, bias, first_c + c, exists, C)
         # Early, though needed last.
@@ -176,7 +182,7 @@ def conv_gelu_linear_fwd_kernel(
             if i < AHEAD:
                 loaded = ahead[i * (COLUMNS + 2) : (i + 1) * (COLUMNS + 2)]
             else:
-                exists = always if EVEN_C else first_c + 2 * pair < C
+                exists = whole if EVEN_C else first_c + 2 * pair < C
                 loaded = load_rows(x + first_c // 2, x_row, x_column, columns, rows, exists, i, i + 1)
             current = ()
             for j in tl.static_range(COLUMNS + 2):
@@ -188,8 +194,8 @@ def conv_gelu_linear_fwd_kernel(
             sums = sums[COLUMNS:] + repeat(start, COLUMNS)
         if AHEAD > 0:
             next_c = tl.minimum(first_c + BLOCK_C, C - BLOCK_C)
-            ahead = load_rows(x + next_c // 2, x_row, x_column, columns, rows, always, 0, AHEAD)
-            parameters = load_parameters(taps, bias, next_c + c, always, C)
+            ahead = load_rows(x + next_c // 2, x_row, x_column, columns, rows, whole, 0, AHEAD)
+            parameters = load_parameters(taps, bias, next_c + c, whole, C)
         pixels = pixels + repeat(tl.zeros((BLOCK_S, BLOCK_C), dtype), PIXELS - ROWS * COLUMNS)
         hidden = pile(pixels, BLOCK_S, BLOCK_C)
         total = dot_add(hidden, block.trans(), total)

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, cdiv, gelu, gelu_slope, kernel, last_first, repeat, starts_at_pair, sum_parts, unpack
+from .._triton import (
+    LOG2E,
+    always,
+    cdiv,
+    gelu,
+    gelu_slope,
+    kernel,
+    last_first,
+    repeat,
+    starts_at_pair,
+    sum_parts,
+    unpack,
+)
 
 # Taps up to which all that a backward needs fits in registers.
 SMALL = 9
@@ -124,10 +136,12 @@ def on_map(column, inside, width, COLUMNS: tl.constexpr, AROUND: tl.constexpr, E
 @triton.jit
 def load_row(pointers, number, height, row_stride, stride: tl.constexpr, masks):
     """Neighbouring pixels of the row of this number, zero outside of the masks and below the map."""
-    pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
-    row = ()
-    for j in tl.static_range(len(masks)):
-        row = row + (tl.load(pointers + j * stride, masks[j] & (number < height), 0.0),)  # (BLOCK_S, BLOCK_C)
+    row = repeat(tl.zeros(pointers.shape, pointers.dtype.element_ty), len(masks))
+    if always():  # so that Triton does not follow every load to all that is computed of it, and every other one
+        pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
+        row = ()
+        for j in tl.static_range(len(masks)):
+            row = row + (tl.load(pointers + j * stride, masks[j] & (number < height), 0.0),)  # (BLOCK_S, BLOCK_C)
     return row
 
 
@@ -140,9 +154,11 @@ def store_row(pointers, stride: tl.constexpr, masks, inside, row):
 @triton.jit
 def load_taps(weight, channel, inside, TAPS: tl.constexpr):
     """The kernels (C, TAPS) of some channels."""
-    taps = ()
-    for t in tl.static_range(TAPS):
-        taps = taps + (tl.load(weight + channel * TAPS + t, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
+    taps = repeat(tl.zeros(channel.shape, tl.float32), TAPS)
+    if always():
+        taps = ()
+        for t in tl.static_range(TAPS):
+            taps = taps + (tl.load(weight + channel * TAPS + t, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
     return taps
 
 
@@ -230,10 +246,9 @@ def depthwise_conv2d_fwd_kernel(
     taps = load_taps(weight, channel, inside, KH * KW)
     if FLIP:
         taps = flip(taps)
-    if bias is not None:
-        start = tl.load(bias + channel, inside, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
-    else:
-        start = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    start = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    if bias is not None and always():
+        start = tl.load(bias + channel, inside, 0.0).to(tl.float32)
 
     image, column = place(strip, width, COLUMNS)
     inside &= strip < strips
@@ -324,7 +339,7 @@ def depthwise_conv2d_bwd_kernel(
         taps = load_taps(weight, channel, exists, TAPS)
     zero = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     start = zero
-    if ACT is not None and bias is not None:
+    if ACT is not None and bias is not None and always():
         start = tl.load(bias + channel, exists, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
 
     first, last, begin, end = walk(height, segment, TOP)
@@ -419,7 +434,9 @@ def in_pairs(*maps: Tensor) -> list[Tensor]:
 
 def strides_of(x: Tensor, vec: int) -> tuple[int, int, int]:
     """Strides of images, rows and columns in multiples of `vec`."""
-    return x.stride(0) // vec, x.stride(2) // vec, x.stride(3) // vec
+    # That of columns is compiled for. Of a single one PyTorch may say anything.
+    column = x.stride(3) if x.shape[3] > 1 else x.shape[1]
+    return x.stride(0) // vec, x.stride(2) // vec, column // vec
 
 
 def _tile(channels: int, taps: int, vec: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, cdiv, kernel, last_first, pack, repeat, starts_at_pair, sum_parts, unpack
+from .._triton import INTERPRETED, always, cdiv, kernel, last_first, pack, repeat, starts_at_pair, sum_parts, unpack
 from ._triton_strips import (
     DTYPES,
     MULTIPROCESSORS,
@@ -168,14 +168,16 @@ def _load_kernels(
     column = lane % 32 // 4
     own = inside & (column // 2 == lane % 4)
     shift = column % 2
-    tiles = ()
-    for i in tl.static_range(KH):
-        for first in tl.static_range(0, KW + 1, 4):
-            for odd in tl.static_range(2):
-                for j in tl.static_range(first, first + 4, 2):
-                    low = _tap(weight, 2 * pair + odd, own, i, j - shift, FLIP, KH, KW)
-                    high = _tap(weight, 2 * pair + odd, own, i, j + 1 - shift, FLIP, KH, KW)
-                    tiles = tiles + (pack(low, high, DTYPE),)
+    tiles = repeat(tl.zeros(lane.shape, tl.int32), KH * (KW // 4 + 1) * 4)
+    if always():
+        tiles = ()
+        for i in tl.static_range(KH):
+            for first in tl.static_range(0, KW + 1, 4):
+                for odd in tl.static_range(2):
+                    for j in tl.static_range(first, first + 4, 2):
+                        low = _tap(weight, 2 * pair + odd, own, i, j - shift, FLIP, KH, KW)
+                        high = _tap(weight, 2 * pair + odd, own, i, j + 1 - shift, FLIP, KH, KW)
+                        tiles = tiles + (pack(low, high, DTYPE),)
     return tiles
 
 
@@ -260,7 +262,7 @@ def depthwise_conv2d_tiles_fwd_kernel(
     kernels = _load_kernels(weight, pair, lane, exists, FLIP, KH, KW, DTYPE)
     zero = tl.zeros((32 * WARPS,), tl.float32)
     first_bias, second_bias = zero, zero
-    if bias is not None:
+    if bias is not None and always():
         first_bias = tl.load(bias + 2 * pair, exists, 0.0).to(tl.float32)
         second_bias = tl.load(bias + 2 * pair + 1, exists, 0.0).to(tl.float32)
     empty = ()
