@@ -4,13 +4,18 @@ import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 import vla  # noqa: F401
+from tests.kernels import need_triton
 from vla.models._ahead import _Call
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ["vmamba", "mambavision", "groupmamba", "gspn", "vrwkv", "vrwkv6"]
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -27,6 +32,16 @@ def test_to_follow_a_call_leaves_no_trace(grad):
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, value in model.state_dict().items():
         assert type(value) is torch.Tensor and torch.equal(value, before[name]), name
+
+
+def test_what_is_launched_has_been_compiled():
+    need_triton()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # The second GroupMamba has maps of a single pixel.
+    models = [*(f"{family}_atto" for family in FAMILIES), "groupmamba_tiny"]
+    command = [sys.executable, "-m", "tests.models.ahead", *models]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 FIRST_CALLS = """
@@ -54,7 +69,7 @@ run(True)
 
 
 @pytest.mark.skipif(torch.get_default_device().type != "cuda", reason="run with --device cuda")
-@pytest.mark.parametrize("family", ["vmamba", "mambavision", "groupmamba", "gspn", "vrwkv", "vrwkv6"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_compiles_one_kernel_itself(tmp_path, family):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_CALLS, f"{family}_atto"]

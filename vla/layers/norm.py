@@ -36,7 +36,7 @@ FEW_CHANNELS = 128
 def _uses_operator(x: Tensor, composite: bool = False) -> bool:
     """Whether `vla.ops.layer_norm` is faster than PyTorch's own, or with `composite` than several of its operators."""
     # A CPU is served as well by PyTorch's own layer norm. What is traced must not depend on whether gradients are on.
-    if x.device.type not in ("cuda", "xpu") or torch.jit.is_tracing():
+    if not (x.is_cuda or x.is_xpu) or torch.jit.is_tracing():
         return False
     # A compiler fuses its own with what stands around it: better for small maps, and where no backward follows. Of
     # groups it makes two kernels.

@@ -364,7 +364,7 @@ class SS2D(nn.Module):
     def scan_takes_norm(self, x: Tensor) -> bool:
         """Whether there are kernels for scan and norm as one operator, whose result has the norm's dtype."""
         # Tracing by torch.fx hands proxies through.
-        if not isinstance(x, Tensor) or x.device.type not in ("cuda", "xpu"):
+        if not isinstance(x, Tensor) or not (x.is_cuda or x.is_xpu):
             return False
         if autocast_dtype(x) not in (None, x.dtype):
             return False
