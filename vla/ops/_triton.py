@@ -262,7 +262,7 @@ def always():
     """True: LLVM knows that of every program, the stages of the compiler before it do not.
 
     There, `if always():` makes a region, out of which nothing is followed, and their time grows with the square of what
-    hangs together.
+    hangs together: one of them follows every load to all that is computed of it, and from there to every other load.
     """
     return tl.num_programs(0) > 0
 

@@ -57,7 +57,7 @@ def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 def load_rows(x, stride, column: tl.constexpr, columns, rows, exists, FIRST: tl.constexpr, LAST: tl.constexpr):
     """The numbers of rows from FIRST to LAST - 1 one after the other, zero outside of the masks."""
     out = repeat(tl.zeros(x.shape, tl.int32), (LAST - FIRST) * len(columns))
-    if always():  # so that Triton does not follow every load to all that is computed of it, and every other one
+    if always():
         out = ()
         for i in tl.static_range(FIRST, LAST):
             pointers = x + i * stride

@@ -137,7 +137,7 @@ def on_map(column, inside, width, COLUMNS: tl.constexpr, AROUND: tl.constexpr, E
 def load_row(pointers, number, height, row_stride, stride: tl.constexpr, masks):
     """Neighbouring pixels of the row of this number, zero outside of the masks and below the map."""
     row = repeat(tl.zeros(pointers.shape, pointers.dtype.element_ty), len(masks))
-    if always():  # so that Triton does not follow every load to all that is computed of it, and every other one
+    if always():
         pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
         row = ()
         for j in tl.static_range(len(masks)):
