@@ -258,13 +258,33 @@ def repeat(value, COUNT: tl.constexpr):
 
 
 @triton.jit
-def always():
-    """True: LLVM knows that of every program, the stages of the compiler before it do not.
+def _one_round():
+    """1, which LLVM knows, so that it leaves no loop; the stages of the compiler before it do not."""
+    return tl.where(tl.num_programs(0) > 0, 1, 0)
 
-    There, `if always():` makes a region, out of which nothing is followed, and their time grows with the square of what
-    hangs together: one of them follows every load to all that is computed of it, and from there to every other load.
+
+@triton.jit
+def load_apart(pointers, mask=None, other=None):
+    """`tl.load` of one of many tensors, which the compiler looks at apart from the others.
+
+    Before Triton chooses the layout of a load or a store, it follows everything that hangs together with it, from the
+    operation which its pointers come from and from each one that it meets: the time grows with the cube of a kernel's
+    length. Pointers that a loop hands on come from no operation. The layout then is the one for this tensor alone, the
+    same if a thread has a single element or all tensors have neighbours of one size.
     """
-    return tl.num_programs(0) > 0
+    out = tl.zeros(pointers.shape, pointers.dtype.element_ty)
+    for _ in tl.range(0, _one_round(), num_stages=1):
+        out = tl.load(pointers, mask, other)
+        pointers += 16  # after which addresses would be as even
+    return out
+
+
+@triton.jit
+def store_apart(pointers, value, mask=None):
+    """`tl.store`, see `load_apart`."""
+    for _ in tl.range(0, _one_round(), num_stages=1):
+        tl.store(pointers, value, mask)
+        pointers += 16
 
 
 @triton.jit

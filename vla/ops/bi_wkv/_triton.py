@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, always, cdiv, kernel, next_power_of_2, repeat, sum_parts
+from .._triton import LOG2E, cdiv, kernel, load_apart, next_power_of_2, store_apart, sum_parts
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -66,17 +66,19 @@ def _sequence(pointer, place, stride_b, stride_t: tl.constexpr, stride_c):
 @triton.jit
 def _begin(
     program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt: tl.constexpr, stride_kc,
-    stride_vb, stride_vt: tl.constexpr, stride_vc, CENTRE: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    stride_vb, stride_vt: tl.constexpr, stride_vc, SAMPLES: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Place of a program, decay and bonus of its channels, an offset of their values, and its keys and values."""
     place = _place(program, spans, length, channels, L, W, BLOCK, EVEN)
     b, span, segment, start, extra, channel, mask = place
-    w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
+    w, u = load_apart(w_ptr + channel).to(tl.float32) * scale, load_apart(u_ptr + channel).to(tl.float32) * scale
     centre = w * 0
-    if CENTRE:
+    if SAMPLES > 0:
         # Gradients see only differences of values, formed as differences of sums: a common offset would cost digits.
-        centre = tl.load(v_ptr + b * stride_vb + channel * stride_vc).to(tl.float32)
+        sample = tl.arange(0, SAMPLES)[:, None] * (length // SAMPLES)
+        values = load_apart(v_ptr + b * stride_vb + sample.to(tl.int64) * stride_vt + channel * stride_vc)
+        centre = tl.sum(values.to(tl.float32), 0)[None] / SAMPLES
     k_ptr = _sequence(k_ptr, place, stride_kb, stride_kt, stride_kc)
     v_ptr = _sequence(v_ptr, place, stride_vb, stride_vt, stride_vc)
     return place, w, u, centre, k_ptr, v_ptr
@@ -87,7 +89,7 @@ def _load(pointer, stride: tl.constexpr, offset, L: tl.constexpr):
     """A segment's tokens less an offset."""
     tokens = ()
     for t in tl.static_range(L):
-        tokens += (tl.load(pointer + t * stride).to(tl.float32) - offset,)
+        tokens += (load_apart(pointer + t * stride).to(tl.float32) - offset,)
     return tokens
 
 
@@ -100,21 +102,21 @@ def _load_gates(pointer, stride: tl.constexpr, GATED: tl.constexpr, L: tl.conste
     gates = ()
     if GATED:
         for t in tl.static_range(L):
-            gates += (tl.load(pointer + t * stride),)
+            gates += (load_apart(pointer + t * stride),)
     return gates
 
 
 @triton.jit
 def _load_state(pointer, stride):
     """Exponent and sums."""
-    return tl.load(pointer), tl.load(pointer + stride), tl.load(pointer + 2 * stride)
+    return load_apart(pointer), load_apart(pointer + stride), load_apart(pointer + 2 * stride)
 
 
 @triton.jit
 def _store_state(pointer, m, n, d, stride, mask):
-    tl.store(pointer, m, mask=mask)
-    tl.store(pointer + stride, n, mask=mask)
-    tl.store(pointer + 2 * stride, d, mask=mask)
+    store_apart(pointer, m, mask)
+    store_apart(pointer + stride, n, mask)
+    store_apart(pointer + 2 * stride, d, mask)
 
 
 @triton.jit
@@ -141,15 +143,15 @@ def _store_part(parts_ptr, gw, gu, outer, scale, place, spans, channels):
     parts_ptr += (b * spans + span) * 2 * channels + channel + segment * 0
     gw, gu = tl.reduce((gw, gu), 0, _add)
     first = mask & (segment == 0)
-    tl.store(parts_ptr, (gw[None] + outer) * scale, mask=first)
-    tl.store(parts_ptr + channels, gu[None] * scale, mask=first)
+    store_apart(parts_ptr, (gw[None] + outer) * scale, first)
+    store_apart(parts_ptr + channels, gu[None] * scale, first)
 
 
 @triton.jit
 def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     first = program % tl.cdiv(channels, BLOCK) * BLOCK
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
-    w, u = tl.load(w_ptr + channel).to(tl.float32) * scale, tl.load(u_ptr + channel).to(tl.float32) * scale
+    w, u = load_apart(w_ptr + channel).to(tl.float32) * scale, load_apart(u_ptr + channel).to(tl.float32) * scale
     return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
 
 
@@ -295,7 +297,7 @@ def _near_sums(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -318,7 +320,7 @@ def _near_outputs(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, 0 if ONE else W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -339,7 +341,7 @@ def _near_outputs(
         y = (pn + (ns[t] + bonus * weighted)) * _inverse(pd + (ds[t] + bonus * weights[t])) + centre
         if GATED:
             y *= _sigmoid(gates[t].to(tl.float32))
-        tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
+        store_apart(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask & (t >= extra))
         pn, pd = pn * decay + weighted, pd * decay + weights[t]
 
 
@@ -359,23 +361,19 @@ def _near_gradients(
     """
     b, span, segment, start, extra, channel, mask = place
     decay, bonus = tl.exp(-w), tl.exp(u)
-    none, zero = w * 0, tl.zeros([W, channel.shape[1]], tl.float32)
-    zeros = repeat(zero, L)
-    weights, values, gys, ns, ds = zeros, zeros, zeros, zeros, zeros
-    gates = repeat(zero.to(gate_ptr.dtype.element_ty), L if GATED else 0)
-    pn, pd, hn, hd, top, over, outside = zero, zero, zero, zero, none, none, ((none, none), (none, none))
-    if always():
-        keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
-        gys = _load(gy_ptr, stride_gyt, 0.0, L)
-        gates = _load_gates(gate_ptr, stride_gt, GATED, L)
-        weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
-        pn, pd, fn, fd = around
-        ns, ds = (), ()
-        for i in tl.static_range(L):
-            weight = weights[L - 1 - i]
-            hn, hd = hn * decay + fn, hd * decay + fd
-            ns, ds = (fn,) + ns, (fd,) + ds
-            fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
+    zero = tl.zeros([W, channel.shape[1]], tl.float32)
+    keys, values = _load(k_ptr, stride_kt, 0.0, L), _load(v_ptr, stride_vt, centre, L)
+    gys = _load(gy_ptr, stride_gyt, 0.0, L)
+    gates = _load_gates(gate_ptr, stride_gt, GATED, L)
+    weights, around, outside, top, over = _near_attend(w, place, keys, values, past, future, ONE, L, W)
+    pn, pd, fn, fd = around
+    hn, hd = zero, zero
+    ns, ds = (), ()
+    for i in tl.static_range(L):
+        weight = weights[L - 1 - i]
+        hn, hd = hn * decay + fn, hd * decay + fd
+        ns, ds = (fn,) + ns, (fd,) + ds
+        fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     # Without the segment's first tokens if these belong to the segment before: there both sums only decay.
     hn, hd = hn - extra * ns[0], hd - extra * ds[0]
     qn, qd = -extra * tl.exp(w) * pn, -extra * tl.exp(w) * pd
@@ -391,7 +389,7 @@ def _near_gradients(
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)
-                tl.store(ggate_ptr + t * stride_ggt, ggate, mask=mask & (t >= extra))
+                store_apart(ggate_ptr + t * stride_ggt, ggate, mask & (t >= extra))
             gy *= s
         g = tl.where(t >= extra, gy * inverse, 0.0)
         h = g * y
@@ -414,7 +412,7 @@ def _near_grads(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -439,7 +437,7 @@ def _near_inputs(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, 1 if ONE else W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -486,8 +484,8 @@ def _near_inputs(
         gv = weights[t] * (px + xs[t])
         gk = gv * values[t] - weights[t] * (py + ys[t])
         valid = mask & (t >= extra)
-        tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=valid)
-        tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=valid)
+        store_apart(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), valid)
+        store_apart(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), valid)
         px, py = px * decay + gs[t], py * decay + hs[t]
 
 
@@ -528,7 +526,7 @@ def _far_load(pointer, stride: tl.constexpr, L: tl.constexpr, P: tl.constexpr):
     i = tl.arange(0, P)[:, None, None]
     tokens = tl.zeros([P, pointer.shape[0], pointer.shape[1]], tl.float32)
     for t in range(L):
-        tokens = tl.where(i == t, tl.load(pointer + t * stride).to(tl.float32)[None], tokens)
+        tokens = tl.where(i == t, load_apart(pointer + t * stride).to(tl.float32)[None], tokens)
     return tokens
 
 
@@ -605,7 +603,7 @@ def _far_sums(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     totals_ptr += (b * spans + span) * 6 * channels + channel
@@ -623,7 +621,7 @@ def _far_outputs(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, not ONE, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, 0 if ONE else W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -635,12 +633,13 @@ def _far_outputs(
     around = _far_surroundings(_far_totals(keys, values, ones, w, extra, L), past, future, w, segment, L, W)
     for t in range(L):
         states = _far_around(keys, values, ones, t, extra, w, around, L)
-        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        k = load_apart(k_ptr + t * stride_kt).to(tl.float32)
+        v = load_apart(v_ptr + t * stride_vt).to(tl.float32) - centre
         y, inverse, top, apart = _far_attend(states, k, v, u)
         y += centre
         if GATED:
-            y *= _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
-        tl.store(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask=mask & (t >= extra))
+            y *= _sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
+        store_apart(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask & (t >= extra))
 
 
 @triton.jit
@@ -662,15 +661,16 @@ def _far_gradients(
     gs, hs, minus, gus = values * 0, values * 0, values * 0 + NOTHING, values * 0
     for t in range(L):
         states = _far_around(keys, values, ones, t, extra, w, around, L)
-        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        k = load_apart(k_ptr + t * stride_kt).to(tl.float32)
+        v = load_apart(v_ptr + t * stride_vt).to(tl.float32) - centre
         y, inverse, top, apart = _far_attend(states, k, v, u)
-        gy = tl.load(gy_ptr + t * stride_gyt).to(tl.float32)
+        gy = load_apart(gy_ptr + t * stride_gyt).to(tl.float32)
         if GATED:
-            s = _sigmoid(tl.load(gate_ptr + t * stride_gt).to(tl.float32))
+            s = _sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)
-                tl.store(ggate_ptr + t * stride_ggt, ggate, mask=mask & (t >= extra))
+                store_apart(ggate_ptr + t * stride_ggt, ggate, mask & (t >= extra))
             gy *= s
         here = (i == t) & (t >= extra)[None]
         g = gy * inverse
@@ -688,7 +688,7 @@ def _far_grads(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, False)
@@ -714,7 +714,7 @@ def _far_inputs(
 ):  # fmt: skip
     place, w, u, centre, k_ptr, v_ptr = _begin(
         program, w_ptr, u_ptr, scale, k_ptr, v_ptr, spans, length, channels, stride_kb, stride_kt, stride_kc, stride_vb,
-        stride_vt, stride_vc, True, L, W, BLOCK, EVEN,
+        stride_vt, stride_vc, 1 if ONE else W, L, W, BLOCK, EVEN,
     )  # fmt: skip
     b, span, segment, start, extra, channel, mask = place
     past, future = _load_outside(outside_ptr, place, spans, channels, ONE)
@@ -741,14 +741,15 @@ def _far_inputs(
         # A pair's two exponents and the decay that neither has add up to the logarithm of its weight.
         meet = tl.exp(pm + gfm - w) * (pn * fx - pd * fy) + tl.exp(fm + gpm - w) * (fn * px - fd * py)
         gw -= tl.where(valid, meet, 0.0)
-        k, v = tl.load(k_ptr + t * stride_kt).to(tl.float32), tl.load(v_ptr + t * stride_vt).to(tl.float32) - centre
+        k = load_apart(k_ptr + t * stride_kt).to(tl.float32)
+        v = load_apart(v_ptr + t * stride_vt).to(tl.float32) - centre
         g, gu = tl.sum(tl.where(i == t, gs, 0.0), 0), tl.sum(tl.where(i == t, gus, 0.0), 0)
         own = tl.where(valid, tl.exp((k + tl.max(tl.where(i == t, minus, NOTHING), 0)) + u), 0.0)
         before, after = tl.exp(gpm + k), tl.exp(gfm + k)
         gv = before * px + after * fx + own * g
         gk = before * (v * px - py) + after * (v * fx - fy) + gu
-        tl.store(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask=mask & valid)
-        tl.store(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask=mask & valid)
+        store_apart(gv_ptr + t * stride_gvt, gv.to(gv_ptr.dtype.element_ty), mask & valid)
+        store_apart(gk_ptr + t * stride_gkt, gk.to(gk_ptr.dtype.element_ty), mask & valid)
     _store_part(parts_ptr, gw, tl.sum(gus, 0), 0.0, scale, place, spans, channels)
 
 
@@ -799,8 +800,8 @@ def bi_wkv_outside_kernel(
     totals_ptr += (6 * first + 3 * side) * channels + channel
     outside_ptr += (6 * first + 3 * side) * channels + channel
     w = (tl.load(w_ptr + channel).to(tl.float32) * scale).to(tl.float64) * SPAN
-    x, y = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    m, age = x.to(tl.float64) + NOTHING, x.to(tl.float64)
+    x, y, age = w * 0, w * 0, w * 0
+    m = age + NOTHING
     for begin in range(0, spans, P):
         totals = ()
         for i in tl.static_range(P):
@@ -813,7 +814,9 @@ def bi_wkv_outside_kernel(
             rounded = exponent.to(tl.float32)
             rest = _exp(exponent - rounded)
             pointer = outside_ptr + (begin + i) * step
-            _store_state(pointer, rounded, rest * x, rest * y, channels, begin + i < spans)
+            _store_state(
+                pointer, rounded, (rest * x).to(tl.float32), (rest * y).to(tl.float32), channels, begin + i < spans
+            )
             age += 1
             gap = (m - tm) - age * w
             small = _exp(-tl.abs(gap))

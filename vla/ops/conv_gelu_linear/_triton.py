@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import always, cdiv, dot_add, gelu, kernel, lead_and_rest, repeat, starts_at_pair, unpack
+from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, load_apart, repeat, starts_at_pair, unpack
 from ..depthwise_conv2d._triton_strips import correlate, on_map
 
 COLUMNS = 4
@@ -56,27 +56,21 @@ def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def load_rows(x, stride, column: tl.constexpr, columns, rows, exists, FIRST: tl.constexpr, LAST: tl.constexpr):
     """The numbers of rows from FIRST to LAST - 1 one after the other, zero outside of the masks."""
-    out = repeat(tl.zeros(x.shape, tl.int32), (LAST - FIRST) * len(columns))
-    if always():
-        out = ()
-        for i in tl.static_range(FIRST, LAST):
-            pointers = x + i * stride
-            for j in tl.static_range(len(columns)):
-                out = out + (tl.load(pointers + j * column, columns[j] & rows[i] & exists, 0),)
+    out = ()
+    for i in tl.static_range(FIRST, LAST):
+        pointers = x + i * stride
+        for j in tl.static_range(len(columns)):
+            out = out + (load_apart(pointers + j * column, columns[j] & rows[i] & exists, 0),)
     return out
 
 
 @triton.jit
 def load_parameters(taps, bias, c, exists, C: tl.constexpr):
     """Kernels (9, C) and bias (C,) of channels c."""
-    kernels = repeat(tl.zeros(c.shape, taps.dtype.element_ty), 9)
-    start = tl.zeros(c.shape, bias.dtype.element_ty)
-    if always():
-        kernels = ()
-        for t in tl.static_range(9):
-            kernels = kernels + (tl.load(taps + t * C + c, exists, 0.0),)
-        start = tl.load(bias + c, exists, 0.0)
-    return kernels + (start,)
+    kernels = ()
+    for t in tl.static_range(9):
+        kernels = kernels + (load_apart(taps + t * C + c, exists, 0.0),)
+    return kernels + (load_apart(bias + c, exists, 0.0),)
 
 
 @triton.jit

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from .._triton import (
     LOG2E,
-    always,
     cdiv,
     gelu,
     gelu_slope,
     kernel,
     last_first,
+    load_apart,
     repeat,
     starts_at_pair,
+    store_apart,
     sum_parts,
     unpack,
 )
@@ -136,29 +137,25 @@ def on_map(column, inside, width, COLUMNS: tl.constexpr, AROUND: tl.constexpr, E
 @triton.jit
 def load_row(pointers, number, height, row_stride, stride: tl.constexpr, masks):
     """Neighbouring pixels of the row of this number, zero outside of the masks and below the map."""
-    row = repeat(tl.zeros(pointers.shape, pointers.dtype.element_ty), len(masks))
-    if always():
-        pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
-        row = ()
-        for j in tl.static_range(len(masks)):
-            row = row + (tl.load(pointers + j * stride, masks[j] & (number < height), 0.0),)  # (BLOCK_S, BLOCK_C)
+    pointers += tl.minimum(number, height - 1).to(tl.int64) * row_stride
+    row = ()
+    for j in tl.static_range(len(masks)):
+        row = row + (load_apart(pointers + j * stride, masks[j] & (number < height), 0.0),)  # (BLOCK_S, BLOCK_C)
     return row
 
 
 @triton.jit
 def store_row(pointers, stride: tl.constexpr, masks, inside, row):
     for j in tl.static_range(len(row)):
-        tl.store(pointers + j * stride, row[j].to(pointers.dtype.element_ty), masks[j] & inside)
+        store_apart(pointers + j * stride, row[j].to(pointers.dtype.element_ty), masks[j] & inside)
 
 
 @triton.jit
 def load_taps(weight, channel, inside, TAPS: tl.constexpr):
     """The kernels (C, TAPS) of some channels."""
-    taps = repeat(tl.zeros(channel.shape, tl.float32), TAPS)
-    if always():
-        taps = ()
-        for t in tl.static_range(TAPS):
-            taps = taps + (tl.load(weight + channel * TAPS + t, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
+    taps = ()
+    for t in tl.static_range(TAPS):
+        taps = taps + (load_apart(weight + channel * TAPS + t, inside, 0.0).to(tl.float32),)  # (BLOCK_S, BLOCK_C)
     return taps
 
 
@@ -247,8 +244,8 @@ def depthwise_conv2d_fwd_kernel(
     if FLIP:
         taps = flip(taps)
     start = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    if bias is not None and always():
-        start = tl.load(bias + channel, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        start = load_apart(bias + channel, inside, 0.0).to(tl.float32)
 
     image, column = place(strip, width, COLUMNS)
     inside &= strip < strips
@@ -339,8 +336,8 @@ def depthwise_conv2d_bwd_kernel(
         taps = load_taps(weight, channel, exists, TAPS)
     zero = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     start = zero
-    if ACT is not None and bias is not None and always():
-        start = tl.load(bias + channel, exists, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
+    if ACT is not None and bias is not None:
+        start = load_apart(bias + channel, exists, 0.0).to(tl.float32)  # (BLOCK_S, BLOCK_C)
 
     first, last, begin, end = walk(height, segment, TOP)
     g_taps = repeat(zero, TAPS)
@@ -408,11 +405,11 @@ def depthwise_conv2d_bwd_kernel(
     part = tl.program_id(0) // blocks_c * tl.num_programs(1) + tl.program_id(1)
     if bias is not None:
         parts += part * channels * (TAPS + 1)
-        tl.store(parts + channels * TAPS + channel, tl.sum(g_bias, 0), exists)
+        store_apart(parts + channels * TAPS + channel, tl.sum(g_bias, 0), exists)
     else:
         parts += part * channels * TAPS
     for t in tl.static_range(TAPS):
-        tl.store(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
+        store_apart(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
 
 
 def last(x: Tensor) -> Tensor:

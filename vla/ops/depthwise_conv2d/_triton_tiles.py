@@ -18,7 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import INTERPRETED, always, cdiv, kernel, last_first, pack, repeat, starts_at_pair, sum_parts, unpack
+from .._triton import (
+    INTERPRETED,
+    cdiv,
+    kernel,
+    last_first,
+    load_apart,
+    pack,
+    repeat,
+    starts_at_pair,
+    store_apart,
+    sum_parts,
+    unpack,
+)
 from ._triton_strips import (
     DTYPES,
     MULTIPROCESSORS,
@@ -156,7 +168,7 @@ def _multiply_add(a_left, a_right, b_left, b_right, c, DTYPE: tl.constexpr):
 def _tap(weight, channel, inside, row: tl.constexpr, column, FLIP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
     inside = inside & (column >= 0) & (column < KW)
     tap = (KH - 1 - row) * KW + KW - 1 - column if FLIP else row * KW + column
-    return tl.load(weight + channel * (KH * KW) + tap, inside, 0.0).to(tl.float32)
+    return load_apart(weight + channel * (KH * KW) + tap, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -168,16 +180,14 @@ def _load_kernels(
     column = lane % 32 // 4
     own = inside & (column // 2 == lane % 4)
     shift = column % 2
-    tiles = repeat(tl.zeros(lane.shape, tl.int32), KH * (KW // 4 + 1) * 4)
-    if always():
-        tiles = ()
-        for i in tl.static_range(KH):
-            for first in tl.static_range(0, KW + 1, 4):
-                for odd in tl.static_range(2):
-                    for j in tl.static_range(first, first + 4, 2):
-                        low = _tap(weight, 2 * pair + odd, own, i, j - shift, FLIP, KH, KW)
-                        high = _tap(weight, 2 * pair + odd, own, i, j + 1 - shift, FLIP, KH, KW)
-                        tiles = tiles + (pack(low, high, DTYPE),)
+    tiles = ()
+    for i in tl.static_range(KH):
+        for first in tl.static_range(0, KW + 1, 4):
+            for odd in tl.static_range(2):
+                for j in tl.static_range(first, first + 4, 2):
+                    low = _tap(weight, 2 * pair + odd, own, i, j - shift, FLIP, KH, KW)
+                    high = _tap(weight, 2 * pair + odd, own, i, j + 1 - shift, FLIP, KH, KW)
+                    tiles = tiles + (pack(low, high, DTYPE),)
     return tiles
 
 
@@ -262,9 +272,9 @@ def depthwise_conv2d_tiles_fwd_kernel(
     kernels = _load_kernels(weight, pair, lane, exists, FLIP, KH, KW, DTYPE)
     zero = tl.zeros((32 * WARPS,), tl.float32)
     first_bias, second_bias = zero, zero
-    if bias is not None and always():
-        first_bias = tl.load(bias + 2 * pair, exists, 0.0).to(tl.float32)
-        second_bias = tl.load(bias + 2 * pair + 1, exists, 0.0).to(tl.float32)
+    if bias is not None:
+        first_bias = load_apart(bias + 2 * pair, exists, 0.0).to(tl.float32)
+        second_bias = load_apart(bias + 2 * pair + 1, exists, 0.0).to(tl.float32)
     empty = ()
     for _ in tl.static_range(COLUMNS // 2):
         empty = empty + repeat(first_bias, 4) + repeat(second_bias, 4)
@@ -486,7 +496,7 @@ def depthwise_conv2d_tiles_bwd_kernel(
                     sums[2 * ((i * 2 + odd) * QUADS * 2 + step) + 1],
                 )
                 to = parts + odd * (KH * KW) + i * KW + tap
-                tl.store(to, value, exists & (tap >= 0) & (tap < KW))
+                store_apart(to, value, exists & (tap >= 0) & (tap < KW))
 
 
 def _has_instructions(device: torch.device) -> bool:

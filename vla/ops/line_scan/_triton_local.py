@@ -12,7 +12,7 @@ Names end in `e` for even rows and in `o` for odd ones, after the number of the 
 import triton
 import triton.language as tl
 
-from .._triton import PTX, dot, dot_add, kernel
+from .._triton import PTX, dot, dot_add, kernel, load_apart, store_apart
 from ._triton_common import (
     _CLOSED,
     _MIN_TOTAL,
@@ -119,13 +119,13 @@ def _wide(x):
 @triton.jit
 def _load(pointer, step, even, odd):
     """Even rows, and the odd ones, which are a step on."""
-    return tl.load(pointer, even, 0.0), tl.load(pointer + step, odd, 0.0)
+    return load_apart(pointer, even, 0.0), load_apart(pointer + step, odd, 0.0)
 
 
 @triton.jit
 def _store(pointer, step, even_rows, odd_rows, even, odd):
-    tl.store(pointer, even_rows.to(pointer.dtype.element_ty), even)
-    tl.store(pointer + step, odd_rows.to(pointer.dtype.element_ty), odd)
+    store_apart(pointer, even_rows.to(pointer.dtype.element_ty), even)
+    store_apart(pointer + step, odd_rows.to(pointer.dtype.element_ty), odd)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._triton import LOG2E, kernel, pack
+from .._triton import LOG2E, kernel, load_apart, pack, store_apart
 from ._triton_common import _MIN_TOTAL, _STEEPEST, _exp2, _inverse
 
 # A sum of sigmoids that only clamped logits have.
@@ -234,7 +234,7 @@ def _read(
     words = ()
     for k in tl.static_range(W // T):
         at, exists = _tile(n, k, place, units, stride, mask, SIZE, W, V, T, LINES, REVERSE, WHOLE)
-        words = words + _unstack(tl.load(start + at, exists, 0), R, T // SIZE, REVERSE)
+        words = words + _unstack(load_apart(start + at, exists, 0), R, T // SIZE, REVERSE)
     return words
 
 
@@ -257,8 +257,8 @@ def _write(
             part = part + (words[(COUNT - 1 - j if BACK else j) if j < COUNT else 0],)
         tile = _stack(part, R, T // SIZE, REVERSE)
         if ADD:
-            tile += tl.load(start + at, exists, 0)
-        tl.store(start + at, tile, exists)
+            tile += load_apart(start + at, exists, 0)
+        store_apart(start + at, tile, exists)
 
 
 @kernel(do_not_specialize=[

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, kernel, next_power_of_2, pick, repeat
+from .._triton import LN2, LOG2E, cdiv, kernel, load_apart, next_power_of_2, pick, repeat, store_apart
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
@@ -111,10 +111,10 @@ def _partial_sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
 @triton.jit
 def _add_terms(at, terms, valid, later, COUNT: tl.constexpr):
     """Adds COUNT terms (R,) to what is there (R,), if it is not the first time."""
-    total = tl.load(at, valid & later, 0.0)
+    total = load_apart(at, valid & later, 0.0)
     for i in tl.static_range(COUNT):
         total += terms[i]
-    tl.store(at, total, valid)
+    store_apart(at, total, valid)
 
 
 @triton.jit
@@ -183,9 +183,10 @@ def _load_state(
     (R,).
     """
     if CONSTANT:
-        return tl.load(row + n * n_stride, valid, 0.0)
+        return load_apart(row + n * n_stride, valid, 0.0)
     else:
         row += n * aligned(n_stride, ALIGN) + start.to(tl.int64) * l_stride
+        # Not apart: laid out as the rows' steps, neighbours in one thread, it needs no exchange through shared memory.
         loaded = tl.load(row + tl.arange(0, CHUNK) * l_stride)
         if PTX and loaded.dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
@@ -209,7 +210,7 @@ def _load(rows, start, l_stride, begin, valid, other, ALIGN: tl.constexpr, CHUNK
     """A chunk's steps of rows (T, R), in float32. Lanes load neighbouring steps and hand them over to their row's."""
     step = tl.arange(0, CHUNK)
     mask = valid[None, :] & _inside(start + step, begin, ALIGN, CHUNK)[:, None]
-    return _to_lanes(tl.load(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other))
+    return _to_lanes(load_apart(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other))
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def _load_alone(rows, start, l_stride, begin, valid, other, ALIGN: tl.constexpr,
     for first in tl.static_range(0, CHUNK, WIDTH):
         step = first + tl.arange(0, WIDTH)
         mask = valid[None, :] & _inside(start + step, begin, ALIGN, CHUNK)[:, None]
-        tiles = tiles + (tl.load(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other),)
+        tiles = tiles + (load_apart(rows + start.to(tl.int64) * l_stride + step[:, None] * l_stride, mask, other),)
     return tiles
 
 
@@ -253,7 +254,7 @@ def _logits(delta, bias_ptr, channel, valid):
     """`delta` (T, R) with its bias, times log2(e), as `exponent` wants it."""
     s = delta * LOG2E
     if bias_ptr is not None:
-        s += tl.load(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E
+        s += load_apart(bias_ptr + channel, valid, 0.0).to(tl.float32)[None, :] * LOG2E
     return s
 
 
@@ -377,7 +378,7 @@ def selective_scan_segments_kernel(
                 _prefetch_states(ahead, P_row, P_row, next_start, states, P_n, P_l, P_n, P_l)
         alive = 0
         for n in range(first_n, last_n):
-            A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            A = load_apart(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             decay_since = tl.exp2(A * elapsed)
             # Without softplus a time step may be negative, and what has vanished grow again.
             if SOFTPLUS:
@@ -394,14 +395,14 @@ def selective_scan_segments_kernel(
                         h = tl.exp2(A * dt2[CHUNK - 1 - i]) * (h + P[CHUNK - 1 - i] * v[CHUNK - 1 - i])
                     else:
                         h = tl.exp2(A * dt2[i]) * h + P[i] * v[i]
-                added = tl.load(at, valid & (number > 0), 0.0)  # (R,)
-                tl.store(at, added + decay_since * h, valid)  # (R,)
+                added = load_apart(at, valid & (number > 0), 0.0)  # (R,)
+                store_apart(at, added + decay_since * h, valid)  # (R,)
             alive += counts
         for t in tl.static_range(CHUNK):
             elapsed += dt2[t]
         number += 1
     at = (batch * segments + segment) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(total_ptr + at * channels + channel, elapsed, valid)  # (R,)
+    store_apart(total_ptr + at * channels + channel, elapsed, valid)  # (R,)
 
 
 @kernel
@@ -428,9 +429,9 @@ def selective_scan_borders_kernel(
     channel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     n, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     valid = channel < channels
-    A = tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+    A = load_apart(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32)  # (R,)
     if behind_ptr is not None:
-        h = tl.load(behind_ptr + (batch * channels + channel) * states + n, valid, 0.0)  # (R,)
+        h = load_apart(behind_ptr + (batch * channels + channel) * states + n, valid, 0.0)  # (R,)
     else:
         h = tl.zeros([ROWS], tl.float32)
     for first in range(0, segments, STEPS):
@@ -443,11 +444,11 @@ def selective_scan_borders_kernel(
                 segment = segments - 1 - segment
             at = batch * segments + segment
             places = places + (state_ptr + (at * states + n) * channels + channel,)
-            total = tl.load(total_ptr + (at * shares + n // share) * channels + channel, inside[i], 0.0)  # (R,)
+            total = load_apart(total_ptr + (at * shares + n // share) * channels + channel, inside[i], 0.0)  # (R,)
             totals = totals + (total,)
-            added = added + (tl.load(places[i], inside[i], 0.0),)  # (R,)
+            added = added + (load_apart(places[i], inside[i], 0.0),)  # (R,)
         for i in tl.static_range(STEPS):
-            tl.store(places[i], h, inside[i])
+            store_apart(places[i], h, inside[i])
             h = tl.exp2(A * totals[i]) * h + added[i]
 
 
@@ -523,7 +524,7 @@ def selective_scan_fwd_rows_kernel(
         if z_ptr is not None:
             z_row = _rows(z_ptr, batch, channel, z_b, z_d, ALIGN)
         if D_ptr is not None:
-            skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+            skip = load_apart(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
     padding: tl.constexpr = float("-inf") if SOFTPLUS else 0.0
     zero = tl.zeros([ROWS], tl.float32)
 
@@ -567,8 +568,8 @@ def selective_scan_fwd_rows_kernel(
             A, h, B, C = (), (), (), ()
             for i in tl.static_range(TOGETHER):
                 n = first_n + i
-                A = A + (tl.load(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32),)  # (R,)
-                h = h + (tl.load(state_row + n * channels, known, 0.0),)  # (R,)
+                A = A + (load_apart(A_ptr + channel * A_d + n * A_n, valid, 0.0).to(tl.float32),)  # (R,)
+                h = h + (load_apart(state_row + n * channels, known, 0.0),)  # (R,)
                 B_n_steps = _load_state(B_row, n, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
                 B = B + _at_steps(B_n_steps, B_CONSTANT, CHUNK, ROWS, PTX)
                 if out_ptr is not None:
@@ -576,7 +577,7 @@ def selective_scan_fwd_rows_kernel(
                     C = C + _at_steps(C_n_steps, C_CONSTANT, CHUNK, ROWS, PTX)
             if border_ptr is not None:
                 for i in tl.static_range(TOGETHER):
-                    tl.store(border_row + (first_n + i) * channels, h[i], valid)  # (R,)
+                    store_apart(border_row + (first_n + i) * channels, h[i], valid)  # (R,)
             y_with_these = ()
             for t in tl.static_range(CHUNK):
                 h_after = ()
@@ -589,13 +590,13 @@ def selective_scan_fwd_rows_kernel(
                 y_with_these = y_with_these + (y_t,)
             y = y_with_these
             for i in tl.static_range(TOGETHER):
-                tl.store(state_row + (first_n + i) * channels, h[i], valid)  # (R,)
+                store_apart(state_row + (first_n + i) * channels, h[i], valid)  # (R,)
         if out_ptr is not None:
             out = _stack(y, CHUNK)
             if z_ptr is not None:
                 z = _load(z_row, start, z_l, begin, valid, 0.0, ALIGN, CHUNK)  # (T, R)
                 out *= z * tl.sigmoid(z)
-            tl.store(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
+            store_apart(out_row + time.to(tl.int64)[:, None] * out_l, out, valid[None, :] & inside[:, None])  # (T, R)
 
 
 @kernel
@@ -684,7 +685,7 @@ def selective_scan_bwd_rows_kernel(
     B_row = _projection(B_ptr, batch, channel, first_channel, B_channels, B_b, B_g, B_CONSTANT, ALIGN)
     C_row = _projection(C_ptr, batch, channel, first_channel, C_channels, C_b, C_g, C_CONSTANT, ALIGN)
     if D_ptr is not None:
-        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+        skip = load_apart(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
     # The program's parts of the gradients of B, if it is not constant, and of C behind it.
     VARYING: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
     if VARYING > 0:
@@ -707,7 +708,7 @@ def selective_scan_bwd_rows_kernel(
     g_next = _load_alone(g_row, start, g_l, begin, valid, 0.0, ALIGN, CHUNK)
     A_row = A_ptr + channel * A_d
     border_row = border_ptr + batch * chunks * states * channels + channel
-    h_next = tl.load(border_row + last_chunk.to(tl.int64) * states * channels, valid, 0.0)  # (R,)
+    h_next = load_apart(border_row + last_chunk.to(tl.int64) * states * channels, valid, 0.0)  # (R,)
     for number in range(first_chunk, last_chunk + 1):
         chunk = last_chunk - (number - first_chunk)
         begin = chunk * CHUNK
@@ -730,7 +731,7 @@ def selective_scan_bwd_rows_kernel(
         y = repeat(zero, CHUNK)
         later = chunk < last_chunk
         next_chunk = tl.maximum(chunk - 1, first_chunk)
-        A_next = tl.load(A_row, valid, 0.0).to(tl.float32)  # (R,)
+        A_next = load_apart(A_row, valid, 0.0).to(tl.float32)  # (R,)
         B_next = _load_state(B_row, 0, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
         gB_sums = tl.zeros([CHUNK, _COLUMNS], tl.float32)
         gC_sums = gB_sums
@@ -738,8 +739,8 @@ def selective_scan_bwd_rows_kernel(
             A, h = A_next, h_next
             B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS, PTX)
             # What the walk back needs comes during the walk forward, what the next state needs during the walk back.
-            carry = tl.load(carry_row + n * channels, valid, 0.0)  # (R,)
-            gA = tl.load(gA_row + n * channels, valid & later, 0.0)  # (R,)
+            carry = load_apart(carry_row + n * channels, valid, 0.0)  # (R,)
+            gA = load_apart(gA_row + n * channels, valid & later, 0.0)  # (R,)
             C = _load_state(C_row, n, start, C_n, C_l, valid, C_CONSTANT, ALIGN, CHUNK, PTX)
             C = _at_steps(C, C_CONSTANT, CHUNK, ROWS, PTX)
             decay, decayed, gC_terms, y_with_n = (), (), (), ()
@@ -758,9 +759,9 @@ def selective_scan_bwd_rows_kernel(
                 gC_before, gC_sums = gC_sums, _partial_sums(gC_terms, CHUNK, BF16)
 
             next_n = tl.minimum(n + 1, states - 1)
-            A_next = tl.load(A_row + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            A_next = load_apart(A_row + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             border = tl.where(n + 1 < states, chunk * states + n + 1, next_chunk * states)
-            h_next = tl.load(border_row + border.to(tl.int64) * channels, valid, 0.0)  # (R,)
+            h_next = load_apart(border_row + border.to(tl.int64) * channels, valid, 0.0)  # (R,)
             B_next = _load_state(B_row, next_n, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
 
             gB_terms, gx_with_n, gdt_with_n = (), (), ()
@@ -776,21 +777,21 @@ def selective_scan_bwd_rows_kernel(
                 gdt_with_n = (gdt[t] + A * g_log,) + gdt_with_n
                 g_time += g_log * dt2[t]
             gx, gdt = gx_with_n, gdt_with_n
-            tl.store(carry_row + n * channels, decay[0] * g, valid)  # (R,)
-            tl.store(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
+            store_apart(carry_row + n * channels, decay[0] * g, valid)  # (R,)
+            store_apart(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
             # Sums are finished and stored a state later, so that nothing waits for tensor cores and shuffles.
             before = tl.maximum(n - 1, 0)
             if not C_CONSTANT:
-                tl.store(gC_part + before * length + time, tl.sum(gC_before, 1), inside & (n > 0))  # (T,)
+                store_apart(gC_part + before * length + time, tl.sum(gC_before, 1), inside & (n > 0))  # (T,)
             if B_CONSTANT:
                 _add_terms(gA_row + (states + n) * channels, gB_terms, valid, later, CHUNK)
             else:
-                tl.store(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
+                store_apart(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
                 gB_sums = _partial_sums(gB_terms, CHUNK, BF16)
         if not B_CONSTANT:
-            tl.store(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
+            store_apart(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
         if not C_CONSTANT:
-            tl.store(gC_part + (states - 1) * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
+            store_apart(gC_part + (states - 1) * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
 
         next_begin = next_chunk * CHUNK
         next_start = _start(next_begin, length, ALIGN, CHUNK)
@@ -829,14 +830,14 @@ def selective_scan_bwd_rows_kernel(
             if D_ptr is not None:
                 y_tile += skip * u
             gz = g * gate * (1 + z * (1 - gate)) * y_tile
-            tl.store(gz_row + here * gz_l, gz, mask)  # (T, R)
-        tl.store(gu_row + here * gu_l, gu, mask)  # (T, R)
-        tl.store(gdelta_row + here * gdelta_l, gdelta, mask)  # (T, R)
+            store_apart(gz_row + here * gz_l, gz, mask)  # (T, R)
+        store_apart(gu_row + here * gu_l, gu, mask)  # (T, R)
+        store_apart(gdelta_row + here * gdelta_l, gdelta, mask)  # (T, R)
     gD_row = gA_row + (3 - VARYING) * states * channels
     if D_ptr is not None:
-        tl.store(gD_row, gD, valid)  # (R,)
+        store_apart(gD_row, gD, valid)  # (R,)
     if bias_ptr is not None:
-        tl.store(gD_row + channels, gbias, valid)  # (R,)
+        store_apart(gD_row + channels, gbias, valid)  # (R,)
 
 
 def _segment_chunks(sizes: Sizes, programs: int) -> int:
