@@ -101,6 +101,7 @@ class _Call:
             for module in model.modules():
                 for hooks in hooks_of(module):
                     hooks.clear()
+            _shorten(model)
             args, kwargs = tree_map_only(Tensor, partial(_like, device=self.device), (self.args, self.kwargs))
             with (
                 torch.set_grad_enabled(self.grad),
@@ -113,6 +114,28 @@ class _Call:
                 # In this thread, which takes note of launches.
                 with torch.autograd.set_multithreading_enabled(False):
                     torch.autograd.grad(outputs, inputs, [torch.empty_like(x) for x in outputs], allow_unused=True)
+
+
+def _shorten(model: nn.Module) -> None:
+    """Leaves the first and the last of blocks in a row that are alike: those between launch the same kernels."""
+    for blocks in [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]:
+        forms = [_form(block) for block in blocks]
+        for i in range(len(blocks) - 2, 0, -1):
+            if forms[i - 1] == forms[i] == forms[i + 1]:
+                del blocks[i]
+                del forms[i]
+
+
+def _form(module: nn.Module) -> list:
+    """What a module launches depends on: kinds and settings of its modules, layouts of their tensors."""
+    form = []
+    for name, part in module.named_modules():
+        settings = {key: x for key, x in vars(part).items() if isinstance(x, bool | int | str)}
+        # Of rates, which grow from block to block, whether they are zero.
+        settings |= {key: bool(x) for key, x in vars(part).items() if isinstance(x, float)}
+        tensors = chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+        form.append((name, type(part), settings, [(key, x.shape, x.stride(), x.dtype) for key, x in tensors]))
+    return form
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -52,14 +52,20 @@ class Compilation:
         self._pool = context.Pool(min(processors(), _PROCESSES), _begin, (device,))
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
         self._results: dict[tuple, AsyncResult] = {}
+        self._signatures: set[tuple] = set()
 
     def add(self, kernel, *args, **kwargs) -> None:
         """A launch of a `Kernel`."""
         args, kwargs = [_placeholder(x) for x in args], {name: _placeholder(x) for name, x in kwargs.items()}
-        key = (kernel, _likeness(kernel.jit, dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs))
-        if key not in self._results:
-            work = (self._launcher, kernel.__module__, kernel.__name__, args, kwargs)
-            self._results[key] = self._pool.apply_async(_compile, work)
+        arguments = dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs
+        key = (kernel, _likeness(kernel.jit, arguments))
+        if key in self._results:
+            return
+        signature = _signature(kernel.jit, arguments)
+        launcher = None if signature in self._signatures else self._launcher
+        self._signatures.add(signature)
+        work = (kernel.__module__, kernel.__name__, args, kwargs, launcher)
+        self._results[key] = self._pool.apply_async(_compile, work)
 
     def finish(self) -> None:
         """Returns when all is compiled. What could not be compiled is compiled, or fails again, when it is launched."""
@@ -153,6 +159,20 @@ def _likeness(jit, arguments: dict[str, Any]) -> tuple:
     return tuple(likeness)
 
 
+def _signature(jit, arguments: dict[str, Any]) -> tuple:
+    """Equal for kernels that Triton launches with the same C code: what the arguments are that are no constants."""
+    signature = []
+    for parameter in jit.params:
+        x = arguments.get(parameter.name)
+        if isinstance(x, _Pointer):
+            signature.append(x.dtype)
+        elif parameter.is_constexpr or x is None or (x == 1 and type(x) is int and not parameter.do_not_specialize):
+            signature.append(None)
+        else:
+            signature.append((type(x), type(x) is int and abs(x) < 2**31))
+    return tuple(signature)
+
+
 class _Device:
     """What Triton asks its driver when it compiles."""
 
@@ -184,8 +204,9 @@ def _begin(device: _Device) -> None:
     driver.set_active(device)
 
 
-def _compile(launcher: Callable, module: str, name: str, args: list, kwargs: dict) -> None:
+def _compile(module: str, name: str, args: list, kwargs: dict, launcher: Callable | None) -> None:
     binary = getattr(importlib.import_module(module), name).compile(*args, **kwargs)
     # Up to Triton 3.6, C code that is compiled too. Later ones ask for more of the GPU, but have nothing to compile.
-    with suppress(Exception):
-        launcher(binary.src, binary.metadata)
+    if launcher is not None:
+        with suppress(Exception):
+            launcher(binary.src, binary.metadata)

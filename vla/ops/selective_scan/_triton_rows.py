@@ -111,10 +111,10 @@ def _partial_sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
 @triton.jit
 def _add_terms(at, terms, valid, later, COUNT: tl.constexpr):
     """Adds COUNT terms (R,) to what is there (R,), if it is not the first time."""
-    total = load_apart(at, valid & later, 0.0)
+    total = tl.load(at, valid & later, 0.0)
     for i in tl.static_range(COUNT):
         total += terms[i]
-    store_apart(at, total, valid)
+    tl.store(at, total, valid)
 
 
 @triton.jit
@@ -685,7 +685,7 @@ def selective_scan_bwd_rows_kernel(
     B_row = _projection(B_ptr, batch, channel, first_channel, B_channels, B_b, B_g, B_CONSTANT, ALIGN)
     C_row = _projection(C_ptr, batch, channel, first_channel, C_channels, C_b, C_g, C_CONSTANT, ALIGN)
     if D_ptr is not None:
-        skip = load_apart(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
+        skip = tl.load(D_ptr + channel, valid, 0.0).to(tl.float32)[None, :]  # (1, R)
     # The program's parts of the gradients of B, if it is not constant, and of C behind it.
     VARYING: tl.constexpr = (0 if B_CONSTANT else 1) + (0 if C_CONSTANT else 1)
     if VARYING > 0:
@@ -708,7 +708,7 @@ def selective_scan_bwd_rows_kernel(
     g_next = _load_alone(g_row, start, g_l, begin, valid, 0.0, ALIGN, CHUNK)
     A_row = A_ptr + channel * A_d
     border_row = border_ptr + batch * chunks * states * channels + channel
-    h_next = load_apart(border_row + last_chunk.to(tl.int64) * states * channels, valid, 0.0)  # (R,)
+    h_next = tl.load(border_row + last_chunk.to(tl.int64) * states * channels, valid, 0.0)  # (R,)
     for number in range(first_chunk, last_chunk + 1):
         chunk = last_chunk - (number - first_chunk)
         begin = chunk * CHUNK
@@ -731,7 +731,7 @@ def selective_scan_bwd_rows_kernel(
         y = repeat(zero, CHUNK)
         later = chunk < last_chunk
         next_chunk = tl.maximum(chunk - 1, first_chunk)
-        A_next = load_apart(A_row, valid, 0.0).to(tl.float32)  # (R,)
+        A_next = tl.load(A_row, valid, 0.0).to(tl.float32)  # (R,)
         B_next = _load_state(B_row, 0, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
         gB_sums = tl.zeros([CHUNK, _COLUMNS], tl.float32)
         gC_sums = gB_sums
@@ -739,8 +739,9 @@ def selective_scan_bwd_rows_kernel(
             A, h = A_next, h_next
             B = _at_steps(B_next, B_CONSTANT, CHUNK, ROWS, PTX)
             # What the walk back needs comes during the walk forward, what the next state needs during the walk back.
-            carry = load_apart(carry_row + n * channels, valid, 0.0)  # (R,)
-            gA = load_apart(gA_row + n * channels, valid & later, 0.0)  # (R,)
+            # Loads that are apart from these would be asked for later.
+            carry = tl.load(carry_row + n * channels, valid, 0.0)  # (R,)
+            gA = tl.load(gA_row + n * channels, valid & later, 0.0)  # (R,)
             C = _load_state(C_row, n, start, C_n, C_l, valid, C_CONSTANT, ALIGN, CHUNK, PTX)
             C = _at_steps(C, C_CONSTANT, CHUNK, ROWS, PTX)
             decay, decayed, gC_terms, y_with_n = (), (), (), ()
@@ -759,9 +760,9 @@ def selective_scan_bwd_rows_kernel(
                 gC_before, gC_sums = gC_sums, _partial_sums(gC_terms, CHUNK, BF16)
 
             next_n = tl.minimum(n + 1, states - 1)
-            A_next = load_apart(A_row + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
+            A_next = tl.load(A_row + next_n * A_n, valid, 0.0).to(tl.float32)  # (R,)
             border = tl.where(n + 1 < states, chunk * states + n + 1, next_chunk * states)
-            h_next = load_apart(border_row + border.to(tl.int64) * channels, valid, 0.0)  # (R,)
+            h_next = tl.load(border_row + border.to(tl.int64) * channels, valid, 0.0)  # (R,)
             B_next = _load_state(B_row, next_n, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
 
             gB_terms, gx_with_n, gdt_with_n = (), (), ()
@@ -777,21 +778,21 @@ def selective_scan_bwd_rows_kernel(
                 gdt_with_n = (gdt[t] + A * g_log,) + gdt_with_n
                 g_time += g_log * dt2[t]
             gx, gdt = gx_with_n, gdt_with_n
-            store_apart(carry_row + n * channels, decay[0] * g, valid)  # (R,)
-            store_apart(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
+            tl.store(carry_row + n * channels, decay[0] * g, valid)  # (R,)
+            tl.store(gA_row + n * channels, gA + g_time * LN2, valid)  # (R,)
             # Sums are finished and stored a state later, so that nothing waits for tensor cores and shuffles.
             before = tl.maximum(n - 1, 0)
             if not C_CONSTANT:
-                store_apart(gC_part + before * length + time, tl.sum(gC_before, 1), inside & (n > 0))  # (T,)
+                tl.store(gC_part + before * length + time, tl.sum(gC_before, 1), inside & (n > 0))  # (T,)
             if B_CONSTANT:
                 _add_terms(gA_row + (states + n) * channels, gB_terms, valid, later, CHUNK)
             else:
-                store_apart(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
+                tl.store(gB_part + before * length + time, tl.sum(gB_sums, 1), inside & (n > 0))  # (T,)
                 gB_sums = _partial_sums(gB_terms, CHUNK, BF16)
         if not B_CONSTANT:
-            store_apart(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
+            tl.store(gB_part + (states - 1) * length + time, tl.sum(gB_sums, 1), inside)  # (T,)
         if not C_CONSTANT:
-            store_apart(gC_part + (states - 1) * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
+            tl.store(gC_part + (states - 1) * length + time, tl.sum(gC_sums, 1), inside)  # (T,)
 
         next_begin = next_chunk * CHUNK
         next_start = _start(next_begin, length, ALIGN, CHUNK)
