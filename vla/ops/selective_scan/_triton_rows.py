@@ -183,7 +183,7 @@ def _load_state(
     (R,).
     """
     if CONSTANT:
-        return load_apart(row + n * n_stride, valid, 0.0)
+        return tl.load(row + n * n_stride, valid, 0.0)
     else:
         row += n * aligned(n_stride, ALIGN) + start.to(tl.int64) * l_stride
         # Not apart: laid out as the rows' steps, neighbours in one thread, it needs no exchange through shared memory.
