@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
+from torch import nn
 
 import vla  # noqa: F401
 from tests.kernels import need_triton
-from vla.models._ahead import _Call
+from vla.models._ahead import _Call, _shorten
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["vmamba", "mambavision", "groupmamba", "gspn", "vrwkv", "vrwkv6"]
@@ -32,6 +34,20 @@ def test_to_follow_a_call_leaves_no_trace(grad):
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, value in model.state_dict().items():
         assert type(value) is torch.Tensor and torch.equal(value, before[name]), name
+
+
+def test_blocks_that_are_alike_are_followed_twice():
+    rates = [DropPath(rate) for rate in (0.0, 0.1, 0.2, 0.3)]
+    convolutions = [nn.Conv2d(4, 4, 3, stride) for stride in (1, 1, 2, 1, 1, 1)]
+    linear = [nn.Sequential(nn.Linear(4, 4), rate) for rate in rates]
+    identities = [nn.Identity() for _ in range(4)]
+    model = nn.ModuleList([nn.Sequential(*blocks) for blocks in (convolutions, linear, identities)])
+    _shorten(model)
+    assert [list(blocks) for blocks in model] == [
+        [*convolutions[:4], convolutions[5]],
+        [linear[0], linear[1], linear[3]],
+        identities,
+    ]
 
 
 def test_what_is_launched_has_been_compiled():

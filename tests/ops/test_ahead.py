@@ -41,6 +41,22 @@ with Compiler((90,), (90,)).intercept(), use_backend("triton"), OnMeta():
 assert hits == 4 * [True], hits
 """
 
+LAUNCHERS = """
+def note(source, metadata):
+    with open(os.path.join(sys.argv[1], "launchers"), "a") as file:
+        file.write(metadata.name + "\\n")
+
+device.launcher_cls = note
+with FakeTensorMode(), _ahead.compile_launches():
+    for channels in (48, 64, 80):
+        for dtype in (torch.float32, torch.float16):
+            x = torch.empty(6, channels, dtype=dtype, device="cuda")
+            squared_relu(layer_norm(x, x[0], x[0]))
+with open(os.path.join(sys.argv[1], "launchers")) as file:
+    names = sorted(file.read().split())
+assert names == 2 * ["layer_norm_fwd_kernel"] + 2 * ["squared_relu_fwd_kernel"], names
+"""
+
 FAILING = """
 def compile(*work):
     {failure}
@@ -61,6 +77,10 @@ def run(script: str, folder) -> None:
 
 def test_what_is_compiled_ahead_is_what_is_launched(tmp_path):
     run(LAUNCHED, tmp_path)
+
+
+def test_what_launches_is_compiled_once_for_equal_arguments(tmp_path):
+    run(LAUNCHERS, tmp_path)
 
 
 @pytest.mark.parametrize("failure", ["os._exit(1)", "time.sleep(1000)", "raise MemoryError"])

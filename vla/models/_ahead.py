@@ -121,16 +121,15 @@ def _shorten(model: nn.Module) -> None:
     for blocks in [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]:
         forms = [_form(block) for block in blocks]
         for i in range(len(blocks) - 2, 0, -1):
-            if forms[i - 1] == forms[i] == forms[i + 1]:
-                del blocks[i]
-                del forms[i]
+            if forms[i - 1] == forms[i] == forms[i + 1] and any(True for _ in blocks[i].parameters()):
+                del blocks[i], forms[i]
 
 
 def _form(module: nn.Module) -> list:
     """What a module launches depends on: kinds and settings of its modules, layouts of their tensors."""
     form = []
     for name, part in module.named_modules():
-        settings = {key: x for key, x in vars(part).items() if isinstance(x, bool | int | str)}
+        settings = {key: str(x) for key, x in vars(part).items() if isinstance(x, bool | int | str | tuple)}
         # Of rates, which grow from block to block, whether they are zero.
         settings |= {key: bool(x) for key, x in vars(part).items() if isinstance(x, float)}
         tensors = chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
