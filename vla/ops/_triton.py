@@ -125,8 +125,9 @@ def _in_short(run: Callable, arguments: list) -> Callable[[], object]:
     return partial(run.launch, *calls[0]) if len(calls) == 1 else partial(run, *arguments)
 
 
+_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # Versions of Triton whose `CompiledKernel.run` takes what `_Launch` gives it; `CompiledKernel.__getitem__` is public.
-_RUN_IS_KNOWN = (3, 4) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 8)
+_RUN_IS_KNOWN = (3, 4) <= _VERSION <= (3, 8)
 _STREAM = 3
 
 
@@ -297,6 +298,8 @@ def last_first():
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
+# Columns of the narrowest product: 8 as tensor cores have them, which Triton before 3.6 does not multiply.
+NARROWEST = tl.constexpr(8 if _VERSION >= (3, 6) else 16)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Whether kernels may name NVIDIA's instructions.
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, PTX, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
+from .._triton import LOG2E, NARROWEST, PTX, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
 from ._triton_common import (
     _CLOSED,
     _MIN_TOTAL,
@@ -627,7 +627,8 @@ class _Launch:
         self.unit = math.gcd(self.channels, self.C)
         self.R = max(16, half) if self.exact else 2 * half
         # bfloat16 holds all of a bfloat16 proxy, and weights well enough for gradients.
-        self.V = half if self.proxy.dtype == torch.bfloat16 else self.R
+        enough = self.proxy.dtype == torch.bfloat16 and half >= NARROWEST.value
+        self.V = half if enough else self.R
         self.blocks = cdiv(self.channels, self.C)
         self.w_width = self.blocks * self.C
         self.w = self.x.new_empty(self.k, 6, self.w_width, self.R, dtype=self.proxy.dtype)

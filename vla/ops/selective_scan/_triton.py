@@ -12,9 +12,6 @@ from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
 from . import _triton_rows
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, steps_last, strides_of
 
-# Before 3.3, Triton cannot compile these loops with loads ahead of time.
-_PIPELINES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-
 
 @triton.jit
 def _compose_left(decay_later, first_later, value_later, decay, first, value):
@@ -812,19 +809,15 @@ def _launch(scan: Sizes, registers: int | None = None) -> dict:
     return options
 
 
-def _stages(stages: int) -> int:
-    return stages if _PIPELINES else 1
-
-
 def _forward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
     """Rows of a program, steps of a chunk, stages and launch options, as measured on an H200."""
     within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
         if scan.batch * scan.channels < 32 * MIN_PROGRAMS:
-            return 2, min(512, within), _stages(2), _launch(scan, 168)
-        return 2, min(256, within), _stages(2), _launch(scan, 96)
+            return 2, min(512, within), 2, _launch(scan, 168)
+        return 2, min(256, within), 2, _launch(scan, 96)
     if scan.itemsize > 2:
-        return 1, min(256, within), _stages(2), _launch(scan)
+        return 1, min(256, within), 2, _launch(scan)
     return 2, min(256, within), 1, _launch(scan, 80)
 
 

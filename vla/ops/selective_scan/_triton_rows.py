@@ -9,14 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, kernel, load_apart, next_power_of_2, pick, repeat, store_apart
+from .._triton import LN2, LOG2E, NARROWEST, cdiv, kernel, load_apart, next_power_of_2, pick, repeat, store_apart
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
 _CHUNK = 16
 _ROWS = 32
-# Columns of a product on tensor cores: 8 as they have them, which Triton before 3.6 does not multiply.
-_COLUMNS = tl.constexpr(8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6) else 16)
 # Where rows are few, segments of them are walked in parallel. What each adds has to be found out first, which costs the
 # less the longer they are: they are as long as leaves so many programs, once or three times what an H100 runs at once,
 # but have at least so many chunks.
@@ -94,18 +92,18 @@ def _partial_sums(rows, COUNT: tl.constexpr, BF16: tl.constexpr):
     Tensor cores add four lanes each, in a product with zeros and ones whose right operand they take from the very lanes
     and registers that hold the rows. Terms are rounded to bfloat16 or to TF32.
     """
-    LANES: tl.constexpr = 32 // _COLUMNS
+    LANES: tl.constexpr = 32 // NARROWEST
     row = tl.arange(0, COUNT)[:, None]
     k = tl.arange(0, COUNT * LANES)[None, :]
     if BF16:
         # A register has two of them, neighbours in k.
-        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, _COLUMNS, LANES]), (0, 3, 1, 2))
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT // 2, 2, NARROWEST, LANES]), (0, 3, 1, 2))
         select = tl.where(row == k // (2 * LANES) * 2 + k % 2, 1.0, 0.0).to(tl.bfloat16)
-        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]).to(tl.bfloat16))
+        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, NARROWEST]).to(tl.bfloat16))
     else:
-        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, _COLUMNS, LANES]), (0, 2, 1))
+        tile = tl.permute(tl.reshape(_stack(rows, COUNT), [COUNT, NARROWEST, LANES]), (0, 2, 1))
         select = tl.where(row == k // LANES, 1.0, 0.0)
-        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, _COLUMNS]), input_precision="tf32")
+        return tl.dot(select, tl.reshape(tile, [COUNT * LANES, NARROWEST]), input_precision="tf32")
 
 
 @triton.jit
@@ -733,7 +731,7 @@ def selective_scan_bwd_rows_kernel(
         next_chunk = tl.maximum(chunk - 1, first_chunk)
         A_next = tl.load(A_row, valid, 0.0).to(tl.float32)  # (R,)
         B_next = _load_state(B_row, 0, start, B_n, B_l, valid, B_CONSTANT, ALIGN, CHUNK, PTX)
-        gB_sums = tl.zeros([CHUNK, _COLUMNS], tl.float32)
+        gB_sums = tl.zeros([CHUNK, NARROWEST], tl.float32)
         gC_sums = gB_sums
         for n in range(states):
             A, h = A_next, h_next
