@@ -35,10 +35,10 @@ from triton.runtime.jit import JITFunction
 
 import vla.ops
 from tests.ops.aot_cases import CASES, Case
-from vla.ops._registry import Operator, _as_gradient, use_backend
+from vla.ops._registry import Operator, _as_gradient, triton_version, use_backend
 from vla.ops._triton import Kernel
 
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+VERSION = triton_version()
 # A100; H100 and H200; RTX 50, which Triton knows since 3.3. Bytes of shared memory that a program can have there.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 TARGETS = tuple(t for t in SHARED_MEMORY if t < 120 or VERSION >= (3, 3))

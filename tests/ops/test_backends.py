@@ -73,7 +73,7 @@ def test_slow_gpu_path_warns_once(monkeypatch):
 
 
 def test_too_old_triton(monkeypatch):
-    monkeypatch.setattr("vla.ops._registry._triton_version", lambda: (3, 1))
+    monkeypatch.setattr("vla.ops._registry.triton_version", lambda: (3, 1))
     monkeypatch.setattr(scan2d, "_warned", False)
     with pytest.warns(UserWarning, match="scan2d: backend 'triton' needs Triton 3.4 or newer, 3.1 is installed; using"):
         assert scan2d.backend_for(CUDA) == "torch"
@@ -82,7 +82,7 @@ def test_too_old_triton(monkeypatch):
 
 
 def test_float64_and_triton(monkeypatch):
-    monkeypatch.setattr("vla.ops._registry._triton_version", lambda: MIN_TRITON)
+    monkeypatch.setattr("vla.ops._registry.triton_version", lambda: MIN_TRITON)
     assert scan2d.backend_for(CUDA) == "triton"
     assert scan2d.backend_for(CUDA, torch.float64) == "torch"
     message = "has kernels for float32, bfloat16, float16, the tensors are float64"

@@ -121,7 +121,7 @@ def _shorten(model: nn.Module) -> None:
     for blocks in [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]:
         forms = [_form(block) for block in blocks]
         for i in range(len(blocks) - 2, 0, -1):
-            if forms[i - 1] == forms[i] == forms[i + 1] and any(True for _ in blocks[i].parameters()):
+            if forms[i - 1] == forms[i] == forms[i + 1] and next(blocks[i].parameters(), None) is not None:
                 del blocks[i], forms[i]
 
 

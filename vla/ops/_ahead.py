@@ -58,10 +58,11 @@ class Compilation:
         """A launch of a `Kernel`."""
         args, kwargs = [_placeholder(x) for x in args], {name: _placeholder(x) for name, x in kwargs.items()}
         arguments = dict(zip(kernel.jit.arg_names, args, strict=False)) | kwargs
-        key = (kernel, _likeness(kernel.jit, arguments))
+        likeness = _likeness(kernel.jit, arguments)
+        key = (kernel, likeness)
         if key in self._results:
             return
-        signature = _signature(kernel.jit, arguments)
+        signature = _signature(kernel.jit, likeness)
         launcher = None if signature in self._signatures else self._launcher
         self._signatures.add(signature)
         work = (kernel.__module__, kernel.__name__, args, kwargs, launcher)
@@ -159,17 +160,15 @@ def _likeness(jit, arguments: dict[str, Any]) -> tuple:
     return tuple(likeness)
 
 
-def _signature(jit, arguments: dict[str, Any]) -> tuple:
-    """Equal for kernels that Triton launches with the same C code: what the arguments are that are no constants."""
-    signature = []
+def _signature(jit, likeness: tuple) -> tuple:
+    """Equal for kernels that Triton launches with the same C code, which knows no constants and no alignment."""
+    arguments, signature = dict(likeness), []
     for parameter in jit.params:
-        x = arguments.get(parameter.name)
+        x = None if parameter.is_constexpr else arguments.get(parameter.name)
         if isinstance(x, _Pointer):
             signature.append(x.dtype)
-        elif parameter.is_constexpr or x is None or (x == 1 and type(x) is int and not parameter.do_not_specialize):
-            signature.append(None)
         else:
-            signature.append((type(x), type(x) is int and abs(x) < 2**31))
+            signature.append(x[:2] if type(x) is tuple else type(x))
     return tuple(signature)
 
 

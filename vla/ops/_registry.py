@@ -231,8 +231,8 @@ class Operator:
             return f"needs the package {backend}, which is not installed"
         if backend == "numba" and device.type != "cpu":
             return f"runs on the CPU, the tensors are on {device}"
-        if backend == "triton" and _triton_version() < MIN_TRITON:
-            return "needs Triton {}.{} or newer, {}.{} is installed".format(*MIN_TRITON, *_triton_version())
+        if backend == "triton" and triton_version() < MIN_TRITON:
+            return "needs Triton {}.{} or newer, {}.{} is installed".format(*MIN_TRITON, *triton_version())
         if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"runs on GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets kernels there, slowly)"
         if backend == "triton" and dtype not in self.kernel_dtypes:
@@ -462,7 +462,8 @@ def _is_installed(package: str) -> bool:
 
 
 @cache
-def _triton_version() -> tuple[int, int]:
+def triton_version() -> tuple[int, int]:
+    """Major and minor number of the Triton that is installed."""
     major, minor = importlib.import_module("triton").__version__.split(".")[:2]
     return int(major), int(minor)
 

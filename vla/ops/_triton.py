@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _ahead, _replay
+from ._registry import triton_version
 from ._steps import Places, Step
 
 
@@ -125,9 +126,8 @@ def _in_short(run: Callable, arguments: list) -> Callable[[], object]:
     return partial(run.launch, *calls[0]) if len(calls) == 1 else partial(run, *arguments)
 
 
-_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # Versions of Triton whose `CompiledKernel.run` takes what `_Launch` gives it; `CompiledKernel.__getitem__` is public.
-_RUN_IS_KNOWN = (3, 4) <= _VERSION <= (3, 8)
+_RUN_IS_KNOWN = (3, 4) <= triton_version() <= (3, 8)
 _STREAM = 3
 
 
@@ -299,7 +299,7 @@ def last_first():
 
 
 # Columns of the narrowest product: 8 as tensor cores have them, which Triton before 3.6 does not multiply.
-NARROWEST = tl.constexpr(8 if _VERSION >= (3, 6) else 16)
+NARROWEST = tl.constexpr(8 if triton_version() >= (3, 6) else 16)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Whether kernels may name NVIDIA's instructions.
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
