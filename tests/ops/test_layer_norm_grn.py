@@ -57,7 +57,7 @@ def linear(monkeypatch):
     """The kernels that know the projection, for whatever size."""
     pytest.importorskip("triton")
     module = importlib.import_module("vla.ops.layer_norm_grn._triton_linear")
-    monkeypatch.setattr(module, "suits", lambda x, projection: x.dtype.itemsize == 2)
+    monkeypatch.setattr(module, "suits", lambda x, projection, training: x.dtype.itemsize == 2)
     return module
 
 
@@ -86,6 +86,24 @@ def test_projection_of_parts_of_a_picture(linear, monkeypatch, programs):
         walk_far(monkeypatch)
     monkeypatch.setattr(linear, "_PROGRAMS", programs)
     compare("triton", layer_norm_grn, make((2, 130, 15, 19), torch.bfloat16, features=70))
+
+
+@pytest.mark.parametrize("channels, features", [(160, 20), (288, 31), (200, 30)])
+def test_projection_without_gradients(channels, features):
+    """Of maps as wide as these, only inference has the norms and the product in one kernel."""
+    linear = pytest.importorskip("vla.ops.layer_norm_grn._triton_linear")
+    tensors = make((2, channels, 9, 8), torch.bfloat16, features=features)
+    suits = [linear.suits(tensors["x"], tensors["projection"], training) for training in (False, True)]
+    assert suits == [True, False]
+    with use_backend("triton"):
+        y = layer_norm_grn(**tensors)
+    with use_backend("naive"):
+        expected = layer_norm_grn(**{name: tensor.double() for name, tensor in tensors.items()})
+    assert_close("output", y, expected)
+
+
+def test_projection_in_blocks_of_features(linear):
+    compare("triton", layer_norm_grn, make((2, 130, 9, 8), torch.bfloat16, features=150))
 
 
 def test_projection_of_pixels_far_from_zero(linear):

@@ -13,7 +13,7 @@ def to_save(*args) -> list[Tensor]:
     x, *_, projection = args
     if projection is None:
         return _triton_norms.to_save(x)
-    if _triton_linear.suits(x, projection):
+    if _triton_linear.suits(x, projection, training=True):
         return _triton_linear.to_save(x)
     batch, channels, height, width = x.shape
     return [*_triton_norms.to_save(x), x.new_empty(batch * height * width, channels)]
@@ -23,7 +23,7 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
     x, *parameters, dtype, projection = args
     if projection is None:
         return _triton_norms.forward(x, *parameters, dtype, saved)
-    if _triton_linear.suits(x, projection):
+    if _triton_linear.suits(x, projection, training=len(saved) > 0):
         return _triton_linear.forward(x, *parameters, dtype, projection, saved)
     *saved, rows = saved or (None,)
     normed = _triton_norms.forward(x, *parameters, None, saved, None if rows is None else as_map(rows, x))
@@ -34,7 +34,7 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     x, *parameters, dtype, projection = args
     if projection is None:
         return [*_triton_norms.backward(grads, x, *parameters, dtype, saved), None]
-    if _triton_linear.suits(x, projection):
+    if _triton_linear.suits(x, projection, training=True):
         return _triton_linear.backward(grads[0], x, *parameters, projection, saved)
     if not saved:
         saved = to_save(*args)

@@ -20,8 +20,8 @@ from .._triton import (
     cdiv,
     dot_add,
     kernel,
+    last_first,
     lead_and_rest,
-    next_power_of_2,
     rounded_product,
     tile_columns,
     zero_tiles,
@@ -29,10 +29,10 @@ from .._triton import (
 from . import _triton_norms as norms
 from ._triton_norms import _store_gradients, _totals
 
-# Pixels and features of the linear kernel's tiles.
-P_LINEAR, N_LINEAR = 64, 128
-# Programs that keep a GPU busy.
-_PROGRAMS = 528
+# Pixels of the linear kernel's tiles.
+P_LINEAR = 64
+# Programs that an H100 or H200 runs at once where a multiprocessor has two.
+_PROGRAMS = 264
 
 
 @triton.jit
@@ -47,62 +47,61 @@ def _load(pointer, row, inside, columns, LEAD: tl.constexpr, REST: tl.constexpr)
 
 
 @kernel
-def layer_norm_grn_weights_kernel(
-    scale_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, projection_ptr, weights_ptr, shifts_ptr,
-    channels, features,
-    N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A picture's weights of N features, (B, F, C), with their sums over the channels and the shifts, (B, 2, F)."""
-    blocks = tl.cdiv(features, N)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
-    feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
-    column = tl.arange(0, BLOCK_C)
-    exists, valid = feature < features, column < channels
-    norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
-    norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
-    bias = tl.load(bias_ptr + column, valid, 0.0).to(tl.float32)  # (C,)
-    scale = tl.load(scale_ptr + picture * channels + column, valid, 0.0)  # (C,)
-    mask = exists[:, None] & valid[None, :]
-    projection = tl.load(projection_ptr + feature[:, None] * channels + column[None, :], mask, 0.0).to(tl.float32)
-    # What the product is made of, and so what the mean's share is to be taken of.
-    weights = (projection * (norm_weight * scale)[None, :]).to(weights_ptr.dtype.element_ty)
-    row = picture * features + feature
-    tl.store(weights_ptr + row[:, None] * channels + column[None, :], weights, mask)
-    shift = tl.sum(rounded_product(projection, (bias + norm_bias * scale)[None, :]), 1)
-    shifts_ptr += picture * 2 * features + feature
-    tl.store(shifts_ptr, tl.sum(weights.to(tl.float32), 1), exists)
-    tl.store(shifts_ptr + features, shift, exists)
-
-
-@kernel
 def layer_norm_grn_linear_kernel(
-    x_ptr, stats_ptr, weights_ptr, shifts_ptr, y_ptr,
+    x_ptr, stats_ptr, scale_ptr, norm_weight_ptr, norm_bias_ptr, bias_ptr, projection_ptr, y_ptr,
     units, width, pixels, rows, parts, steps,
-    U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr, LEAD: tl.constexpr, REST: tl.constexpr,
+    U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    LEAD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """N features of a part of a picture's pixels."""
+    """FIRST and SECOND features of a part of a picture's pixels."""
     channels, features = units * U, width * V
-    blocks = tl.cdiv(features, N)
-    picture = (tl.program_id(0) // blocks // parts).to(tl.int64)
-    part = tl.program_id(0) // blocks % parts
-    feature = tl.program_id(0) % blocks * N + tl.arange(0, N)
-    exists = feature < features
-    weights = _load(weights_ptr + picture * features * channels, feature, exists, channels, LEAD, REST)
-    row_sum = tl.load(shifts_ptr + picture * 2 * features + feature, exists, 0.0)
-    shift = tl.load(shifts_ptr + (picture * 2 + 1) * features + feature, exists, 0.0)
+    blocks = tl.cdiv(features, FIRST + SECOND)
+    program = last_first()
+    block, part, picture = program % blocks, program // blocks % parts, (program // blocks // parts).to(tl.int64)
+
+    # The picture's weights, with their sums over the channels and the shifts.
+    weights, row_sums, shifts = (), (), ()
+    for f in tl.static_range(2 if SECOND else 1):
+        feature = block * (FIRST + SECOND) + tile_columns(f, FIRST, SECOND)
+        row_sum = tl.zeros(feature.shape, tl.float32)
+        shift = tl.zeros(feature.shape, tl.float32)
+        for i in tl.static_range(2 if REST else 1):
+            column = tile_columns(i, LEAD, REST)
+            valid = column < channels
+            norm_weight = tl.load(norm_weight_ptr + column, valid, 0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_ptr + column, valid, 0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + column, valid, 0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + picture * channels + column, valid, 0.0)
+            at = projection_ptr + feature[:, None] * channels + column[None, :]
+            projection = tl.load(at, (feature < features)[:, None] & valid[None, :], 0.0).to(tl.float32)
+            # What the product is made of, and so what the mean's share is to be taken of.
+            tile = (projection * (norm_weight * scale)[None, :]).to(x_ptr.dtype.element_ty)
+            row_sum += tl.sum(tile.to(tl.float32), 1)
+            shift += tl.sum(rounded_product(projection, (bias + norm_bias * scale)[None, :]), 1)
+            weights = weights + (tile,)
+        row_sums = row_sums + (row_sum,)
+        shifts = shifts + (shift,)
+
+    start = part * steps * P + tl.arange(0, P)
+    x_next = _load(x_ptr, picture * pixels + start, start < pixels, channels, LEAD, REST)
     for step in range(steps):
-        pixel = (part * steps + step) * P + tl.arange(0, P)
+        pixel = start + step * P
         inside = pixel < pixels
         row = picture * pixels + pixel
-        x = _load(x_ptr, row, inside, channels, LEAD, REST)
+        x = x_next
+        # The next pixels are read while these are multiplied.
+        more = (pixel + P < pixels) & (step + 1 < steps)
+        x_next = _load(x_ptr, row + P, more, channels, LEAD, REST)
         mean = tl.load(stats_ptr + row, inside, 0.0)[:, None]
         inverse = tl.load(stats_ptr + rows + row, inside, 0.0)[:, None]
-        total = tl.zeros((P, N), tl.float32)
-        for i in tl.static_range(len(x)):
-            total = dot_add(x[i], tl.trans(weights[i]), total)
-        y = inverse * (total - mean * row_sum[None, :]) + shift[None, :]
-        to = y_ptr + row[:, None] * features + feature[None, :]
-        tl.store(to, y.to(y_ptr.dtype.element_ty), inside[:, None] & exists[None, :])
+        for f in tl.static_range(2 if SECOND else 1):
+            feature = block * (FIRST + SECOND) + tile_columns(f, FIRST, SECOND)
+            total = tl.zeros((P, feature.shape[0]), tl.float32)
+            for i in tl.static_range(len(x)):
+                total = dot_add(x[i], tl.trans(weights[f * len(x) + i]), total)
+            y = inverse * (total - mean * row_sums[f][None, :]) + shifts[f][None, :]
+            to = y_ptr + row[:, None] * features + feature[None, :]
+            tl.store(to, y.to(y_ptr.dtype.element_ty), inside[:, None] & (feature < features)[None, :])
 
 
 @kernel
@@ -219,9 +218,14 @@ def _units(channels: int, features: int) -> tuple[tuple[int, int], dict]:
     return (units, width), dict(U=u, V=v)
 
 
-def _fits(channels: int) -> bool:
-    """Whether 128 features' weights and three blocks of pixels fit the shared memory of every GPU."""
-    return 2 * sum(_tiles(channels).values()) * (N_LINEAR + 3 * P_LINEAR) <= 92 << 10
+def _features(channels: int, features: int) -> tuple[int, int]:
+    """FIRST and SECOND, so that few programs read a pixel and few features lie outside.
+
+    Weights and pixels fit the shared memory of every GPU.
+    """
+    room = (46 << 10) // sum(_tiles(channels).values()) - P_LINEAR
+    sizes = [size for size in ((64, 64), (64, 32), (64, 0), (32, 0), (16, 0)) if sum(size) <= room]
+    return min(sizes, key=lambda size: cdiv(features, sum(size)) * (sum(size) + 32))
 
 
 def _products_options() -> dict:
@@ -230,21 +234,20 @@ def _products_options() -> dict:
     return options if torch.version.cuda is None else options | dict(maxnreg=168)
 
 
-def _parts(batch: int, pixels: int, block_p: int, blocks: int) -> tuple[int, int]:
-    """Parts of a picture's pixels, and blocks of each."""
-    tiles = cdiv(pixels, block_p)
-    steps = cdiv(tiles, max(1, cdiv(_PROGRAMS, batch * blocks)))
+def _parts(tiles: int, most: int) -> tuple[int, int]:
+    """Parts of a picture's pixels, and tiles of each."""
+    steps = cdiv(tiles, max(1, most))
     return cdiv(tiles, steps), steps
 
 
-def suits(x: Tensor, projection: Tensor) -> bool:
+def suits(x: Tensor, projection: Tensor, training: bool) -> bool:
     """Whether the kernels have the dtype, and are faster than norms and products apart.
 
     They keep weights and, training, products of every picture, which should be few beside the picture; and they divide
     the gradient by deviations, for which float16 has no range.
     """
     few = 2 * len(projection) <= x.shape[2] * x.shape[3]
-    return few and x.dtype == torch.bfloat16 and _fits(x.shape[1])
+    return few and x.dtype == torch.bfloat16 and x.shape[1] <= (144 if training else 288)
 
 
 def to_save(x: Tensor) -> list[Tensor]:
@@ -274,20 +277,13 @@ def forward(
         rows = batch * pixels
         stats, totals = saved or (x.new_empty(2, rows, dtype=torch.float32), None)
         scale = norms.factors(x, norm_weight, norm_bias, weight, norm_eps, eps, stats, totals)
-        weights = x.new_empty(batch, features, channels)
-        shifts = x.new_empty(batch, 2, features, dtype=torch.float32)
-        block_c = next_power_of_2(channels)
-        block_n = max(1, 4096 // block_c)
-        layer_norm_grn_weights_kernel[(batch * cdiv(features, block_n),)](
-            scale, norm_weight, norm_bias, bias, projection, weights, shifts, channels, features,
-            N=block_n, BLOCK_C=block_c, num_warps=4,
-        )  # fmt: skip
-        blocks = cdiv(features, N_LINEAR)
-        parts, steps = _parts(batch, pixels, P_LINEAR, blocks)
+        first, second = _features(channels, features)
+        blocks = cdiv(features, first + second)
+        parts, steps = _parts(cdiv(pixels, P_LINEAR), _PROGRAMS // (batch * blocks))
         lengths, units = _units(channels, features)
         layer_norm_grn_linear_kernel[(batch * parts * blocks,)](
-            x, stats, weights, shifts, y, *lengths, pixels, rows, parts, steps,
-            **units, **_tiles(channels), P=P_LINEAR, N=N_LINEAR, num_warps=4, num_stages=3,
+            x, stats, scale, norm_weight, norm_bias, bias, projection, y, *lengths, pixels, rows, parts, steps,
+            **units, **_tiles(channels), P=P_LINEAR, FIRST=first, SECOND=second, num_warps=4, num_stages=1,
         )  # fmt: skip
     return y.permute(0, 3, 1, 2)
 
@@ -322,7 +318,7 @@ def backward(
 
     block_n, block_p = 64, 32
     blocks = cdiv(features, block_n)
-    parts, steps = _parts(batch, pixels, block_p, blocks)
+    parts, steps = _parts(cdiv(pixels, block_p), cdiv(2 * _PROGRAMS, batch * blocks))
     products = x.new_empty(batch, parts, features, channels, dtype=torch.float32)
     g_sums = x.new_empty(batch, parts, features, dtype=torch.float32)
     sums = x.new_empty(batch, parts * blocks, 2, channels, dtype=torch.float32)

@@ -49,8 +49,10 @@ class _Sweep:
             self.gates, self.lam = self.maps[:, :3], self.maps[:, 3]
             self.u = None if u is None else self.maps[:, 4]
             self.skip = None if skip is None else self.maps[:, -1]
-            x = x.contiguous()
         self.x = x if self.in_place else to_map_frame(x, self.direction)
+        if self.gates.stride(-1) == 1 and not self.in_place:
+            # Only if lines follow each other in all maps are several read at once.
+            self.x = self.x.contiguous()
         self.batch, self.channels = self.x.shape[:2]
         self.rows, self.lines = _lines(self.x, self.direction, aligned)
         self.chunk = chunk
@@ -230,26 +232,24 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
         y = _triton_proxy.forward(*args, saved=saved)
         # Those kernels write channels last, the operator's result lies in memory as x does.
         return y if x.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(x).copy_(y)
-    y = torch.empty_like(
-        x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
-    )
+    args = _beside_coefficients(args)
+    y = torch.empty_like(args[0], dtype=x.dtype if len(directions) == 1 else torch.float32)
     for k in range(len(directions)):
         _Sweep(args, k).forward(y, k > 0, saved[k] if saved else None)
     return y.to(x.dtype) if proxy is None else torch.empty_like(x).copy_(y)
 
 
-def _layout_of_coefficients(proxy: Tensor | None) -> torch.memory_format:
-    """Memory format for maps beside coefficients: those expanded from a proxy are contiguous."""
-    return torch.preserve_format if proxy is None else torch.contiguous_format
+def _beside_coefficients(args: tuple) -> tuple:
+    """The arguments, with `x` laid out as coefficients that are expanded from a proxy, which is contiguous."""
+    return args if args[5] is None else (args[0].contiguous(), *args[1:])
 
 
 def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[Tensor | None]:
     x, gates, lam, u, skip, proxy, directions = args[:7]
     if _triton_proxy.suits(args):
         return _triton_proxy.backward(grads, *args, saved=saved)
-    g_x = torch.empty_like(
-        x, dtype=x.dtype if len(directions) == 1 else torch.float32, memory_format=_layout_of_coefficients(proxy)
-    )
+    args = _beside_coefficients(args)
+    g_x = torch.empty_like(args[0], dtype=x.dtype if len(directions) == 1 else torch.float32)
     gy = grads[0] if proxy is None else grads[0].contiguous()
     if proxy is None:
         # The kernels have one set of strides for the gradients of lambda, u and skip.
