@@ -1131,10 +1131,13 @@ def _fwd_config(problem: "_Sizes") -> Config:
 
 
 def _apart(problem: "_Sizes") -> str:
-    """Name of the forward's configuration for directions apart."""
+    """Name of the forward's configuration where directions may be apart."""
     if problem.programs < 132:
         if problem.length < 512:
             return "few apart"
+        if problem.programs <= 4 and problem.length >= 1 << 17:
+            # Of a single large picture, runs that hand on would wait for each other most of the time.
+            return "runs"
         if problem.programs < 40:
             return "chained"
         # Two programs a multiprocessor, of four directions, or four.
