@@ -76,8 +76,11 @@ def _pick_both(a, b, index, i):
 
 
 @triton.jit
-def _composed(decay, state, S: tl.constexpr, REVERSE: tl.constexpr):
+def _composed(decay, state, S: tl.constexpr, TOGETHER: tl.constexpr):
     """What S segments do to a state, (S, D), composed.
+
+    With TOGETHER what leaves the last segment passes between warps in one exchange. Where registers are full, two
+    exchanges spill less.
 
     Returns:
         Of the state that enters each segment, (S, D), what it has of the state before all of them, as a factor, and of
@@ -87,25 +90,29 @@ def _composed(decay, state, S: tl.constexpr, REVERSE: tl.constexpr):
     before = tl.full(state.shape, 1.0, tl.float32)
     out = -0.0 * before
     if S > 1:
-        # `reverse=True` would turn every warp's values around.
-        if REVERSE:
-            decay, state = tl.flip(decay, 0), tl.flip(state, 0)
         decay, state, before, out = tl.associative_scan((decay, state, before, out), 0, _handed)
-        if REVERSE:
-            before, out = tl.flip(before, 0), tl.flip(out, 0)
-    decay, state = _pick_both(decay, state, s, S - 1)
+    if TOGETHER:
+        decay, state = _pick_both(decay, state, s, S - 1)
+    else:
+        decay, state = pick(decay, s, S - 1), pick(state, s, S - 1)
     return before, out, state, decay
 
 
 @triton.jit
-def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr):
+def _segments(decay, state, carry, S: tl.constexpr, REVERSE: tl.constexpr, TOGETHER: tl.constexpr):
     """What S segments do to a state, (S, D), composed, from the state `carry` (D,) before all of them.
 
     Returns:
         The states that enter the segments, (S, D), the one that leaves the last, (D,), and the product of the decays.
     """
-    before, out, state, decay = _composed(decay, state, S, REVERSE)
-    return out + before * carry[None, :], state + decay * carry, decay
+    # A scan's `reverse=True` would turn every warp's values around.
+    if REVERSE:
+        decay, state = tl.flip(decay, 0), tl.flip(state, 0)
+    before, out, state, decay = _composed(decay, state, S, TOGETHER)
+    entry = out + before * carry[None, :]
+    if REVERSE:
+        entry = tl.flip(entry, 0)
+    return entry, state + decay * carry, decay
 
 
 @triton.jit
@@ -463,7 +470,7 @@ def scan2d_states_kernel(
             if x_ptr is not None:
                 b_n = _load_column(B_ptr + n * B_s, p_at, mask, T, S)
                 through, ended = _ends(decay, step * (b_n * x), T)
-                entry, left, product = _segments(through, ended, pick(carry, n_index, n), S, False)
+                entry, left, product = _segments(through, ended, pick(carry, n_index, n), S, False, True)
                 carry = tl.where(n_index == n, left[None, :], carry)
             if SPLIT:
                 before = pick(passed, n_index, n)
@@ -471,7 +478,7 @@ def scan2d_states_kernel(
                     c_n = _load_column(C_ptr + b * ps_b + k * ps_k + n * C_s, p_at, mask, T, S) * LN2
                     decay = tl.flip(decay, 0)
                     through, g = _ends(decay, decay * tl.flip(c_n * gy, 0), T)
-                    entry, g_left, product = _segments(through, g, tl.zeros_like(before), S, True)
+                    entry, g_left, product = _segments(through, g, tl.zeros_like(before), S, True, True)
                     handed += tl.where(n_index == n, (before * g_left)[None, :], 0.0)
                 passed = tl.where(n_index == n, (before * product)[None, :], passed)
     if SPLIT:
@@ -717,11 +724,11 @@ def scan2d_fwd_kernel(
                     h = step * (b_n * x)
                     through, ended = _ends(decay, h, T)
                     if CHAINED:
-                        before, out, state, product = _composed(through, ended, S, False)
+                        before, out, state, product = _composed(through, ended, S, True)
                         handed = words_ptr + 1 + walk * (runs + runs // GROUP) * BLOCK_D
                         entry = out + before * _hand_on(handed, product, state, run, runs, BLOCK_D)[None, :]
                     else:
-                        entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False)
+                        entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False, True)
                         carry = tl.where(n_index == n, left[None, :], carry)
                     if border_ptr is not None:
                         place = slot + o - before_map
@@ -903,7 +910,7 @@ def scan2d_bwd_kernel(
                     # Not with `b_n * x`, which would be kept for its second use.
                     added = b_n * (step * x)
                     through, ended = _ends(decay, added, T)
-                    entry, left, unused = _segments(through, ended, entering, S, False)
+                    entry, left, unused = _segments(through, ended, entering, S, False, False)
                     # Not the difference of h and what was added: that has no digits left of a strongly decayed state.
                     kept = tl.where(t == 0, decay * entry[None, :, :], -0.0)
                     h = tl.where(t == 0, added + decay * entry[None, :, :], added)
@@ -918,7 +925,7 @@ def scan2d_bwd_kernel(
                     g = tl.flip(c_n * gy, 0)
                     given = decay * g
                     unused, ended = _ends(decay, given, T)
-                    entry, left, unused = _segments(through, ended, pick(handed, n_index, n), S, True)
+                    entry, left, unused = _segments(through, ended, pick(handed, n_index, n), S, True, False)
                     handed = tl.where(n_index == n, left[None, :], handed)
                     given = tl.where(t == 0, given + decay * entry[None, :, :], given)
                     g = tl.where(t == 0, g + entry[None, :, :], g)
