@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny", "deit_small_patch16_224")
 # Pictures a second of the official code on an H200: evaluation, training.
-OURS: dict[str, tuple[float | None, float | None]] = {
+OFFICIAL: dict[str, tuple[float | None, float | None]] = {
     "vmamba_tiny_s1l8": (3145, 1184),
     "vmamba_small_s2l15": (1698, 597),
     "vmamba_base_s2l15": (1337, 468),
@@ -40,7 +40,8 @@ OURS: dict[str, tuple[float | None, float | None]] = {
     "groupmamba_tiny": (1855, 499),
     "groupmamba_base": (844, None),
 }
-TINY = tuple(name for name in OURS if name.endswith("_tiny") or "tiny_" in name)
+MODELS = tuple(OFFICIAL)
+TINY = tuple(name for name in MODELS if name.endswith("_tiny") or "tiny_" in name)
 # Milliseconds of one picture, official code, eager, on an H200.
 LATENCY = {"vmamba_tiny_s1l8": 14.9, "vrwkv_tiny": 9.6, "gspn_tiny": 16.7, "groupmamba_tiny": 63.6}
 
@@ -158,7 +159,7 @@ def throughput(name: str, train: bool, mode: str, size: int, batch: int, options
         return in_mode(mode, step, model, device)
 
     comparable = (size, batch) == (224, 128) and options.on_official_gpu
-    official = OURS.get(name, (None, None))[train] if comparable else None
+    official = OFFICIAL.get(name, (None, None))[train] if comparable else None
     return Measurement(
         label,
         setup,
@@ -189,7 +190,7 @@ def models(options: Options) -> Iterator[Measurement]:
     """Pictures a second at 224 pixels in batches, evaluation and training: eager, compiled, that as a CUDA graph."""
     for mode in options.modes_of("eager", "compiled", "compiled+graph"):
         for size in options.sizes or (224,):
-            for name in chosen(options, tuple(OURS)):
+            for name in chosen(options, MODELS):
                 for train in (False, True):
                     label = f"{name} {'train' if train else 'eval'} {mode}" + (f" {size}" if size != 224 else "")
                     yield throughput(name, train, mode, size, options.batch or 128, options, label)

@@ -234,6 +234,20 @@ def test_checkpoint_mistakes(trained, tmp_path):
     assert "holds no model.safetensors" in complaint("eval", "--model", tmp_path)
 
 
+def test_pictures_of_one_name_are_all_written(trained, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(DIGIT, tmp_path / folder / "1.png")
+    shutil.copy(DIGIT, tmp_path / "a" / "1-2.png")
+    names = [tmp_path / "a" / "1-2.png", tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"]
+    run("predict", *names, "--model", trained[0], "--out", tmp_path / "out", "--device", "cpu")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"1-2.png", "1.png", "1-3.png"}
+
+
+def test_info_of_a_masked_autoencoder():
+    assert "mae_vrwkv_atto reconstructs" in complaint("info", "mae_vrwkv_atto")
+
+
 def test_picture_of_the_prediction_needs_a_format(trained, tmp_path):
     assert "has no picture format" in complaint("predict", DIGIT, "--model", trained[0], "--out", tmp_path / "x.what")
 

@@ -28,7 +28,7 @@ def run(backend: str | None, function: Callable, tensors: Tensors, **options) ->
 
     The loss weighs every output entry differently, so that no permutation of gradients goes unnoticed.
     """
-    leaves = {n: t if t is None else t.detach().clone().requires_grad_() for n, t in tensors.items()}
+    leaves = {n: t if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
     with use_backend(backend):
         outputs = function(**leaves, **options)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs

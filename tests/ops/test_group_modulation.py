@@ -71,6 +71,13 @@ def test_strides():
         assert torch.equal(group_modulation(**tensors), expected)
 
 
+def test_transposed_gate():
+    """Also where only the kernels of the backward for rows of 16 bits write its gradient."""
+    tensors = make((2, 3, 5, 16), dtype=torch.bfloat16)
+    tensors["gate"] = tensors["gate"].t().contiguous().t()
+    compare("triton", group_modulation, tensors)
+
+
 class End(nn.Module):
     def forward(self, y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb):
         return group_modulation(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb)

@@ -202,3 +202,25 @@ def test_an_existing_run_is_not_overwritten(folder, tmp_path):
     with pytest.raises(UserError, match="already holds a run; go on with --resume"):
         train(config_for(folder, epochs=1, seed=1), tmp_path / "run")
     assert (tmp_path / "run/model.safetensors").read_bytes() == before
+
+
+def test_teacher_gets_pictures_as_it_was_trained(folder, tmp_path):
+    teacher = train(config_for(folder, epochs=1), tmp_path / "teacher")
+    student = dict(model="test_vit", img_size=160, teacher=str(teacher.path))
+    task = make_trainer(folder, tmp_path, **student).task
+    network, spec = open_model(str(teacher.path))
+    images = torch.rand(2, 3, 160, 160)
+    expected = network(Normalize(spec.mean, spec.std)(255 * images))
+    given = Normalize((0.5,) * 3, (0.5,) * 3)(255 * images)
+    torch.testing.assert_close(task.teacher(given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_of_other_classes(folder, tmp_path):
+    teacher = train(config_for(folder, epochs=1), tmp_path / "teacher")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    first = min(p for p in other.rglob("*") if p.is_dir() and not any(q.is_dir() for q in p.iterdir()))
+    for path in other.rglob(first.name):
+        path.rename(path.with_name("zebra"))
+    with pytest.raises(UserError, match="has other classes than"):
+        make_trainer(other, tmp_path, teacher=str(teacher.path))

@@ -1,6 +1,7 @@
 """Weights load where they belong, and nowhere else; a bad file gets one line."""
 
 import pickle
+import sys
 
 import pytest
 import safetensors.torch
@@ -61,6 +62,19 @@ def test_official_names_are_converted(tmp_path):
     other = build_model("vmamba_atto", num_classes=10)
     load_weights(other, tmp_path / "native.pth")
     assert same(other, source)
+
+
+def test_a_family_takes_its_part_of_a_file(tmp_path, monkeypatch):
+    """As where timm loads it: releases differ in which weights the reported accuracy is of."""
+    source, other = (build_model("mambavision_atto", num_classes=10) for _ in range(2))
+    seen = []
+    module = sys.modules[type(source).__module__]
+    monkeypatch.setattr(
+        module, "checkpoint_filter_fn", lambda content, model: seen.append(content) or source.state_dict()
+    )
+    torch.save({"state_dict": {"x": torch.ones(1)}, "state_dict_ema": {"x": torch.zeros(1)}}, tmp_path / "c.pth")
+    load_weights(other, tmp_path / "c.pth")
+    assert seen[0].keys() == {"state_dict", "state_dict_ema"} and same(other, source)
 
 
 def test_new_head(tmp_path, model):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
 from ..models.reported import TOP1
+from ..models.vrwkv_mae import PRETRAINING_MODELS
 from ..train import build_model
 from ..train.weights import read_spec, weights_path
 from .app import app, examples, out
@@ -60,6 +61,8 @@ def info_command(
     else:
         name, args = model, {}
         size, call_args = None, {"pretrained": True} if _pretrained(model) else {}
+    if name in PRETRAINING_MODELS:
+        raise UserError(f"info: {name} reconstructs and does not classify; it is trained before a classifier is")
     with torch.device("meta"):
         network = build_model(name, **args).eval()
     config = network.pretrained_cfg or {}

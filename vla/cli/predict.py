@@ -1,5 +1,6 @@
 """`vla predict`: what a picture shows."""
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def predict_command(
     runtime = Runtime.create(device)
     network, spec = open_model(model, checkpoint, img_size)
     network = runtime.place(network)
+    targets = {} if target is None else _targets(images, target)
     broken = 0
     for path in images:
         try:
@@ -58,9 +60,21 @@ def predict_command(
             table.add_row(name, f"{100 * probability:.2f} %")
         out.print(table)
         if target is not None:
-            _write(picture, best, target if len(images) == 1 else target / f"{path.stem}.png")
+            _write(picture, best, targets[path])
     if broken:
         raise typer.Exit(1)
+
+
+def _targets(images: list[Path], target: Path) -> dict[Path, Path]:
+    """Where each annotated picture goes: pictures of one name in different folders get numbers."""
+    if len(images) == 1:
+        return {images[0]: target}
+    targets: dict[Path, Path] = {}
+    for path in dict.fromkeys(images):
+        names = chain([path.stem], (f"{path.stem}-{i}" for i in count(2)))
+        files = (target / f"{name}.png" for name in names)
+        targets[path] = next(file for file in files if file not in targets.values())
+    return targets
 
 
 @torch.inference_mode()

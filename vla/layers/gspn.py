@@ -55,7 +55,7 @@ class LineScan2d(nn.Module):
             raise ValueError(f"LineScan2d: d_state is {d_state}, expected at least 1")
         if chunk < 0:
             raise ValueError(f"LineScan2d: chunk is {chunk}, expected a number of lines, or 0 for whole sweeps")
-        self.directions = DIRECTIONS
+        self.directions = list(DIRECTIONS)
         self.chunk = chunk
         self.aligned = aligned
         self.proxy_weight = nn.Parameter(torch.empty(d_state, dim))

@@ -13,6 +13,7 @@ from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
 from .layout import channels_last
+from .ss2d import inverse_softplus
 
 __all__ = ["MambaVisionBlock", "MambaVisionMixer", "MapAttention", "window_partition", "window_reverse"]
 
@@ -109,7 +110,7 @@ class MambaVisionMixer(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.splits[0] ** -0.5), self.splits[0] ** -0.5)
         dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
         with torch.no_grad():
-            self.dt_proj.bias.copy_((dt + torch.log(-torch.expm1(-dt))) / self.dt_bias_scale)
+            self.dt_proj.bias.copy_(inverse_softplus(dt) / self.dt_bias_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape

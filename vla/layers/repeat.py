@@ -34,7 +34,9 @@ class _Snapshot:
         # Not the modules themselves: with a reference to the one that keeps this, memory would have to be collected.
         modules = list(module.modules())
         self.live = [d for m in modules for d in (m.__dict__, m._parameters, m._buffers, m._modules)]
-        self.copies = [d.copy() for d in self.live]
+        # Lists may be changed in place.
+        self.copies = [{k: v.copy() if type(v) is list else v for k, v in d.items()} for d in self.live]
+        self.places = [d for m in modules for d in (m._parameters, m._buffers)]
         self.hooks = [hooks for m in modules for hooks in hooks_of(m)]
         self.is_hooked = any(self.hooks)
         self.tensors = [*module.parameters(), *module.buffers()]
@@ -50,7 +52,9 @@ class _Snapshot:
             yield type(t) in (Tensor, nn.Parameter)
 
     def _layouts(self) -> list[tuple]:
-        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self.tensors]
+        tensors = (t for place in self.places for t in place.values() if t is not None)
+        # A tensor of one number may equal the one it replaces.
+        return [(id(t), t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
     def holds(self) -> bool:
         """Whether all is still the same."""

@@ -78,7 +78,7 @@ class SelectiveScan2d(nn.Module):
     def __init__(self, dim: int, dt_rank: int, d_state: int, directions: list[str], init: str = "v0"):
         super().__init__()
         k = len(directions)
-        self.directions = directions
+        self.directions = list(directions)
         self.dt_rank = dt_rank
         self.d_state = d_state
         self.x_proj_weight = nn.Parameter(torch.empty(k, dt_rank + 2 * d_state, dim))
@@ -191,7 +191,7 @@ class SSD2d(nn.Module):
         if init == "v0":
             raise ValueError("SSD2d: init is 'v0', expected one of v1, v2")
         k = len(directions)
-        self.directions = directions
+        self.directions = list(directions)
         self.heads = heads
         self.d_state = d_state
         self.x_proj_weight = nn.Parameter(torch.empty(k, heads + 2 * d_state, dim))

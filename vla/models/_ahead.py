@@ -31,9 +31,15 @@ class Backbone(nn.Module):
     """
 
     def __call__(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            _expect(self, args, kwargs)
-        return super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        _expect(self, args, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            # Otherwise its backward may be the first to compile.
+            if not torch.is_grad_enabled():
+                _ahead.at_compilation(None)
 
 
 def _expect(model: nn.Module, args: tuple, kwargs: Mapping) -> None:

@@ -72,7 +72,7 @@ class Bound:
         constants: The function's tensors but the first, as they are and where they are.
     """
 
-    # Streams for which there is a workspace at most.
+    # Streams of a device for which there is a workspace at most.
     STREAMS = 4
 
     def __init__(self, repetition: Repetition, constants: Sequence[Tensor]):
@@ -117,7 +117,7 @@ class Bound:
         if found is None and self._size <= _Workspace.LIMIT:
             place = x.get_device(), stream
             found = _workspaces.get(place)
-            if found is None and len(_workspaces) < self.STREAMS:
+            if found is None and sum(device == place[0] for device, _ in _workspaces) < self.STREAMS:
                 found = _workspaces.setdefault(place, _Workspace())
             if found is not None:
                 self._workspaces[stream] = found

@@ -104,7 +104,7 @@ def run_tasks(kernel: Callable, tasks: int, *args) -> None:
             kernel(task, *args)
 
     helpers = min(torch.get_num_threads(), tasks) - 1
-    futures = [_pool(helpers).submit(work) for _ in range(helpers)]
+    futures = [_pool(torch.get_num_threads() - 1).submit(work) for _ in range(helpers)]
     work()
     for future in futures:
         future.result()

@@ -215,6 +215,8 @@ class Operator:
             preferred = None
         if preferred is not None:
             problem = self._obstacle(preferred, device, dtype)
+            if problem is None and (torch.version.hip is not None or device.type == "xpu"):
+                problem = "has only been tried on NVIDIA's GPUs (`use_backend` tries it here)"
             if problem is None:
                 return preferred
             # Without Numba a CPU is still served as usual; a GPU without Triton is slow, which must not stay unnoticed.

@@ -305,6 +305,11 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 
 
+def at_most(registers: int | None) -> dict:
+    """Launch option that gives a thread at most so many registers, where a compiler has one: NVIDIA's."""
+    return {} if registers is None or torch.version.cuda is None else {"maxnreg": registers}
+
+
 @triton.jit
 def dot(a, b):
     """a @ b in float32 from operands of 16 bits as they are."""

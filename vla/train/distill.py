@@ -1,5 +1,7 @@
 """Learning from a teacher as well as from the labels: DeiT's distillation, https://arxiv.org/abs/2012.12877."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,35 @@ def distillation_loss(
         student, teacher = (F.log_softmax(x / tau, dim=1) for x in (logits_dist, teacher_logits))
         distance = tau**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / student.numel()
     return (1 - alpha) * loss + alpha * distance
+
+
+class Renormalized(nn.Module):
+    """A classifier behind pictures that are normalised for another one.
+
+    Args:
+        model: The classifier.
+        mean: Its mean per channel.
+        std: Its standard deviation per channel.
+        given_mean: The pictures' mean per channel.
+        given_std: Their standard deviation per channel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        given_mean: Sequence[float],
+        given_std: Sequence[float],
+    ):
+        super().__init__()
+        self.model = model
+        mean, std, given_mean, given_std = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std, given_mean, given_std))
+        self.register_buffer("scale", given_std / std, persistent=False)
+        self.register_buffer("shift", (given_mean - mean) / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images * self.scale + self.shift)
 
 
 class Distillation(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.models import is_model
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
@@ -20,7 +21,7 @@ from ..data.seeds import Stream, seed_all
 from ..errors import UserError, require_extra, suggest
 from ..models.vrwkv_mae import PRETRAINING_MODELS
 from .config import TrainConfig
-from .distill import Distillation
+from .distill import Distillation, Renormalized
 from .evaluate import evaluate, evaluate_reconstruction, make_eval_loader
 from .run import RunFolder
 from .runtime import Runtime
@@ -198,6 +199,8 @@ class Trainer:
         self._check_loss()
         if self.runtime.world_size > 1:
             distribute_bn(self.model, self.runtime.world_size, reduce=True)
+            if self.ema is not None:
+                distribute_bn(self.ema.module, self.runtime.world_size, reduce=True)
         validation, unreadable = self._validate()
         self.unreadable.update(unreadable)
         images = self.steps_per_epoch * self.config.grad_accum * self.train_loader.batch_size
@@ -341,12 +344,19 @@ class Trainer:
             return Reconstruction()
         if config.teacher is None:
             return Classification(config.smoothing)
-        teacher, _ = open_model(config.teacher, img_size=self.spec.input_size[-1])
+        teacher, spec = open_model(config.teacher, img_size=self.spec.input_size[-1])
         if teacher.num_classes != self.num_classes:
             raise UserError(
                 f"teacher: {config.teacher} has {teacher.num_classes} classes, wanted the {self.num_classes} of "
                 f"{config.data}"
             )
+        # Names of ImageNet's classes, which timm's models have, differ from one data set to another.
+        is_trained_here = not is_model(config.teacher)
+        if is_trained_here and None not in (spec.classes, self.spec.classes) and spec.classes != self.spec.classes:
+            raise UserError(f"teacher: {config.teacher} has other classes than {config.data}, or in another order")
+        given, own = ([*map(tuple, (s.mean, s.std))] for s in (self.spec, spec))
+        if given != own:
+            teacher = Renormalized(teacher, *own, *given)
         teacher = self.runtime.place(teacher)
         return Distillation(teacher, config.distill, config.distill_alpha, config.distill_tau, config.smoothing)
 

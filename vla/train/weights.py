@@ -19,12 +19,11 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..errors import UserError, suggest
+from ..models._checkpoint import CONTAINERS
 from ..models.vrwkv_mae import PRETRAINING_MODELS
 from .run import RunFolder, atomic_file
 
 _METADATA_KEY = "vla"
-# Under which a training script keeps its weights; averaged ones first.
-_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass
@@ -132,6 +131,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: When the file is missing, damaged, unsafe or holds no weights.
     """
+    return _state_dict(_read(path), path)
+
+
+def _read(path: Path) -> Any:
+    """What a weights file holds."""
     if not path.is_file():
         raise UserError(f"checkpoint: no file {path}")
     try:
@@ -140,12 +144,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # torch comments on other programs' pickles before it refuses them.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format and each kind of damage has its own
         raise UserError(
             f"checkpoint: cannot read {path}: truncated, no weights file, or it needs code to load"
         ) from error
-    for container in _CONTAINERS:
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a weights file's content, averaged weights before others."""
+    for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
             break
@@ -168,12 +176,15 @@ def load_weights(model: nn.Module, path: Path, new_head: bool = False) -> list[s
     Raises:
         UserError: When the file cannot be read or its weights are another model's.
     """
-    weights = read_weights(path)
+    content = _read(path)
+    weights = _state_dict(content, path)
     own = model.state_dict()
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    module = type(model).__module__
+    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
     if convert is not None and not own.keys() <= weights.keys():
         try:
-            weights = convert(weights, model)
+            # This package's know in which part of a file their release has its weights.
+            weights = convert(content if module.startswith("vla.") else weights, model)
         except Exception as error:  # a filter may trip over anything in a file that is not its model's
             raise UserError(f"checkpoint: {path} holds the weights of another model: {error}") from error
 

@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, cdiv, kernel, load_apart, next_power_of_2, store_apart, sum_parts
+from .._triton import LOG2E, at_most, cdiv, kernel, load_apart, next_power_of_2, store_apart, sum_parts
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
 NOTHING = tl.constexpr(-1e37)
 # |w| times the tokens of a span, and |u|, up to which a span is near; and how far a state from outside may stand above
-# a span's own terms: beyond, these are exp(-24) or less of every result, and only must not overflow.
+# a span's own terms: beyond, these hardly count, see the README, and only must not overflow.
 NEAR_LIMIT = tl.constexpr(16.0)
 FAR_LIMIT = tl.constexpr(44.0)
 
@@ -962,7 +962,7 @@ def _fill_outside(w: Tensor, u: Tensor, scale: float, k: Tensor, v: Tensor, outs
     sizes, programs, options = _plan(k)
     totals = torch.empty_like(outside)
     bi_wkv_sums_kernel[(programs,)](
-        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), maxnreg=_REGISTERS, **options
+        w, u, scale, k, v, totals, *sizes, *k.stride(), *v.stride(), **at_most(_REGISTERS), **options
     )
     _exchange(w, scale, totals, outside, options)
 
@@ -1005,7 +1005,7 @@ def forward(
     gated = y if gate is None else gate
     bi_wkv_fwd_kernel[(programs,)](
         w, u, scale, k, v, gated, y, outside, *sizes, *k.stride(), *v.stride(), *gated.stride(), *y.stride()[:2],
-        GATED=gate is not None, ONE=one, maxnreg=_REGISTERS, **options,
+        GATED=gate is not None, ONE=one, **at_most(_REGISTERS), **options,
     )  # fmt: skip
     return y
 
@@ -1042,13 +1042,13 @@ def backward(
         totals, grad_outside = torch.empty_like(outside), torch.empty_like(outside)
         bi_wkv_grads_kernel[(programs,)](
             w, u, scale, k, v, gy, gated, outside, totals, *sizes, *inputs, GATED=gate is not None,
-            maxnreg=_GRAD_REGISTERS, **options,
+            **at_most(_GRAD_REGISTERS), **options,
         )  # fmt: skip
         _exchange(w, scale, totals, grad_outside, options)
     parts = k.new_empty(len(k) * sizes[0], 2 * sizes[2], dtype=torch.float32)
     bi_wkv_bwd_kernel[(programs,)](
         w, u, scale, k, v, gy, gated, gk, gv, ggated, parts, outside, grad_outside, *sizes, *inputs, *gk.stride()[:2],
         *gv.stride()[:2], *ggated.stride()[:2], GATED=gate is not None, ONE=one,
-        maxnreg=_GRAD_REGISTERS if one else _SPLIT_GRAD_REGISTERS, **options,
+        **at_most(_GRAD_REGISTERS if one else _SPLIT_GRAD_REGISTERS), **options,
     )  # fmt: skip
     return [*sum_parts(parts).view(2, -1), gk, gv, ggate]

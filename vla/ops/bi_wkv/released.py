@@ -36,7 +36,7 @@ def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor, split: int, epsilon: flo
     return (weight * v[:, None]).sum(2) / (denominator + epsilon), denominator, top
 
 
-def _blocks(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> list[slice]:
+def _blocks(k: Tensor) -> list[slice]:
     """Blocks of channels whose pairs of tokens fit in memory."""
     block = max(1, _MAX_ELEMENTS // max(1, k.shape[0] * k.shape[1] ** 2))
     return [slice(i, i + block) for i in range(0, k.shape[2], block)]
@@ -44,7 +44,7 @@ def _blocks(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> list[slice]:
 
 def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, split: int) -> Tensor:
     dtype = state_dtype(w, u, k, v)
-    outputs = [_attend(*(x[..., c].to(dtype) for x in (w, u, k, v)), split, _EPSILON)[0] for c in _blocks(w, u, k, v)]
+    outputs = [_attend(*(x[..., c].to(dtype) for x in (w, u, k, v)), split, _EPSILON)[0] for c in _blocks(k)]
     y = torch.cat(outputs, dim=-1)
     if gate is not None:
         y = y * gate.to(dtype).sigmoid()
@@ -63,7 +63,7 @@ def backward(
     distance = torch.arange(k.shape[1], device=k.device)
     distance = (distance[:, None] - distance).abs()[..., None]
     results = []
-    for c in _blocks(w, u, k, v):
+    for c in _blocks(k):
         gyc, wc, uc, kc, vc = (x[..., c].to(dtype) for x in (gy, w, u, k, v))
         with torch.enable_grad():
             decay, bonus = wc.detach().requires_grad_(), uc.detach().requires_grad_()

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, dot_add, gelu, kernel, lead_and_rest, load_apart, repeat, starts_at_pair, unpack
+from .._triton import at_most, cdiv, dot_add, gelu, kernel, lead_and_rest, load_apart, repeat, starts_at_pair, unpack
 from ..depthwise_conv2d._triton_strips import correlate, on_map
 
 COLUMNS = 4
@@ -265,6 +265,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
         BLOCK_S=BLOCK_S,
         BLOCK_C=BLOCK_C,
         num_warps=4,
-        maxnreg=REGISTERS if ahead > 0 and sum(widths) <= FEWER_COLUMNS else None,
+        **at_most(REGISTERS if ahead > 0 and sum(widths) <= FEWER_COLUMNS else None),
     )
     return y

@@ -642,7 +642,7 @@ def backward(
     # Where gy will be, the gradient of out_proj's result is before.
     gy, gz, gn = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (y, z, n))
     out_norm_weight, out_norm_bias, out_proj = (t.contiguous() for t in (out_norm_weight, out_norm_bias, out_proj))
-    proj = proj.contiguous()
+    gate, proj = gate.contiguous(), proj.contiguous()
     precision = product_precision(g, y, z, n)
     block_r = 64 if pixels >= 64 else 16
     programs = max(1, min(cdiv(pixels, block_r), cdiv(2 * PROGRAMS, batch)))
@@ -653,7 +653,7 @@ def backward(
         y,
         z,
         n,
-        gate.contiguous(),
+        gate,
         out_norm_weight,
         out_norm_bias,
         out_proj,

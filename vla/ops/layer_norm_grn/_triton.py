@@ -9,7 +9,7 @@ from . import _triton_linear, _triton_norms
 
 
 def to_save(*args) -> list[Tensor]:
-    """Statistics, and before a projection whose kernels do without it, the normalised map, (B H W, C)."""
+    """Statistics, and before a projection that is not in these kernels the normalised map, (B H W, C)."""
     x, *_, projection = args
     if projection is None:
         return _triton_norms.to_save(x)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import (
+    at_most,
     cdiv,
     dot_add,
     kernel,
@@ -230,8 +231,7 @@ def _features(channels: int, features: int) -> tuple[int, int]:
 
 def _products_options() -> dict:
     """Launch options with a limit of registers, where a GPU has one: three programs of a multiprocessor."""
-    options = dict(num_warps=4, num_stages=3)
-    return options if torch.version.cuda is None else options | dict(maxnreg=168)
+    return dict(num_warps=4, num_stages=3) | at_most(168)
 
 
 def _parts(tiles: int, most: int) -> tuple[int, int]:
@@ -243,8 +243,8 @@ def _parts(tiles: int, most: int) -> tuple[int, int]:
 def suits(x: Tensor, projection: Tensor, training: bool) -> bool:
     """Whether the kernels have the dtype, and are faster than norms and products apart.
 
-    They keep weights and, training, products of every picture, which should be few beside the picture; and they divide
-    the gradient by deviations, for which float16 has no range.
+    Every picture has weights, which programs make before they walk over its pixels, and training products: those are to
+    be many beside these. And the backward divides the gradient by deviations, for which float16 has no range.
     """
     few = 2 * len(projection) <= x.shape[2] * x.shape[3]
     return few and x.dtype == torch.bfloat16 and x.shape[1] <= (144 if training else 288)

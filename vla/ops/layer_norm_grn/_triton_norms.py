@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cdiv, kernel, last_first, next_power_of_2, sum_parts
+from .._triton import at_most, cdiv, kernel, last_first, next_power_of_2, sum_parts
 
 # Of an H100; decides in how many parts a picture is summed.
 MULTIPROCESSORS = 132
@@ -395,7 +395,7 @@ def _sums_warps(groups: int, count: int, itemsize: int) -> tuple[int, dict]:
     Each quarter of a multiprocessor has 512 registers for a lane, and a warp needs some for each group of channels.
     """
     warps = max(1, min(4, 512 // ((5 + 2 * count + itemsize // 2) * groups + 15)))
-    return 4 * warps, {} if torch.version.cuda is None else dict(maxnreg=min(255, 512 // warps // 8 * 8))
+    return 4 * warps, at_most(min(255, 512 // warps // 8 * 8))
 
 
 def _sums_parts(batch: int, tiles: int, resident: int) -> tuple[int, int]:

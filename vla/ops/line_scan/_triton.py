@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import cdiv, next_power_of_2
+from .._triton import at_most, cdiv, next_power_of_2
 from . import _triton_pairs, _triton_proxy, _triton_stored
 from .frames import from_map_frame, to_map_frame
 
@@ -199,9 +199,9 @@ class _Sweep:
                 self._forward([*inputs, gx_k], borders, W, OUTPUTS=False, ADD=False)
             # Of an odd number of lines, what may be the last word's second.
             constants |= dict(BLOCKS=blocks > 1, LAST=min(W, self.lines + self.lines % 2))
-            if constants["num_warps"] == 1 and torch.version.cuda is not None:
+            if constants["num_warps"] == 1:
                 # Three or four warps a scheduler; in programs of many warps that costs more than it brings.
-                constants["maxnreg"] = 168 if blocks > 1 else 128
+                constants |= at_most(168 if blocks > 1 else 128)
             arguments = [self.x if t is None else t for t in (*inputs, gy, gx_k, *outputs, borders)]
             for launch in reversed(launches):
                 _triton_stored.line_scan_bwd_kernel[grid](*arguments, *launch, blocks, *strides, ADD=add_k, **constants)

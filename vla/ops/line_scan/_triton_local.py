@@ -261,7 +261,7 @@ def _moved(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def _line(z, xe, xo, he, ho, no_left, no_right, logits, i, rows, w, R: tl.constexpr):
+def _line(z, xe, xo, he, ho, no_left, no_right, logits, i, rows, w):
     """States of a line, from those of the line before, and its outputs; `w` are six fragments."""
     le, lo = _expanded(dot_add(z, w[0], no_left))
     me, mo = _expanded(dot_add(z, w[1], logits))
@@ -357,14 +357,14 @@ def line_scan_short_fwd_kernel(
             t_next = tl.minimum(t + 1, steps - 1)
             ze, zo = _load(z + t_next * tt * S, ti * S, z_even, z_odd)
             xe, xo = _load(x_k + t_next * across, down, even, odd)
-            he, ho, ye, yo = _line(z_t, xte, xto, he, ho, no_left, no_right, logits, i, rows, w_k, R)
+            he, ho, ye, yo = _line(z_t, xte, xto, he, ho, no_left, no_right, logits, i, rows, w_k)
             if states is not None:
                 at = states + ((k * blocks).to(tl.int64) * chunk + t) * SIZE
                 tl.store(at, tl.join(he, ho).to(states.dtype.element_ty))
             if G == 2:
                 xte, xto = _wide(x2e), _wide(x2o)
                 x2e, x2o = _load(x2_k + t_next * across2, down2, even, odd)
-                h2e, h2o, y2e, y2o = _line(z_t, xte, xto, h2e, h2o, no_left, no_right, logits, i, rows, v_k, R)
+                h2e, h2o, y2e, y2o = _line(z_t, xte, xto, h2e, h2o, no_left, no_right, logits, i, rows, v_k)
                 if states is not None:
                     at = states + (((k + 1) * blocks).to(tl.int64) * chunk + t) * SIZE
                     tl.store(at, tl.join(h2e, h2o).to(states.dtype.element_ty))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, NARROWEST, PTX, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
+from .._triton import LOG2E, NARROWEST, PTX, at_most, cdiv, dot, dot_add, kernel, next_power_of_2, sum_maps
 from ._triton_common import (
     _CLOSED,
     _MIN_TOTAL,
@@ -814,7 +814,7 @@ class _Launch:
 
 def _options(warps: int, registers: int) -> dict:
     """Options of a launch: warps of a program, and the most registers of a thread."""
-    return dict(num_warps=warps) | ({} if torch.version.cuda is None else dict(maxnreg=registers))
+    return dict(num_warps=warps) | at_most(registers)
 
 
 def _sum(maps: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,7 +147,7 @@ def _around(down, up, index, has_left, has_right, R: tl.constexpr, ROW: tl.const
 
 
 @triton.jit
-def _fresh(j: tl.constexpr, phase, chunk, W: tl.constexpr, SHORT: tl.constexpr):
+def _fresh(j: tl.constexpr, phase, chunk, SHORT: tl.constexpr):
     """Whether line `j` of a block, whose first is line `phase` of its chunk, is the first of a chunk."""
     if SHORT:
         return (phase + j) % chunk == 0
@@ -332,7 +332,7 @@ def line_scan_fwd_kernel(
                 mixed = l * above + m * h + r * below
             xj = _get(xs, j, REVERSE, X, V)
             lamj = _get(lams, j, REVERSE, lam.dtype.element_ty, V)
-            h = lamj * xj + tl.where(_fresh(j, phase, chunk, W, SHORT), 0.0, mixed)
+            h = lamj * xj + tl.where(_fresh(j, phase, chunk, SHORT), 0.0, mixed)
             if OUTPUTS:
                 out = h
                 if HAS_U:
@@ -428,7 +428,7 @@ def line_scan_bwd_kernel(
             else:
                 mixed = l * above + m * h + r * below
             h = _get(lams, j, REVERSE, lam.dtype.element_ty, V) * _get(xs, j, REVERSE, X, V)
-            h += tl.where(_fresh(j, phase, chunk, W, SHORT), 0.0, mixed)
+            h += tl.where(_fresh(j, phase, chunk, SHORT), 0.0, mixed)
         # A block's open gates would fill the registers.
         zero = sequences >> 31
         ls, ms, rs = _veil(ls, zero), _veil(ms, zero), _veil(rs, zero)
@@ -446,7 +446,7 @@ def line_scan_bwd_kernel(
             g_x = g * lamj
             if HAS_SKIP:
                 g_x += gyj * _get(skips, j, REVERSE, skip.dtype.element_ty, V)
-            fresh = _fresh(j, phase, chunk, W, SHORT)
+            fresh = _fresh(j, phase, chunk, SHORT)
             handed = tl.where(fresh, 0.0, g)
             if NORMALIZE:
                 nl, nm, nr, share, clamped, product, el, em, er = _open_gates(l, m, r, has_first, has_right)

@@ -331,7 +331,6 @@ def mlp_hidden_kernel(
     rows,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
-    OUT: tl.constexpr,
     ACT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -455,6 +454,7 @@ def forward(
         )
         return y
     h = x.new_empty(*x.shape[:-1], hidden)
+    constants = {name: value for name, value in constants.items() if name != "OUT"}
     mlp_hidden_kernel[(cdiv(rows, 128) * cdiv(hidden, 128),)](
         x, weight1, bias1, h, rows, BLOCK_M=128, BLOCK_H=128, BLOCK_C=32, BAND=8, STAGES=4, num_warps=4, **constants
     )

@@ -15,6 +15,7 @@ from .._triton import (
     LN2,
     LOG2E,
     Kernel,
+    at_most,
     cdiv,
     compose,
     kernel,
@@ -1364,7 +1365,6 @@ class _Problem(_Sizes):
         """Keyword arguments of all kernels but one."""
         gradients = self.height * self.width * self.count * (self.rank + 2 * self.states or self.channels)
         wide = max(_reach(self.dt, self.B, self.C, *maps), gradients) >= 2**31
-        limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
         constants = dict(self.constants)
         if constants["R_PAD"] == config.BLOCK_D:
             # Triton loads matrices of one shape alike.
@@ -1372,7 +1372,7 @@ class _Problem(_Sizes):
         return dict(
             T=config.T, S=config.S, BLOCK_D=config.BLOCK_D, VECTOR=config.VECTOR, SPLIT=self.cut(config)[1] > 1,
             WIDE=wide, LONG=min(self.height, self.width) >= config.T * config.S, num_warps=config.num_warps,
-            **constants, **limit,
+            **constants, **at_most(config.maxnreg),
         )  # fmt: skip
 
     def enter(

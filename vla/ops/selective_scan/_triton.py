@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, cdiv, compose, kernel, next_power_of_2
+from .._triton import LN2, LOG2E, at_most, cdiv, compose, kernel, next_power_of_2
 from . import _triton_rows
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, steps_last, strides_of
 
@@ -38,20 +38,10 @@ def _add_left(first_later, rest_later, first, rest):
     return first, rest + (first_later + rest_later)
 
 
-if hasattr(tl, "gather"):
-
-    @triton.jit
-    def _take(x, index):
-        """`x[index[i, j], j]`; within a warp a shuffle."""
-        return tl.gather(x, index, 0)
-
-else:  # Triton before 3.3
-
-    @triton.jit
-    def _take(x, index):
-        """`x[index[i, j], j]`."""
-        source = tl.arange(0, x.shape[0])[None, :, None]
-        return tl.sum(tl.where(source == index[:, None, :], x[None, :, :], 0.0), 1)
+@triton.jit
+def _take(x, index):
+    """`x[index[i, j], j]`; within a warp a shuffle."""
+    return tl.gather(x, index, 0)
 
 
 @triton.jit
@@ -801,12 +791,9 @@ def _border(scan: Sizes) -> int:
     return math.prod(_steps(scan, math.gcd(scan.length, 16)))
 
 
-def _launch(scan: Sizes, registers: int | None = None) -> dict:
-    """Options of every launch: one warp, which needs no barriers, and on NVIDIA at most so many registers a thread."""
-    options = {"num_warps": 1}
-    if registers is not None and torch.version.hip is None and scan.device.type != "xpu":
-        options["maxnreg"] = registers
-    return options
+def _launch(registers: int | None = None) -> dict:
+    """Options of every launch: one warp, which needs no barriers, and at most so many registers a thread."""
+    return {"num_warps": 1} | at_most(registers)
 
 
 def _forward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
@@ -814,25 +801,25 @@ def _forward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
     within = max(32, next_power_of_2(scan.length))
     if scan.states > 1:
         if scan.batch * scan.channels < 32 * MIN_PROGRAMS:
-            return 2, min(512, within), 2, _launch(scan, 168)
-        return 2, min(256, within), 2, _launch(scan, 96)
+            return 2, min(512, within), 2, _launch(168)
+        return 2, min(256, within), 2, _launch(96)
     if scan.itemsize > 2:
-        return 1, min(256, within), 2, _launch(scan)
-    return 2, min(256, within), 1, _launch(scan, 80)
+        return 1, min(256, within), 2, _launch()
+    return 2, min(256, within), 1, _launch(80)
 
 
 def _backward_blocks(scan: Sizes) -> tuple[int, int, int, dict]:
     """Rows of a pass, passes of a program, stages and launch options, as measured on an H100 and an H200."""
     passes = 16 if scan.states > 1 or scan.programs(32) >= 3 * MIN_PROGRAMS else 8
     # With 168 registers three warps share a scheduler; twice as many steps, of 16 bits each, need more.
-    return 2, passes, 1, _launch(scan, 168 if scan.states == 1 and scan.itemsize > 2 else None)
+    return 2, passes, 1, _launch(168 if scan.states == 1 and scan.itemsize > 2 else None)
 
 
 def _chunk_blocks(scan: Sizes) -> tuple[int, int, dict]:
-    return 2, 1, _launch(scan)
+    return 2, 1, _launch()
 
 
-def _parallel(scan: Sizes, programs: int, chunks: int) -> bool:
+def _parallel(programs: int, chunks: int) -> bool:
     """Whether chunks run in parallel, at the cost of reading the inputs twice: only where programs are few."""
     return chunks > 1 and programs < MIN_PROGRAMS
 
@@ -854,7 +841,7 @@ def to_save(
         return _triton_rows.to_save(sizes)
     rows, chunk, _, _ = _forward_blocks(sizes)
     borders = cdiv(sizes.length, _border(sizes))
-    if sizes.states > 1 or borders == 1 or _parallel(sizes, sizes.programs(rows), cdiv(sizes.length, chunk)):
+    if sizes.states > 1 or borders == 1 or _parallel(sizes.programs(rows), cdiv(sizes.length, chunk)):
         return []
     return [sizes.new(sizes.batch, sizes.channels, 1, borders + 1)]
 
@@ -881,7 +868,7 @@ def forward(
     rows, chunk, stages, options = _forward_blocks(scan)
     programs = scan.programs(rows)
     chunks = cdiv(scan.length, chunk)
-    parallel = _parallel(scan, programs, chunks)
+    parallel = _parallel(programs, chunks)
     carry = state
     if parallel:
         carry = _entering(scan, (32, chunk // 32), True)
@@ -955,7 +942,7 @@ def backward(
     rows, blocks, stages, options = _backward_blocks(scan)
     chunks = cdiv(scan.length, lanes * per_lane)
     programs = scan.programs(rows * blocks)
-    parallel = _parallel(scan, programs, chunks)
+    parallel = _parallel(programs, chunks)
     parts = Parts(scan, chunks, programs)
     entering = None
     if saved and lanes * per_lane == _border(scan):

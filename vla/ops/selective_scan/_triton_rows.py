@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LN2, LOG2E, NARROWEST, cdiv, kernel, load_apart, next_power_of_2, pick, repeat, store_apart
+from .._triton import (
+    LN2,
+    LOG2E,
+    NARROWEST,
+    at_most,
+    cdiv,
+    kernel,
+    load_apart,
+    next_power_of_2,
+    pick,
+    repeat,
+    store_apart,
+)
 from ._triton_scan import MIN_PROGRAMS, Parts, Scan, Sizes, aligned, exponent, place, prefetch, strides_of
 
 # Steps that a lane holds in its registers, and rows of a program, one a lane.
@@ -901,7 +913,7 @@ class _Segments:
         scan = self.scan
         if scan.states % 2 or scan.alignment(out) < 4:
             return {"TOGETHER": 1}
-        return {"TOGETHER": 2} | ({"maxnreg": 168} if scan.takes_ptx and out is not None else {})
+        return {"TOGETHER": 2} | (at_most(168) if out is not None else {})
 
     def entering(self, g: Tensor | None = None, g_state: Tensor | None = None) -> Tensor:
         """States (B, segments, N, D) that enter each segment; given the gradient `g` of the output and that of the last
