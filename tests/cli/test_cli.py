@@ -244,6 +244,21 @@ def test_pictures_of_one_name_are_all_written(trained, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"1-2.png", "1.png", "1-3.png"}
 
 
+def test_evaluation_takes_all_of_a_folder(trained, tmp_path):
+    for name in ("7", "8"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(5):
+            shutil.copy(DIGIT, tmp_path / "set" / name / f"{i}.png")
+    result = run("eval", "--model", trained[0], "--data", tmp_path / "set", "--device", "cpu")
+    assert re.search(r"pictures\s*│\s*10 at", result.stdout)
+
+
+def test_a_run_has_its_own_weights(trained):
+    common = ["--model", trained[0], "--device", "cpu"]
+    assert "has weights of its own" in complaint("predict", DIGIT, *common, "--checkpoint", trained[0])
+    assert "crop_pct: -1.0, wanted more than 0" in complaint("eval", *common, "--crop-pct", -1)
+
+
 def test_info_of_a_masked_autoencoder():
     assert "mae_vrwkv_atto reconstructs" in complaint("info", "mae_vrwkv_atto")
 

@@ -32,6 +32,17 @@ def test_override_is_undone_after_an_error():
     assert scan2d.backend_for(CPU) == "numba"
 
 
+def test_overrides_that_are_left_in_another_order():
+    """As threads may."""
+    first, second = use_backend("naive"), use_backend("torch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert scan2d.backend_for(CPU) == "torch"
+    second.__exit__(None, None, None)
+    assert scan2d.backend_for(CPU) == "numba"
+
+
 def test_unknown_backend():
     message = "unknown backend 'cuda', expected one of naive, torch, numba, triton"
     with pytest.raises(ValueError, match=message), use_backend("cuda"):

@@ -242,3 +242,11 @@ def test_bad_dtype():
         layer_norm(**make((3, 8)), dtype=torch.int64)
     with pytest.raises(TypeError, match=r"^layer_norm: x has dtype torch.int64"):
         layer_norm(torch.ones(3, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_factor_of_an_empty_batch(backend):
+    x = torch.ones(0, 2, 2, 8)
+    with use_backend(backend):
+        y, total = add_layer_norm(x, x, torch.ones(8), torch.ones(8), factor=torch.ones(0))
+    assert y.shape == total.shape == x.shape

@@ -170,3 +170,11 @@ def test_machinery_of_what_is_saved(small_tiles):
     arguments = tuple(t.detach() for t in leaves)
     arguments = (*arguments[:3], ["row_rev"], *arguments[3:6], True, False, *arguments[6:], 1e-5)
     check_saving(scan, leaves, torch.ops.vla.projected_scan2d_train.default, arguments)
+
+
+def test_strided_weight(small_tiles):
+    pytest.importorskip("triton")
+    tensors = {name: tensor.float() for name, tensor in make((1, 8, 3, 4)).items()}
+    tensors["weight"] = tensors["weight"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not tensors["weight"].is_contiguous()
+    compare("triton", projected_scan2d, tensors, directions=CROSS)

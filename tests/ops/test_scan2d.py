@@ -227,3 +227,16 @@ def test_bad_arguments(change, message):
 def test_groups_must_divide_the_channels():
     with pytest.raises(ValueError, match="scan2d: x has 3 channels, expected a multiple of the 4 grouped directions"):
         scan2d(**make((2, 3, 4, 5)), directions=CROSS, grouped=True)
+
+
+def test_bad_directions_of_sequences():
+    x = torch.ones(1, 2, 3, 4)
+    ys = cross_scan(x, ["row", "col"])
+    with pytest.raises(ValueError, match="^cross_scan: unknown direction 'column', expected some of row, col"):
+        cross_scan(x, ["column"])
+    with pytest.raises(ValueError, match="^cross_scan: no direction"):
+        cross_scan(x, [])
+    with pytest.raises(ValueError, match="^cross_merge: ys has 2 sequences, expected 1 like directions"):
+        cross_merge(ys, ["row"], 3, 4)
+    with pytest.raises(ValueError, match="^cross_merge: unknown direction 'cool'"):
+        cross_merge(ys, ["row", "cool"], 3, 4)

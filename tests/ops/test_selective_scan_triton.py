@@ -37,7 +37,7 @@ def choose_rows(monkeypatch, chosen, segment=1):
 
 @pytest.fixture(params=[False, True], ids=["chunk after chunk", "chunks in parallel"])
 def schedule(request, monkeypatch):
-    monkeypatch.setattr(kernels, "_parallel", lambda scan, programs, chunks: request.param and chunks > 1)
+    monkeypatch.setattr(kernels, "_parallel", lambda programs, chunks: request.param and chunks > 1)
 
 
 @pytest.fixture(params=[False, True], ids=["time along lanes", "rows along lanes"])
@@ -121,7 +121,7 @@ def saved_bytes(function):
 @pytest.mark.parametrize("length, states", [(130, 1), (272, 1), (20, 2)])
 def test_forward_keeps_states_for_the_backward(length, states, monkeypatch):
     choose_rows(monkeypatch, states > 1, 2)
-    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    monkeypatch.setattr(kernels, "_parallel", lambda programs, chunks: False)
     monkeypatch.setattr(kernels, "_entering", None)
     original = rows_kernels._Segments.walk
 
@@ -136,7 +136,7 @@ def test_forward_keeps_states_for_the_backward(length, states, monkeypatch):
 def test_states_kept_for_other_chunks(monkeypatch):
     """Strides that the backward's chunks are shorter for."""
     choose_rows(monkeypatch, False)
-    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    monkeypatch.setattr(kernels, "_parallel", lambda programs, chunks: False)
     tensors = single(1, 3, 136, 1)
     expected = run("triton", full, tensors, delta_softplus=True)
     padded = torch.nn.functional.pad(tensors["u"], (0, 1))[..., :-1]
@@ -160,7 +160,7 @@ def test_memory_of_states_kept(batch, channels, length, states, bytes_per_step):
 def test_machinery_of_the_states_kept(monkeypatch):
     """The dispatcher and checkpoints give the direct path's gradients; nothing is kept where none is wanted."""
     choose_rows(monkeypatch, False)
-    monkeypatch.setattr(kernels, "_parallel", lambda sizes, programs, chunks: False)
+    monkeypatch.setattr(kernels, "_parallel", lambda programs, chunks: False)
     tensors = single(1, 2, 136, 1)
     leaves = [t.requires_grad_() for t in tensors.values()]
     operator = torch.ops.vla.selective_scan.default

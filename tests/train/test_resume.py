@@ -178,3 +178,13 @@ def test_two_processes_train_as_one(folder, tmp_path):
     ours, theirs = (rows(RunFolder(tmp_path / name))[-1] for name in ("pair", "alone"))
     assert ours["val_top1"] == theirs["val_top1"] and ours["val_count"] == 12
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+def test_resume_needs_as_many_processes(folder, tmp_path):
+    config = TrainConfig.create(BASE | {"data": str(folder), "epochs": 1})
+    run = train(config, tmp_path / "run")
+    state = run.load_state()
+    assert state["processes"] == 1
+    run.save_state(state | {"processes": 2})
+    with pytest.raises(UserError, match="the run began with 2 processes, not 1"):
+        train(config, tmp_path / "run", resume=True)

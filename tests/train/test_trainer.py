@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch import nn
 
 from vla.data import Normalize, open_pictures
+from vla.data.loader import keep_a_bit
 from vla.errors import UserError
 from vla.train import Reporter, RunFolder, TrainConfig, open_model, train
 from vla.train.evaluate import evaluate, make_eval_loader
@@ -224,3 +227,12 @@ def test_teacher_of_other_classes(folder, tmp_path):
         path.rename(path.with_name("zebra"))
     with pytest.raises(UserError, match="has other classes than"):
         make_trainer(other, tmp_path, teacher=str(teacher.path))
+
+
+def test_posterize_keeps_a_bit():
+    """Whatever Pillow makes of none."""
+    transform = create_transform(32, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", use_prefetcher=True)
+    policy = next(step for step in keep_a_bit(transform).transforms if hasattr(step, "ops"))
+    ops = [op for op in policy.ops if "Posterize" in op.name]
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    assert ops and all(op.aug_fn(picture, 0).getpixel((0, 0)) == (128, 0, 0) for op in ops)

@@ -25,7 +25,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Run folder, its model
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights for a model name; its published ones by default.", show_default=False)
 ]
-ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels; the model's own by default.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Input size in pixels; the model's own by default.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; the best that there is by default.")]
 
 
@@ -58,6 +58,8 @@ def eval_command(
     runtime = Runtime.create(device, amp, channels_last)
     network, spec = open_model(model, checkpoint, img_size)
     if crop_pct is not None:
+        if crop_pct <= 0:
+            raise UserError(f"crop_pct: {crop_pct}, wanted more than 0")
         spec.crop_pct = crop_pct
     given = {"root": data_root, "split_name": split, "options": parse_pairs("data_kwargs", data_kwargs or [])}
     source, options = _data_options(model, data, given)
@@ -107,7 +109,8 @@ def _data_options(model: str, data: str | None, given: dict[str, Any]) -> tuple[
     if config is None or (data is not None and data != config.data):
         if data is None:
             raise UserError("data: missing; only a run folder knows its own, give --data")
-        return data, options
+        # A folder without a split of its own is all for this.
+        return data, {"holdout": 1.0} | options
     own = {
         "root": config.data_root,
         "split_name": config.val_split,

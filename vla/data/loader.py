@@ -1,9 +1,12 @@
 """Loaders: which picture comes when, transformed how. Batches are uint8; the device normalises them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from torch.utils.data import Dataset as MapDataset
@@ -32,6 +35,19 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.float() - self.mean) / self.std
+
+
+def keep_a_bit(transform: Callable) -> Callable:
+    """The augmentation, in which timm's posterize leaves a bit where it would leave none, which Pillow 13 refuses."""
+    for step in getattr(transform, "transforms", ()):
+        for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+            if getattr(op, "aug_fn", None) is auto_augment.posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return auto_augment.posterize(picture, max(1, bits), **options)
 
 
 class TrainPictures(MapDataset):

@@ -213,8 +213,8 @@ def open_pictures(
         split: Which split.
         root: Folder where a set that timm reads lies or is to be stored.
         split_name: Name of the split in the source, when it is not the usual one.
-        holdout: Part of each class held out for validation, where a folder has no split of its own. The split depends
-            on the file names only, never on a seed.
+        holdout: Part of each class held out for validation, where a folder has no split of its own; 1 for all. The
+            split depends on the file names only, never on a seed.
         mode: Colour mode of the pictures.
         download: Download the set where timm can.
         batch_size: Hint for streamed sets.
@@ -303,8 +303,9 @@ def _hold_out(targets: np.ndarray, part: float, split: Split) -> np.ndarray:
     held_out = np.zeros(len(targets), dtype=bool)
     for target in np.unique(targets):
         members = np.random.default_rng(0).permutation(np.flatnonzero(targets == target))
-        # At least one to validate on, but never a class's only picture.
-        held_out[members[: min(max(round(len(members) * part), 1), len(members) - 1)]] = True
+        # At least one to validate on, but never a class's only picture, unless nothing is for training.
+        most = len(members) if part == 1 else len(members) - 1
+        held_out[members[: min(max(round(len(members) * part), 1), most)]] = True
     return np.flatnonzero(held_out if split == "validation" else ~held_out)
 
 

@@ -37,6 +37,8 @@ def _validate_backend(name: str | None, source: str) -> str | None:
 
 
 _override = _validate_backend(os.environ.get("VLA_BACKEND") or None, "environment variable VLA_BACKEND")
+# That, and what `use_backend` has set where it has not been left yet.
+_settings: list[list[str | None]] = [[_override]]
 
 
 @contextmanager
@@ -56,11 +58,15 @@ def use_backend(name: str | None) -> Iterator[None]:
         RuntimeError: By an operator called inside, where the backend cannot run (never a silent fallback).
     """
     global _override
-    previous, _override = _override, _validate_backend(name, "use_backend")
+    setting = [_validate_backend(name, "use_backend")]
+    _settings.append(setting)
+    _override = setting[0]
     try:
         yield
     finally:
-        _override = previous
+        # Threads may leave in another order than they came.
+        _settings[:] = [other for other in _settings if other is not setting]
+        _override = _settings[-1][0]
 
 
 class Operator:

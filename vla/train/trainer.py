@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Normalize, Pictures, PictureStream, TrainLoader, open_pictures
+from ..data.loader import keep_a_bit
 from ..data.seeds import Stream, seed_all
 from ..errors import UserError, require_extra, suggest
 from ..models.vrwkv_mae import PRETRAINING_MODELS
@@ -246,6 +247,7 @@ class Trainer:
         self.folder.save_state(
             {
                 "data": self._data_fingerprint(),
+                "processes": self.runtime.world_size,
                 "step": self.step,
                 "model": self.model.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -261,6 +263,10 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         if state["data"] != self._data_fingerprint():
             raise UserError(f"resume: the pictures of {self.config.data} are not those that the run began with")
+        processes = state.get("processes", self.runtime.world_size)
+        if processes != self.runtime.world_size:
+            # Steps are counted in batches of all processes.
+            raise UserError(f"resume: the run began with {processes} processes, not {self.runtime.world_size}")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -392,7 +398,7 @@ class Trainer:
         )
         return TrainLoader(
             self.train_pictures,
-            transform,
+            keep_a_bit(transform),
             config.batch_size,
             group=config.grad_accum,
             even=self.mixup is not None,

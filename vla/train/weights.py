@@ -265,6 +265,8 @@ def open_model(name: str, checkpoint: str | None = None, img_size: int | None = 
         UserError: When there is no such model or its weights cannot be had.
     """
     if Path(name).expanduser().exists() and not timm.is_model(name):
+        if checkpoint is not None:
+            raise UserError(f"checkpoint: {name} has weights of its own; give a model's name to open others")
         path = weights_path(name)
         spec = read_spec(path)
         if spec is not None and spec.architecture in PRETRAINING_MODELS:

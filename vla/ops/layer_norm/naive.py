@@ -13,7 +13,7 @@ def scaled(branch: Tensor, factor: Tensor | None) -> Tensor:
     if factor is None:
         return branch
     # Not `repeat_interleave` by the tokens of a factor, which an empty batch has no number of.
-    rows = branch.reshape(len(factor), -1) * factor[:, None].to(state_dtype(branch))
+    rows = branch.reshape(len(factor), branch.numel() // max(1, len(factor))) * factor[:, None].to(state_dtype(branch))
     return rows.view(branch.shape).to(branch.dtype)
 
 

@@ -10,8 +10,8 @@ from ..layer_norm import _torch as layer_norm
 
 
 def matrix_of(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight (K, R + 2N, D) as a matrix (K (R + 2N), D), in the dtype of x."""
-    return weight.flatten(0, 1).to(x.dtype)
+    """The weight (K, R + 2N, D) as a matrix (K (R + 2N), D) of neighbouring channels, in the dtype of x."""
+    return weight.flatten(0, 1).to(x.dtype).contiguous()
 
 
 def scan_arguments(projected: Tensor, args: tuple) -> tuple:

@@ -6,6 +6,13 @@ from torch import Tensor
 DIRECTIONS = ("row", "col", "row_rev", "col_rev")
 
 
+def _check_directions(name: str, directions: list[str]) -> None:
+    unknown = [d for d in directions if d not in DIRECTIONS]
+    if unknown or not directions:
+        what = f"unknown direction {unknown[0]!r}" if unknown else "no direction"
+        raise ValueError(f"{name}: {what}, expected some of {', '.join(DIRECTIONS)}")
+
+
 def to_sequence(x: Tensor, direction: str) -> Tensor:
     """(..., H, W) -> (..., L) in the order of `direction`."""
     x = (x.transpose(-1, -2) if direction.startswith("col") else x).flatten(-2)
@@ -29,7 +36,11 @@ def cross_scan(x: Tensor, directions: list[str]) -> Tensor:
 
     Returns:
         Sequences (B, K, D, L) with L = H * W.
+
+    Raises:
+        ValueError: For an unknown direction, or none.
     """
+    _check_directions("cross_scan", directions)
     return torch.stack([to_sequence(x, direction) for direction in directions], dim=1)
 
 
@@ -44,7 +55,13 @@ def cross_merge(ys: Tensor, directions: list[str], height: int, width: int) -> T
 
     Returns:
         Map (B, D, H, W).
+
+    Raises:
+        ValueError: For an unknown direction, or more or fewer than there are sequences.
     """
+    _check_directions("cross_merge", directions)
+    if ys.shape[1] != len(directions):
+        raise ValueError(f"cross_merge: ys has {ys.shape[1]} sequences, expected {len(directions)} like directions")
     y = to_map(ys[:, 0], directions[0], height, width)
     for k in range(1, len(directions)):
         y = y + to_map(ys[:, k], directions[k], height, width)
