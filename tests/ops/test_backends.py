@@ -32,6 +32,17 @@ def test_override_is_undone_after_an_error():
     assert scan2d.backend_for(CPU) == "numba"
 
 
+def test_gpus_of_others(monkeypatch):
+    """Triton's kernels are NVIDIA's unless they are asked for."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(scan2d, "_warned", False)
+    with pytest.warns(UserWarning, match="scan2d: backend 'triton' has only been tried on NVIDIA's GPUs"):
+        assert scan2d.backend_for(CUDA) == "torch"
+    with use_backend("triton"):
+        assert scan2d.backend_for(CUDA) == "triton"
+
+
 def test_overrides_that_are_left_in_another_order():
     """As threads may."""
     first, second = use_backend("naive"), use_backend("torch")
