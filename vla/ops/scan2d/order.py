@@ -40,7 +40,8 @@ def cross_scan(x: Tensor, directions: list[str]) -> Tensor:
     Raises:
         ValueError: For an unknown direction, or none.
     """
-    _check_directions("cross_scan", directions)
+    if not torch.jit.is_scripting():
+        _check_directions("cross_scan", directions)
     return torch.stack([to_sequence(x, direction) for direction in directions], dim=1)
 
 
@@ -59,9 +60,11 @@ def cross_merge(ys: Tensor, directions: list[str], height: int, width: int) -> T
     Raises:
         ValueError: For an unknown direction, or more or fewer than there are sequences.
     """
-    _check_directions("cross_merge", directions)
-    if ys.shape[1] != len(directions):
-        raise ValueError(f"cross_merge: ys has {ys.shape[1]} sequences, expected {len(directions)} like directions")
+    if not torch.jit.is_scripting():
+        _check_directions("cross_merge", directions)
+        # Under torch.fx it is none, and has no number of sequences yet.
+        if isinstance(ys, Tensor) and ys.shape[1] != len(directions):
+            raise ValueError(f"cross_merge: ys has {ys.shape[1]} sequences, expected {len(directions)} like directions")
     y = to_map(ys[:, 0], directions[0], height, width)
     for k in range(1, len(directions)):
         y = y + to_map(ys[:, k], directions[k], height, width)
