@@ -54,7 +54,7 @@ def test_against_naive(length, states, schedule):
 
 @pytest.mark.parametrize("length, states, channels", [(7, 3, 5), (260, 1, 3), (272, 5, 2)])
 def test_forward_chunks(length, states, channels, schedule, monkeypatch):
-    monkeypatch.setattr(kernels, "_forward_blocks", lambda scan: (2, 64, 2, kernels._launch(scan)))
+    monkeypatch.setattr(kernels, "_forward_blocks", lambda scan: (2, 64, 2, kernels._launch()))
     tensors = single(1, channels, length, states)
     with torch.no_grad():
         with use_backend("naive"):

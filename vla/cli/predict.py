@@ -69,12 +69,12 @@ def _targets(images: list[Path], target: Path) -> dict[Path, Path]:
     """Where each annotated picture goes: pictures of one name in different folders get numbers."""
     if len(images) == 1:
         return {images[0]: target}
-    targets: dict[Path, Path] = {}
+    taken: dict[Path, Path] = {}
     for path in dict.fromkeys(images):
         names = chain([path.stem], (f"{path.stem}-{i}" for i in count(2)))
         files = (target / f"{name}.png" for name in names)
-        targets[path] = next(file for file in files if file not in targets.values())
-    return targets
+        taken[next(file for file in files if file not in taken)] = path
+    return {path: file for file, path in taken.items()}
 
 
 @torch.inference_mode()

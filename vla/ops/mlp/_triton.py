@@ -407,18 +407,18 @@ MULTIPROCESSORS = 132
 
 
 @cache
-def _constants(channels: int, hidden: int, out: int, act: str, dtype: torch.dtype, interpreted: bool) -> dict:
+def _constants(channels: int, hidden: int, act: str, dtype: torch.dtype, interpreted: bool) -> dict:
     """Constants of all kernels."""
     # Triton's interpreter cannot multiply bfloat16.
     operand = tl.float32 if interpreted else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-    return dict(CHANNELS=channels, HIDDEN=hidden, OUT=out, ACT=act, DTYPE=operand)
+    return dict(CHANNELS=channels, HIDDEN=hidden, ACT=act, DTYPE=operand)
 
 
 @cache
 def _parts(channels: int, out: int) -> dict:
     """Constants of the kernels for narrow rows."""
     (lead, rest), (out_lead, out_rest) = lead_and_rest(channels), lead_and_rest(out)
-    return dict(LEAD=lead, REST=rest, OUT_LEAD=out_lead, OUT_REST=out_rest)
+    return dict(OUT=out, LEAD=lead, REST=rest, OUT_LEAD=out_lead, OUT_REST=out_rest)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -434,7 +434,7 @@ def forward(
         return y
     rows = y.numel() // out
     x, weight1, bias1 = x.contiguous(), weight1.contiguous(), _contiguous(bias1)
-    constants = _constants(channels, hidden, out, act, x.dtype, x.is_cpu)
+    constants = _constants(channels, hidden, act, x.dtype, x.is_cpu)
     width = max(channels, out)
     if width <= NARROW:
         mlp_fwd_kernel[(cdiv(rows, 64),)](
@@ -454,7 +454,6 @@ def forward(
         )
         return y
     h = x.new_empty(*x.shape[:-1], hidden)
-    constants = {name: value for name, value in constants.items() if name != "OUT"}
     mlp_hidden_kernel[(cdiv(rows, 128) * cdiv(hidden, 128),)](
         x, weight1, bias1, h, rows, BLOCK_M=128, BLOCK_H=128, BLOCK_C=32, BAND=8, STAGES=4, num_warps=4, **constants
     )
@@ -473,7 +472,7 @@ def backward(
     if grads[0].numel() == 0:
         return [None] * 5
     channels, hidden, out = x.shape[-1], weight1.shape[0], weight2.shape[0]
-    constants = _constants(channels, hidden, out, act, x.dtype, x.is_cpu)
+    constants = _constants(channels, hidden, act, x.dtype, x.is_cpu)
     launch = _backward_narrow if max(channels, out) <= NARROW_BACKWARD else _backward_wide
     gx, g_weight1, g_bias1, g_weight2, g_bias2 = launch(
         grads[0].contiguous().view(-1, out),
@@ -544,6 +543,7 @@ def _backward_wide(
         gs,
         g_bias1,
         rows,
+        OUT=g.shape[1],
         BLOCK_M=64,
         BLOCK_H=128,
         BLOCK_C=64,

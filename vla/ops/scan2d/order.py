@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor
 
+from .._checks import check_directions
+
 DIRECTIONS = ("row", "col", "row_rev", "col_rev")
-
-
-def _check_directions(name: str, directions: list[str]) -> None:
-    unknown = [d for d in directions if d not in DIRECTIONS]
-    if unknown or not directions:
-        what = f"unknown direction {unknown[0]!r}" if unknown else "no direction"
-        raise ValueError(f"{name}: {what}, expected some of {', '.join(DIRECTIONS)}")
 
 
 def to_sequence(x: Tensor, direction: str) -> Tensor:
@@ -41,7 +36,7 @@ def cross_scan(x: Tensor, directions: list[str]) -> Tensor:
         ValueError: For an unknown direction, or none.
     """
     if not torch.jit.is_scripting():
-        _check_directions("cross_scan", directions)
+        check_directions("cross_scan", directions, DIRECTIONS)
     return torch.stack([to_sequence(x, direction) for direction in directions], dim=1)
 
 
@@ -61,7 +56,7 @@ def cross_merge(ys: Tensor, directions: list[str], height: int, width: int) -> T
         ValueError: For an unknown direction, or more or fewer than there are sequences.
     """
     if not torch.jit.is_scripting():
-        _check_directions("cross_merge", directions)
+        check_directions("cross_merge", directions, DIRECTIONS)
         # Under torch.fx it is none, and has no number of sequences yet.
         if isinstance(ys, Tensor) and ys.shape[1] != len(directions):
             raise ValueError(f"cross_merge: ys has {ys.shape[1]} sequences, expected {len(directions)} like directions")
