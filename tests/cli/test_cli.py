@@ -190,6 +190,7 @@ def test_unreadable_training_pictures_are_counted_and_named(pictures, tmp_path):
         (["--model", "test_vit"], "data: missing, give --data"),
         (["--data", "digits"], "model: missing, give --model"),
         (["--model", "test_vit", "--data", "digits", "--epochs", "0"], "epochs: wanted at least 1, got 0"),
+        (["--model", "test_vit", "--data", "digits", "--decay-epochs", "0"], "decay_epochs: wanted more than 0, got 0"),
         (["--model", "test_vit", "--data", "digits", "--model-kwargs", "x"], "model_kwargs: wanted key=value, got 'x'"),
         (["--model", "test_vit", "--data", "digits", "--model-kwargs", "x=1"], "cannot build test_vit"),
         (["--model", "test_vit", "--data", "digits", "--checkpoint", "no.pth"], "checkpoint: no file no.pth"),

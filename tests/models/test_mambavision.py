@@ -87,7 +87,7 @@ def part(case: dict) -> tuple[nn.Module, callable]:
     assert op == "stage"
     if config.get("conv"):
         blocks = [ConvBlock(dim) for _ in range(config["depth"])]
-        stage = MambaVisionStage(dim, dim, blocks)
+        stage = MambaVisionStage(None, dim, blocks)
     else:
         blocks = [
             MambaVisionBlock(
@@ -98,10 +98,16 @@ def part(case: dict) -> tuple[nn.Module, callable]:
             )
             for j in range(config["depth"])
         ]
-        stage = MambaVisionStage(dim, dim, blocks, config["window_size"])
+        stage = MambaVisionStage(None, dim, blocks, config["window_size"])
     if config.get("downsample", True):
         return StageWithDownsample(stage, downsample), scoped("levels.2.", "")
     return stage, scoped("levels.2.", "stages.2.")
+
+
+def test_stages_of_one_width_are_halved():
+    model = MambaVision(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2)).eval()
+    _, features = model.forward_intermediates(torch.zeros(1, 3, 64, 64))
+    assert [64 // f.shape[2] for f in features] == [info["reduction"] for info in model.feature_info]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -80,6 +80,18 @@ def test_gradients_of_every_sample(name):
     assert_close("values", vmap(loss, in_dims=dims)(samples, *others)[1], loss(2 * first, *others))
 
 
+def test_no_samples():
+    """As many results, of the shapes that samples would give."""
+    weight, bias = randn(0)(8), randn(1)(8)
+
+    # PyTorch cannot add numbers to no samples, as the other tests' sums do.
+    def loss(x, weight):
+        return layer_norm(x, weight, bias).sum()
+
+    grads = vmap(grad(loss, (0, 1)), in_dims=(1, None))(weight.new_empty(2, 0, 3, 8), weight)
+    assert [tensor.shape for tensor in grads] == [(0, 2, 3, 8), (0, 8)]
+
+
 def test_functionalize():
     x = randn(0)(2, 3)
     assert torch.equal(functionalize(squared_relu)(x), squared_relu(x))

@@ -184,6 +184,8 @@ def test_top_five_and_loss_are_the_definitions():
         ({"device": "cpu", "amp": "fp16"}, "amp: fp16 needs a GPU"),
         ({"checkpoint": "missing.pth"}, "checkpoint: no file missing.pth"),
         ({"model": "test_resnets"}, "unknown model 'test_resnets'; did you mean test_resnet"),
+        ({"model": "test_resnet.nonsense"}, "test_resnet has no weights 'nonsense', only: r160_in1k"),
+        ({"auto_augment": "nonsense"}, "auto_augment: timm has no policy 'nonsense'"),
     ],
 )
 def test_mistakes_leave_no_folder(folder, tmp_path, options, message):

@@ -7,7 +7,7 @@ import timm
 import torch
 import typer
 from rich.table import Table
-from timm.models import PretrainedCfg, get_pretrained_cfg, list_pretrained, model_entrypoint
+from timm.models import PretrainedCfg, list_pretrained, model_entrypoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..models.reported import TOP1
 from ..models.vrwkv_mae import PRETRAINING_MODELS
 from ..train import build_model
-from ..train.weights import read_spec, weights_path
+from ..train.weights import published, read_spec, weights_path
 from .app import app, examples, out
 
 
@@ -112,7 +112,7 @@ def _pretrained(name: str) -> list[PretrainedCfg]:
     if not timm.is_model(base):
         return []
     known = [name] if tag else [n for n in list_pretrained(f"{base}*") if n.partition(".")[0] == base]
-    return [config for n in known if (config := get_pretrained_cfg(n)) is not None]
+    return [config for n in known if (config := published(n)) is not None]
 
 
 def _parameters(name: str) -> str:

@@ -68,15 +68,15 @@ class MambaVisionStage(Stage):
     """Downsampling and blocks of one resolution, (B, in_dim, H, W) -> (B, dim, ~H / 2, ~W / 2).
 
     Args:
-        in_dim: Channels of the input; if they are `dim`, nothing is downsampled.
+        in_dim: Channels of the input, None for `dim` ones that are not downsampled.
         dim: Channels of the output.
         blocks: Blocks (B, C, H, W) -> same.
         window_size: Side of the windows that all the blocks see instead of the map, None for the map itself. Padding
             is zero when it enters the first block, and then takes part like any other pixel, unmasked.
     """
 
-    def __init__(self, in_dim: int, dim: int, blocks: list[nn.Module], window_size: int | None = None):
-        if in_dim == dim:
+    def __init__(self, in_dim: int | None, dim: int, blocks: list[nn.Module], window_size: int | None = None):
+        if in_dim is None:
             downsample = nn.Identity()
         else:
             downsample = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False)
@@ -168,7 +168,7 @@ class MambaVision(HierarchicalBackbone):
         super().__init__(in_chans, num_classes, dims, 4, drop_rate)
         self.stem = Stem(in_chans, stem_dim, dims[0])
         self.stages = nn.Sequential()
-        in_dim = dims[0]
+        in_dim = None
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             if i < 2:
                 blocks = [ConvBlock(dims[i], rate, layer_scale_conv) for rate in rates]

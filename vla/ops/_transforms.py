@@ -59,10 +59,17 @@ def register_vmap(overload) -> None:
         leaves, structure = tree_flatten(args)
         dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
         results = []
-        for i in range(info.batch_size):
+        if info.batch_size == 0:
+            # What one index would give tells the shapes of none.
+            leaves = [
+                leaf if dim is None else leaf.new_zeros(leaf.movedim(dim, 0).shape[1:]).unsqueeze(dim)
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+        for i in range(max(1, info.batch_size)):
             own = (leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True))
             results.append(tree_flatten(overload(*tree_unflatten(own, structure))))
-        stacked = [torch.stack(tensors) for tensors in zip(*(tensors for tensors, _ in results), strict=True)]
+        tensors = zip(*(tensors for tensors, _ in results), strict=True)
+        stacked = [torch.stack(values)[: info.batch_size] for values in tensors]
         outputs = results[0][1]
         return tree_unflatten(stacked, outputs), tree_unflatten([0] * len(stacked), outputs)
 

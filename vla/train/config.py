@@ -119,7 +119,7 @@ class TrainConfig:
                 raise UserError(f"{name}: missing, give --{name}")
         for name in ("epochs", "batch_size", "grad_accum", "img_size", "num_classes"):
             self._check(name, lambda x: x >= 1, "at least 1")
-        for name in ("lr", "crop_pct", "clip_grad", "layer_decay", "distill_tau"):
+        for name in ("lr", "crop_pct", "clip_grad", "layer_decay", "distill_tau", "decay_epochs", "decay_rate"):
             self._check(name, lambda x: x > 0, "more than 0")
         for name in ("weight_decay", "warmup_epochs", "min_lr", "warmup_lr", "mixup", "cutmix", "workers", "seed"):
             self._check(name, lambda x: x >= 0, "at least 0")

@@ -382,20 +382,23 @@ class Trainer:
 
     def _build_train_loader(self) -> TrainLoader:
         config = self.config
-        transform = create_transform(
-            self.spec.input_size,
-            is_training=True,
-            no_aug=not config.augment,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=config.hflip,
-            vflip=config.vflip,
-            color_jitter=config.color_jitter or None,
-            auto_augment=config.auto_augment,
-            interpolation="random",
-            mean=self.spec.mean,
-            use_prefetcher=True,
-        )
+        try:
+            transform = create_transform(
+                self.spec.input_size,
+                is_training=True,
+                no_aug=not config.augment,
+                scale=config.scale,
+                ratio=config.ratio,
+                hflip=config.hflip,
+                vflip=config.vflip,
+                color_jitter=config.color_jitter or None,
+                auto_augment=config.auto_augment,
+                interpolation="random",
+                mean=self.spec.mean,
+                use_prefetcher=True,
+            )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:  # by what is wrong with the policy's name
+            raise UserError(f"auto_augment: timm has no policy {config.auto_augment!r}") from error
         return TrainLoader(
             self.train_pictures,
             keep_a_bit(transform),

@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.data import create_transform, infer_imagenet_subset, resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo
-from timm.models import clean_state_dict
+from timm.models import PretrainedCfg, clean_state_dict
 from torch import Tensor, nn
 
 from ..errors import UserError, suggest
@@ -307,8 +307,22 @@ def has_fixed_size(name: str) -> bool:
     """Whether the model must be told its input size when it is built."""
     if name in PRETRAINING_MODELS:
         return True
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    config = published(name)
     return bool(config is not None and config.fixed_input_size)
+
+
+def published(name: str) -> PretrainedCfg | None:
+    """What timm knows of a model's published weights: those of the tag in its name, or the default ones.
+
+    Raises:
+        UserError: For a tag that the model does not have.
+    """
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        base, _, tag = name.partition(".")
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+        raise UserError(f"model: {base} has no weights {tag!r}, only: {', '.join(tags) or 'none'}") from error
 
 
 def _head_size(model: nn.Module, weights: dict[str, Tensor]) -> int | None:
