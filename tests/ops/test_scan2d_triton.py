@@ -364,16 +364,24 @@ def test_runs_that_wait_for_each_other(monkeypatch):
     compare("triton", scan2d, tensors, directions=CROSS)
 
 
-@pytest.mark.parametrize("directions, grouped", [(["row", "col_rev"], False), (["row_rev", "col"], True)], ids=str)
-def test_runs_of_the_forward_that_hand_on(directions, grouped, monkeypatch):
+@pytest.mark.parametrize(
+    "directions, grouped, channels, group",
+    [
+        (["row", "col_rev"], False, 18, 8),
+        (["row_rev", "col"], True, 18, 8),
+        (["row_rev", "col"], True, 17, 4),  # groups begin between a thread's pairs of channels
+    ],
+    ids=str,
+)
+def test_runs_of_the_forward_that_hand_on(directions, grouped, channels, group, monkeypatch):
     """More runs than look at each other, with and without states kept for the backward."""
-    chained = kernels.Config(4, 16, 2, 1, tiles=1, columns=True, apart=True, chained=True)
+    chained = kernels.Config(4, 16, 2, 1, tiles=1, columns=True, apart=True, chained=True, group=group)
     monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: chained)
     monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(4, 16, 2, 1))
     monkeypatch.setattr(kernels, "scan2d_states_kernel", None)
-    tensors = make((1, 18, 3, 100), 1, 2, directions=directions, grouped=grouped)
+    tensors = make((1, channels, 3, 100), 1, 2, directions=directions, grouped=grouped)
     tensors = {n: t.bfloat16() for n, t in tensors.items()}
-    assert 16 * 2 * kernels.GROUP.value < 300  # steps
+    assert 16 * 2 * group < 300  # steps
     compare("triton", scan2d, tensors, directions=directions, grouped=grouped)
     with torch.no_grad(), use_backend("triton"):
         first, second = (scan2d(**tensors, directions=directions, grouped=grouped) for _ in range(2))

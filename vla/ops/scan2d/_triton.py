@@ -32,8 +32,6 @@ from .._triton import (
 # Whether a launch sums up over directions before another one, or after it.
 FIRST = tl.constexpr(1)
 SECOND = tl.constexpr(2)
-# Runs of the forward that look at each other: the first of the next ones sees only what has left the last.
-GROUP = tl.constexpr(8)
 
 
 @triton.jit
@@ -527,12 +525,12 @@ def _word(decay, state):
 
 
 @triton.jit
-def _hand_on(words_ptr, decay, state, run, runs, BLOCK_D: tl.constexpr):
+def _hand_on(words_ptr, decay, state, run, runs, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
     """Tells the runs after this one what it does to a state, (D,), and finds out with which it is entered.
 
-    Runs are in groups. Each leaves its decay and its state as if from zero, and waits for those of the runs before it
-    in its group and for the state that has left the group before, which the last of that has left there. What is
-    composed in which order does not depend on who comes first.
+    Runs are in groups of GROUP. Each leaves its decay and its state as if from zero, and waits for those of the runs
+    before it in its group and for the state that has left the group before, which the last of that has left there. What
+    is composed in which order does not depend on who comes first.
 
     Args:
         words_ptr: Numbers that are 0 at first, those of `_word` later: of the runs (runs, D), then of groups.
@@ -570,7 +568,7 @@ def scan2d_fwd_kernel(
     GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
     AHEAD: tl.constexpr, BORDER: tl.constexpr, SHORT: tl.constexpr, COLUMNS: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    SHIFTED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
     directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each.
@@ -727,7 +725,7 @@ def scan2d_fwd_kernel(
                     if CHAINED:
                         before, out, state, product = _composed(through, ended, S, True)
                         handed = words_ptr + 1 + walk * (runs + runs // GROUP) * BLOCK_D
-                        entry = out + before * _hand_on(handed, product, state, run, runs, BLOCK_D)[None, :]
+                        entry = out + before * _hand_on(handed, product, state, run, runs, BLOCK_D, GROUP)[None, :]
                     else:
                         entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False, True)
                         carry = tl.where(n_index == n, left[None, :], carry)
@@ -1056,6 +1054,7 @@ class Config(NamedTuple):
         apart: Whether directions are programs of their own, with a map of results (backward: of sums) each.
         chained: Whether runs wait for each other: of the backward for the one after it, where the forward has kept
             states, of the forward, which then are of one tile, for those before it.
+        group: Runs of the forward that look at each other: the first of the next ones sees only what has left the last.
     """
 
     T: int
@@ -1068,6 +1067,7 @@ class Config(NamedTuple):
     columns: bool = False
     apart: bool = False
     chained: bool = False
+    group: int = 8
 
     @property
     def S(self) -> int:
@@ -1076,7 +1076,7 @@ class Config(NamedTuple):
 
 
 # Up to 3, 4 and 6 programs a multiprocessor of 132, all run at once; "many" are 12 warps there, too, as are "narrow
-# apart", "wide apart" and "chained"; "many apart" and "wide groups" are 16, "long" and "short" ones are 8.
+# apart", "wide apart" and those that are chained; "many apart" and "wide groups" are 16, "long" and "short" ones are 8.
 FORWARD = {
     "runs": Config(8, 32, 4, 1, tiles=4),
     "3": Config(4, 32, 4, 4, maxnreg=168, ahead=True),
@@ -1086,6 +1086,7 @@ FORWARD = {
     "many states": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2),
     "chained": Config(8, 32, 4, 2, tiles=1, maxnreg=168, columns=True, apart=True, chained=True),
+    "few chained": Config(8, 32, 4, 4, tiles=1, maxnreg=168, columns=True, apart=True, chained=True, group=16),
     "few apart": Config(4, 32, 4, 4, maxnreg=128, apart=True),
     "long apart": Config(8, 32, 4, 4, ahead=True, columns=True, apart=True),
     "short apart": Config(8, 32, 4, 2, ahead=True, columns=True, apart=True),
@@ -1093,7 +1094,8 @@ FORWARD = {
     "few wide apart": Config(4, 64, 4, 4, maxnreg=168, ahead=True, columns=True, apart=True),
     "wide apart": Config(4, 64, 4, 2, maxnreg=168, ahead=True, apart=True),
     "many apart": Config(4, 64, 4, 2, maxnreg=128, apart=True),
-    "chained groups": Config(8, 16, 4, 1, tiles=1, maxnreg=168, columns=True, chained=True),
+    "chained groups": Config(8, 16, 4, 2, tiles=1, maxnreg=168, columns=True, chained=True),
+    "few chained groups": Config(8, 16, 4, 4, tiles=1, maxnreg=168, columns=True, chained=True, group=16),
     "long groups": Config(8, 16, 4, 4, ahead=True, columns=True),
     "long wider groups": Config(8, 32, 4, 8, ahead=True, columns=True),
     "short groups": Config(8, 16, 4, 1, ahead=True, columns=True),
@@ -1126,6 +1128,8 @@ def _fwd_config(problem: "_Sizes") -> Config:
             return FORWARD[_narrow_groups(problem)]
         if problem.channels in range(97, 129) and problem.programs > 6 * 132:
             return FORWARD["wide groups"]
+        if problem.rank > 0 and problem.programs <= 132 and problem.length >= 128:
+            return FORWARD[_chained(problem)]
     if problem.programs < 132 and problem.length >= 512:
         return FORWARD["runs"]
     if problem.states > 1 and problem.programs < 1024:
@@ -1143,11 +1147,8 @@ def _apart(problem: "_Sizes") -> str:
     if problem.programs < 132:
         if problem.length < 512:
             return "few apart"
-        if problem.programs <= 4 and problem.length >= 1 << 17:
-            # Of a single large picture, runs that hand on would wait for each other most of the time.
-            return "runs"
         if problem.programs < 40:
-            return "chained"
+            return _chained(problem)
         # Two programs a multiprocessor, of four directions, or four.
         return "long apart" if problem.programs <= 66 else "short apart"
     if problem.channels < 128:
@@ -1157,11 +1158,18 @@ def _apart(problem: "_Sizes") -> str:
     return "wide apart" if problem.programs < 1024 else "many apart"
 
 
+def _chained(problem: "_Sizes") -> str:
+    """Name of the forward's configuration for runs that hand on."""
+    # Where few sequences are long, how often they wait for each other is what takes time.
+    sequences = problem.programs * (1 if problem.grouped else problem.count)
+    return "few chained" if sequences <= 16 and problem.length >= 1024 else "chained"
+
+
 def _narrow_groups(problem: "_Sizes") -> str:
     """Name of the forward's configuration for groups of few channels whose time steps need no tensor cores."""
     programs = problem.batch * problem.count * cdiv(problem.channels, 16)
     if programs < 100:
-        return "chained groups"
+        return "few chained groups" if programs <= 32 else "chained groups"
     if problem.length > 1024 and problem.channels > 16:
         return "long wider groups"
     if programs <= 4 * 132:
@@ -1345,7 +1353,8 @@ class _Problem(_Sizes):
         strides = math.gcd(self.count * self.channels, *(n for m in maps for n in _map_strides(m)))
         over = vector - math.gcd(self.channels, vector)
         room = cdiv(self.channels + over, config.BLOCK_D) == blocks
-        if not (self.grouped and self.channels % 16 > 0 and strides % vector == 0 and runs == 1 and room):
+        walked = runs == 1 or config.chained  # which `states` does not prepare
+        if not (self.grouped and self.channels % 16 > 0 and strides % vector == 0 and walked and room):
             return 0
         return 2 if over else 1
 
@@ -1480,7 +1489,7 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
     walks = problem.batch * problem.sequences * problem.count * blocks
     entries = words = None
     if config.chained and runs > 1 and tiles == problem.states == 1 and (apart or problem.grouped):
-        words = x.new_zeros(1 + walks * (runs + runs // GROUP.value) * config.BLOCK_D, dtype=torch.int64)
+        words = x.new_zeros(1 + walks * (runs + runs // config.group) * config.BLOCK_D, dtype=torch.int64)
     else:
         entries, _ = problem.enter(config)
     borders, count, border = None, 0, 0
@@ -1495,7 +1504,7 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
         scan2d_fwd_kernel, config, tensors, strides, x, out,
         alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, BORDER=border,
         SHORT=problem.rank in SHORT_RANKS and config.BLOCK_D <= 16, SHIFTED=problem.shifted(config, x, out),
-        COLUMNS=problem.columns_ahead(config),
+        COLUMNS=problem.columns_ahead(config), GROUP=config.group,
     )  # fmt: skip
     return maps
 
