@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.ops.harness import compare, randn, run
 from tests.tolerance import assert_close
-from vla.ops import conv_layer_norm, use_backend
+from vla.ops import _walk, conv_layer_norm, use_backend
 
 BACKENDS = ["torch", "triton"]
 # Pictures, channels of the output, side of the window, stride, padding.
@@ -20,6 +20,11 @@ CASES = [
     ((1, 1, 1, 1), 16, 1, 1, 0),
     ((1, 2, 7, 3), 5, (2, 3), 1, 2),
     ((3, 3, 9, 7), 80, 3, 2, 1),
+]
+MANY_CHANNELS = [
+    ((2, 32, 9, 12), 64, 3, 2, 1),
+    ((3, 16, 7, 5), 20, (4, 2), 1, 2),
+    ((1, 24, 8, 9), 16, 2, 3, 0),
 ]
 
 
@@ -59,6 +64,25 @@ def test_against_naive(backend, case, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bias_and_activation(backend):
     compare(backend, *make(CASES[0], torch.float32, bias=False))
+
+
+@pytest.mark.parametrize("act", [None, "gelu"])
+@pytest.mark.parametrize("case", MANY_CHANNELS, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_many_channels(dtype, case, act, monkeypatch):
+    """Maps with a result in 16 bits, or one in float32 of numbers that have 16, whose products are exact."""
+    for processors in (1, 5):
+        monkeypatch.setattr(_walk, "PROCESSORS", processors)
+        monkeypatch.setattr(_walk, "BLOCK_P", 16)
+        function, tensors = make(case, dtype)
+        compare("triton", function, tensors, act=act, dtype=dtype)
+        if dtype != torch.float32:
+            doubles = {n: t.double() for n, t in tensors.items()}
+            expected = run("naive", function, doubles, act=act, dtype=torch.float64)["output 0"]
+            with torch.no_grad(), use_backend("triton"):
+                y = function(**tensors, act=act, dtype=torch.float32)
+            assert y.dtype == torch.float32
+            assert_close("output", y, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
-from vla.ops import conv_norm_relu, use_backend
+from tests.tolerance import assert_close
+from vla.ops import _walk, conv_norm_relu, use_backend
 
 BACKENDS = ["torch", "triton"]
 
@@ -24,6 +25,7 @@ def make(size=(2, 5, 6, 7), out=8, kernel=(3, 3), normed=8, dtype=torch.float64)
 SHAPES = {
     "usual": (dict(size=(2, 32, 9, 11), out=32, normed=32), dict(padding_h=1, padding_w=1)),
     "repeated": (dict(size=(2, 24, 8, 6), out=16, kernel=(4, 3), normed=8), dict(padding_w=1)),
+    "many results": (dict(size=(2, 24, 5, 6), out=136, kernel=(4, 3), normed=68), dict(padding_w=1)),
     "one pixel": (dict(size=(1, 1, 1, 1), out=1, kernel=(1, 1), normed=1), {}),
     "wide padding": (dict(size=(3, 5, 2, 1), out=17, kernel=(5, 2), normed=17), dict(padding_h=3, padding_w=4)),
 }
@@ -37,10 +39,21 @@ def test_against_naive(backend, shape, dtype):
     compare(backend, conv_norm_relu, make(**arguments, dtype=dtype), **padding)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("processors", [1, 7])
+def test_many_rows_for_a_program(processors, shape, monkeypatch):
+    """Where there are enough columns to fill a GPU, a program walks down a part of the map or all of it."""
+    monkeypatch.setattr(_walk, "PROCESSORS", processors)
+    monkeypatch.setattr(_walk, "BLOCK_P", 16)
+    arguments, padding = SHAPES[shape]
+    compare("triton", conv_norm_relu, make(**arguments, dtype=torch.bfloat16), **padding)
+
+
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "part"])
-def test_layouts(backend, layout):
-    tensors = make((2, 5, 8, 9), dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(backend, layout, dtype):
+    tensors = make((2, 5, 8, 9), dtype=dtype)
     expected = run("naive", conv_norm_relu, {n: t.double() for n, t in tensors.items()})["output 0"]
     x = tensors["x"]
     if layout == "channels_last":
@@ -51,7 +64,7 @@ def test_layouts(backend, layout):
     with use_backend(backend):
         y = conv_norm_relu(**(tensors | {"x": x}))
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close("output", y, expected)
 
 
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -78,7 +78,8 @@ def conv_layer_norm(
 
     For a few channels, as a picture has: a kernel computes the convolution anew in the backward. The products are of
     numbers in the dtype of the result, everything else is computed in float32. The gradient of `x` is the one that is
-    left to PyTorch's own operators, with all of the operator where it is wanted.
+    left to PyTorch's own operators, with all of the operator where it is wanted. Maps of 16 channels or more in 16 bits
+    have a kernel for inference: for a float32 result too where `weight` has 16 bits, as the products then are the same.
 
     Args:
         x: Pictures (B, C, H, W), in any memory format.

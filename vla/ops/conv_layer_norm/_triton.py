@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import convolved_size
 from .._triton import cdiv, gelu, gelu_slope, kernel, next_power_of_2, sum_parts
+from .._walk import CHANNELS, add_rows, find_windows, launch, load_rows, load_taps, matrices, no_sums, suits, windows
 
 # The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
 
@@ -94,22 +95,24 @@ def _mean(chunks, D: tl.constexpr):
     total = tl.sum(chunks[0], 1)
     for i in tl.static_range(1, len(chunks)):
         total += tl.sum(chunks[i], 1)
-    return tl.div_rn(total, D)[:, None]
+    if D & (D - 1) == 0:  # the product is exact
+        total *= 1.0 / D
+    else:
+        total = tl.div_rn(total, D)
+    return total[:, None]
 
 
 @triton.jit
-def _normal(
-    patches,
-    weights,
-    inside,
-    eps,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The convolution with mean 0 and variance 1, and the inverse of its standard deviation, (BLOCK_P, 1)."""
+def _convolve(patches, weights):
     chunks = ()
     for i in tl.static_range(0, len(weights)):
         chunks = chunks + (tl.dot(patches, weights[i], input_precision="ieee"),)
+    return chunks
+
+
+@triton.jit
+def _normal(chunks, inside, eps, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The convolution with mean 0 and variance 1, and the inverse of its standard deviation, (BLOCK_P, 1)."""
     mean = _mean(chunks, D)
     centred = ()
     squares = ()
@@ -203,13 +206,80 @@ def conv_layer_norm_fwd_kernel(
             BLOCK_P,
             DTYPE,
         )
-        normal, _ = _normal(patches, weights, inside, eps, D, WIDTH)
+        normal, _ = _normal(_convolve(patches, weights), inside, eps, D, WIDTH)
         for i in tl.static_range(0, len(normal)):
             s = _affine(normal[i], norm_weight, norm_bias, i, D, WIDTH)
             if GELU:
                 s = gelu(s)
             d = i * WIDTH + tl.arange(0, WIDTH)[None, :]
             tl.store(y + pixel * D + d, s.to(y.dtype.element_ty), inside & (d < D))
+
+
+@kernel(do_not_specialize=["columns", "height", "width", "out_height", "out_width", "chunks", "rows"])
+def conv_layer_norm_walk_kernel(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    y,
+    eps,
+    columns,
+    height,
+    width,
+    out_height,
+    out_width,
+    chunks,
+    rows,
+    x_batch,
+    x_row,
+    x_column: tl.constexpr,
+    GELU: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`rows` rows of BLOCK_P columns of y (B, H', W', D), from x (B, H, W, C) and weight (KH, SIZE, D)."""
+    column, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * rows
+    column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = column < columns
+    image, column = column // out_width, (column % out_width).to(tl.int32)
+    left, top = column * STRIDE - LEFT, first * STRIDE - TOP
+    taps = load_taps(weight, tl.arange(0, WIDTH), D, KH, SIZE, LEAD, REST)
+    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
+    inside, d = inside[:, None], tl.arange(0, WIDTH // 2)[None, :]
+    norm_weight, norm_bias = _vector(norm_weight, 0, D, WIDTH), _vector(norm_bias, 0, D, WIDTH)
+    if bias is not None:
+        bias = _vector(bias, 0, D, WIDTH)
+
+    BEFORE: tl.constexpr = (KH - 1) // STRIDE
+    x += (image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column)[:, None]
+    y += ((image * out_height + (first - BEFORE)) * out_width + column)[:, None] * D + d
+    sums = no_sums(BEFORE, BLOCK_P, WIDTH)
+    for i in range(tl.minimum(rows, out_height - first) + BEFORE):
+        patches = load_rows(x, top + i * STRIDE, height, x_row, offsets, masks, STRIDE, DTYPE)
+        done, sums = add_rows(patches, taps, sums, KH, STRIDE, BLOCK_P, WIDTH)
+        if bias is not None:
+            done += bias
+        normal, _ = _normal((done,), inside, eps, D, WIDTH)
+        s = normal[0] * norm_weight + norm_bias
+        if GELU:
+            s = gelu(s)
+        # One half after the other, for which the same shared memory is enough.
+        lower, upper = tl.split(s.to(y.dtype.element_ty).reshape(BLOCK_P, 2, WIDTH // 2).permute(0, 2, 1))
+        tl.store(y, lower, inside & (d < D) & (i >= BEFORE))
+        tl.store(y + WIDTH // 2, upper, inside & (d + WIDTH // 2 < D) & (i >= BEFORE))
+        x += STRIDE * x_row
+        y += out_width * D
 
 
 @kernel
@@ -292,7 +362,7 @@ def conv_layer_norm_bwd_kernel(
             BLOCK_P,
             DTYPE,
         )
-        normal, inverse = _normal(patches, weights, inside, eps, D, WIDTH)
+        normal, inverse = _normal(_convolve(patches, weights), inside, eps, D, WIDTH)
         of_normal = ()
         products = ()
         scales = ()
@@ -334,6 +404,8 @@ _TILE = 32
 # Most programs of a kernel: in the backward as many single warps as fit on a GPU at once, which its registers decide.
 _FORWARD_PROGRAMS = 4224
 _BACKWARD_PROGRAMS = 1056
+# Channels from which on a row of a window is long enough for a product.
+_MANY = 16
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -364,6 +436,12 @@ def _arguments(
     return numbers, constants | dict(GELU=act == "gelu", STRIDE=stride, PADDING=padding)
 
 
+def _is_walked(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> bool:
+    """Whether many channels are multiplied in their 16 bits: exact for a wider result too, if weights have as few."""
+    channels = x.shape[1] >= _MANY and weight.shape[0] <= CHANNELS
+    return channels and x.dtype in (dtype, weight.dtype) and suits(x, weight, stride)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -378,7 +456,14 @@ def forward(
 ) -> Tensor:
     dtype = dtype or x.dtype
     y = x.new_empty(x.shape[0], *convolved_size(x, weight, stride, (padding, padding)), weight.shape[0], dtype=dtype)
-    if y.numel() > 0:
+    if y.numel() > 0 and _is_walked(x, weight, stride, dtype):
+        maps = windows(x, bits=True)
+        grid, numbers, constants = launch(maps, weight, x.dtype, y.shape[1:3], stride, (padding, padding))
+        vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+        conv_layer_norm_walk_kernel[grid](
+            maps, matrices(x, weight), *vectors, y, eps, *numbers, GELU=act == "gelu", **constants
+        )
+    elif y.numel() > 0:
         numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)
         programs = min(cdiv(numbers[0], _TILE), _FORWARD_PROGRAMS)
         vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
@@ -398,10 +483,12 @@ def backward(
     eps: float,
     act: str | None,
     dtype: torch.dtype | None,
-) -> list[Tensor | None]:
+) -> list[Tensor | None] | None:
     g = grads[0].permute(0, 2, 3, 1)
     if g.numel() == 0:
         return [None] * 5
+    if _is_walked(x, weight, stride, dtype or x.dtype):
+        return None
     numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype or x.dtype)
     rows, out = constants["TAPS"] + 2, weight.shape[0]
     # More numbers would not fit into the registers.

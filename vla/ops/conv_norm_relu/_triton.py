@@ -8,16 +8,86 @@ from torch import Tensor
 from .. import _ahead
 from .._checks import convolved_size
 from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
+from .._walk import add_rows, find_windows, launch, load_rows, load_taps, matrices, no_sums, suits, windows
 
 BLOCK_P = 128
-# Channels of maps from which on cuDNN's kernel is faster than the one here.
+# Channels of maps up to which programs walk, and from which on cuDNN's kernel is faster than those that do not.
 MANY = 32
+# Channels of results up to which reading x from shared memory for every product takes longer than the product.
+NARROW = 32
 
 
 @triton.jit
 def _channel(pointer, i, exists):
     """A number of every channel, (1, WIDTH)."""
     return tl.load(pointer + i, exists, 0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _norm(mean, var, norm_weight, norm_bias, eps, d, exists, NORMED: tl.constexpr):
+    """Factor and summand of the channels d."""
+    d %= NORMED
+    scale = _channel(norm_weight, d, exists) * tl.rsqrt(_channel(var, d, exists) + eps)
+    return scale, _channel(norm_bias, d, exists) - _channel(mean, d, exists) * scale
+
+
+@kernel(do_not_specialize=["columns", "height", "width", "out_height", "out_width", "chunks", "rows"])
+def conv_norm_relu_walk_kernel(
+    x,
+    weight,
+    mean,
+    var,
+    norm_weight,
+    norm_bias,
+    y,
+    eps,
+    columns,
+    height,
+    width,
+    out_height,
+    out_width,
+    chunks,
+    rows,
+    x_batch,
+    x_row,
+    x_column: tl.constexpr,
+    NORMED: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    LEAD: tl.constexpr,
+    REST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """`rows` rows of BLOCK_P columns and WIDTH channels of y (B, H', W', D), from x and weight (KH, SIZE, D)."""
+    BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    d = tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)
+    column, first = tl.program_id(0) // BLOCKS // chunks, tl.program_id(0) // BLOCKS % chunks * rows
+    column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = column < columns
+    image, column = column // out_width, (column % out_width).to(tl.int32)
+    left, top = column * STRIDE - LEFT, first * STRIDE - TOP
+    taps = load_taps(weight, d, D, KH, SIZE, LEAD, REST)
+    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
+    scale, shift = _norm(mean, var, norm_weight, norm_bias, eps, d, d < D, NORMED)
+
+    BEFORE: tl.constexpr = (KH - 1) // STRIDE
+    x += (image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column)[:, None]
+    y += ((image * out_height + (first - BEFORE)) * out_width + column)[:, None] * D + d[None, :]
+    sums = no_sums(BEFORE, BLOCK_P, WIDTH)
+    for i in range(tl.minimum(rows, out_height - first) + BEFORE):
+        patches = load_rows(x, top + i * STRIDE, height, x_row, offsets, masks, STRIDE, DTYPE)
+        done, sums = add_rows(patches, taps, sums, KH, STRIDE, BLOCK_P, WIDTH)
+        out = tl.maximum(done * scale + shift, 0.0).to(y.dtype.element_ty)
+        tl.store(y, out, inside[:, None] & (d < D)[None, :] & (i >= BEFORE))
+        x += STRIDE * x_row
+        y += out_width * D
 
 
 @kernel(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
@@ -69,11 +139,9 @@ def conv_norm_relu_fwd_kernel(
             sums += product(patch, tap, PRECISION)
         x += x_row
 
-    normed, exists = d % NORMED, d < D
-    scale = _channel(norm_weight, normed, exists) * tl.rsqrt(_channel(var, normed, exists) + eps)
-    out = (sums - _channel(mean, normed, exists)) * scale + _channel(norm_bias, normed, exists)
-    out = tl.maximum(out, 0.0).to(y.dtype.element_ty)
-    tl.store(y + pixel[:, None] * D + d[None, :], out, (pixel < pixels)[:, None] & exists[None, :])
+    scale, shift = _norm(mean, var, norm_weight, norm_bias, eps, d, d < D, NORMED)
+    out = tl.maximum(sums * scale + shift, 0.0).to(y.dtype.element_ty)
+    tl.store(y + pixel[:, None] * D + d[None, :], out, (pixel < pixels)[:, None] & (d < D)[None, :])
 
 
 @kernel
@@ -146,16 +214,24 @@ def forward(
     height, width = convolved_size(x, weight, 1, (padding_h, padding_w))
     size = x.shape[0], height, width, out_channels
     norm = [t.contiguous() for t in (mean, var, norm_weight, norm_bias)]
-    if 0 not in size and _is_for_cudnn(x, weight):
+    walked = channels <= MANY and suits(x, weight, 1)
+    if 0 not in size and not walked and _is_for_cudnn(x, weight):
         return _by_cudnn(x, weight, norm, (padding_h, padding_w), eps, size)
     y = x.new_empty(size)
     if y.numel() == 0:
+        return y.permute(0, 3, 1, 2)
+    if walked:
+        maps = windows(x, bits=out_channels <= NARROW)
+        grid, numbers, constants = launch(maps, weight, x.dtype, (height, width), 1, (padding_h, padding_w))
+        conv_norm_relu_walk_kernel[grid](
+            maps, matrices(x, weight), *norm, y, eps, *numbers, NORMED=len(mean), **constants
+        )
         return y.permute(0, 3, 1, 2)
     x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
     pixels = y.numel() // out_channels
     conv_norm_relu_fwd_kernel[(cdiv(pixels, BLOCK_P),)](
         x,
-        x.new_empty(kh, kw, channels, out_channels).copy_(weight.permute(2, 3, 1, 0)),
+        matrices(x, weight),
         *norm,
         y,
         pixels,
