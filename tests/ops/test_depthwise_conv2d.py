@@ -164,6 +164,30 @@ def test_strides():
     compare("triton", depthwise_conv2d, tensors, act="silu")
 
 
+ZEROS = [
+    ((2, 12, 5, 9), (3, 3), 4, "silu"),
+    ((1, 33, 7, 9), (3, 3), 7, "gelu"),
+    # Pairs of channels with single ones behind them, zeros in a block of their own, and many taps.
+    ((1, 6, 4, 5), (3, 3), 1, None),
+    ((1, 64, 3, 7), (1, 3), 8, "silu"),
+    ((3, 20, 3, 24), (7, 7), 4, None),
+    ((0, 12, 3, 4), (3, 3), 4, "silu"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, kernel, zeros, act", ZEROS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_behind_channels(backend, shape, kernel, zeros, act, dtype):
+    tensors = make(shape, kernel, True, dtype)
+    compare(backend, depthwise_conv2d, tensors, act=act, zeros=zeros)
+    for name in ["naive", backend]:
+        with use_backend(name):
+            y = depthwise_conv2d(**tensors, act=act, zeros=zeros)
+            assert y.shape == (shape[0], shape[1] + zeros, *shape[2:])
+            assert y.is_contiguous(memory_format=torch.channels_last) and (y[:, shape[1] :] == 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_far_from_zero(backend, act):
@@ -183,13 +207,13 @@ def test_gradcheck():
 
 class Conv(nn.Module):
     def forward(self, x, weight, bias):
-        return depthwise_conv2d(x, weight, bias, "silu")
+        return depthwise_conv2d(x, weight, bias, "silu", zeros=4)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make((2, 8, 3, 5), (3, 3), True).values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), "silu", None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), "silu", None, 4)
     check_machinery(Conv(), tensors, torch.ops.vla.depthwise_conv2d.default, arguments)
 
 
@@ -201,6 +225,7 @@ def test_machinery():
         ({"weight": torch.ones(4, 2, 3, 3)}, r"weight has shape .* = \(8, 1, 3, 3\)"),
         ({"weight": torch.ones(8, 1, 2, 3)}, "weight has shape .* expected odd kh and kw"),
         ({"bias": torch.ones(8, 1)}, r"bias has shape \(8, 1\), expected \(C,\) = \(8,\)"),
+        ({"zeros": -1}, "zeros is -1, expected none or more"),
         ({"act": "relu"}, "act is 'relu', expected None or one of silu, gelu"),
     ],
 )

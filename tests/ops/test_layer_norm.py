@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kernels import need_triton
 from tests.ops.harness import check_machinery, compare, randn, run
 from vla.ops import add_layer_norm, layer_norm, use_backend
 
@@ -41,6 +42,9 @@ CASES = [
     ((33,), dict(gate=True), dict(groups=3)),
     ((2, 5, 20), {}, dict(columns=4)),
     ((9, 36), dict(gate=True), dict(groups=3, columns=4)),
+    # Groups of odd numbers of channels, in one chunk or several.
+    ((9, 348), dict(gate=True), dict(groups=4, columns=4)),
+    ((3, 5, 14), dict(gate=True, bias=False), dict(groups=2)),
 ]
 
 
@@ -165,6 +169,20 @@ def test_strides(layout, function, branch):
 
     for name, value in run("triton", of_views, tensors).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("channels, start, even", [(348, 348, 8), (14, 7, 2), (12, 0, 0), (12, 2, 4), (16, 8, 0)])
+def test_gate_between_words(channels, start, even):
+    """A part of wider rows of 16 bits, of which a kernel is told at multiples of how many bytes they begin."""
+    need_triton()
+    from vla.ops.layer_norm._triton import _evenness
+
+    tensors = make((2, 3, channels), torch.bfloat16, gate=True)
+    with use_backend("triton"):
+        expected = layer_norm(**tensors, groups=2)
+        tensors["gate"] = F.pad(tensors["gate"], (start, channels - start))[..., start : start + channels]
+        assert _evenness(tensors["gate"], 2 * channels) == even
+        assert torch.equal(layer_norm(**tensors, groups=2), expected)
 
 
 def test_deterministic():

@@ -162,6 +162,13 @@ def next_power_of_2(n: int) -> int:
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of positive numbers, in 2 instructions where a division takes 8 and is no more exact than 2e-7 either."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def softplus2(s):
     """`log2(1 + 2^s)`: softplus with the factor log2(e) on both sides, for the GPU's own exponential.
 

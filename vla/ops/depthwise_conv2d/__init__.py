@@ -12,7 +12,9 @@ _OP = "depthwise_conv2d"
 ACTIVATIONS = ("silu", "gelu")
 
 
-def _infer(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None) -> Tensor:
+def _infer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None, zeros: int
+) -> Tensor:
     check_ndim(_OP, "x", x, (4,), "(B, C, H, W)")
     batch, channels, height, width = x.shape
     check_ndim(_OP, "weight", weight, (4,), "(C, 1, kh, kw)")
@@ -24,18 +26,20 @@ def _infer(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtyp
         check_shape(_OP, "bias", bias, (channels,), "(C,)")
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f"{_OP}: act is {act!r}, expected None or one of {', '.join(ACTIVATIONS)}")
+    if zeros < 0:
+        raise ValueError(f"{_OP}: zeros is {zeros}, expected none or more")
     check_float(_OP, x=x, weight=weight, bias=bias)
     check_result_dtype(_OP, dtype)
-    return x.new_empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+    return x.new_empty(batch, height, width, channels + zeros, dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _flops(x, weight, bias, act, dtype) -> int:
+def _flops(x, weight, bias, act, dtype, zeros) -> int:
     return 2 * x[0] * x[1] * x[2] * x[3] * weight[2] * weight[3]
 
 
 operator = Operator(
     _OP,
-    "(Tensor x, Tensor weight, Tensor? bias, str? act, ScalarType? dtype) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, str? act, ScalarType? dtype, int zeros) -> Tensor",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -50,6 +54,7 @@ def depthwise_conv2d(
     bias: Tensor | None = None,
     act: str | None = None,
     dtype: torch.dtype | None = None,
+    zeros: int = 0,
 ) -> Tensor:
     r"""Depthwise convolution of stride 1, padded with zeros to the same size, and an activation, in one pass.
 
@@ -66,15 +71,17 @@ def depthwise_conv2d(
         bias: Bias, (C,).
         act: None, `'silu'` or `'gelu'` (with the exact error function).
         dtype: dtype of the result; None for that of `x`.
+        zeros: Channels of zeros behind those of the result, with which the pixels of any number of channels start at
+            addresses that tensor cores like.
 
     Returns:
-        Map (B, C, H, W), in channels-last memory.
+        Map (B, C + zeros, H, W), in channels-last memory.
 
     Raises:
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.depthwise_conv2d(x, weight, bias, act, dtype)
+        return torch.ops.vla.depthwise_conv2d(x, weight, bias, act, dtype, zeros)
     else:
-        return operator(x, weight, bias, act, dtype)
+        return operator(x, weight, bias, act, dtype, zeros)

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None, zeros: int = 0
+) -> Tensor:
     dtype = dtype or x.dtype
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     bias = None if bias is None else bias.to(dtype)
@@ -14,4 +16,4 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dty
         y = F.silu(y)
     elif act == "gelu":
         y = F.gelu(y)
-    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return F.pad(y.permute(0, 2, 3, 1), (0, zeros)).contiguous().permute(0, 3, 1, 2)

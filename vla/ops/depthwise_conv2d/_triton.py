@@ -8,19 +8,28 @@ from . import _triton_tiles as tiles
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None, flip: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str | None,
+    dtype: torch.dtype | None,
+    zeros: int = 0,
+    flip: bool = False,
 ) -> Tensor:
-    """The convolution, with `flip` its adjoint, as a channels-last map."""
-    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    """The convolution, with `flip` its adjoint, as a channels-last map with `zeros` channels behind it."""
+    batch, channels, height, width = x.shape
+    y = x.new_empty(batch, height, width, channels + zeros, dtype=dtype).permute(0, 3, 1, 2)
     if y.numel() > 0:
         x = strips.last(x)
-        kernels = tiles if tiles.suits(x, weight, y.dtype) else strips
+        kernels = tiles if zeros == 0 and tiles.suits(x, weight, y.dtype) else strips
         kernels.convolve(x, weight, bias, act, flip, y)
     return y
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None) -> Tensor:
-    return _convolved(x, weight, bias, act, dtype)
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None, zeros: int = 0
+) -> Tensor:
+    return _convolved(x, weight, bias, act, dtype, zeros)
 
 
 def backward(
@@ -30,8 +39,9 @@ def backward(
     bias: Tensor | None,
     act: str | None,
     dtype: torch.dtype | None,
+    zeros: int = 0,
 ) -> list[Tensor | None]:
-    g = grads[0]
+    g = grads[0][:, : x.shape[1]]
     if g.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, bias)]
     g, x = strips.last(g), strips.last(x)

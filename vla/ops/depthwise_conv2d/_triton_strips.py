@@ -17,6 +17,7 @@ from .._triton import (
     kernel,
     last_first,
     load_apart,
+    reciprocal,
     repeat,
     starts_at_pair,
     store_apart,
@@ -31,13 +32,6 @@ WIDE = 28
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x of positive numbers, in 2 instructions where a division takes 8 and is no more exact than 2e-7 either."""
-    root = tl.rsqrt(x)
-    return root * root
 
 
 @triton.jit
@@ -198,7 +192,7 @@ def correlate_taps(sums, rows, row, KH: tl.constexpr, KW: tl.constexpr):
 
 @kernel(
     do_not_specialize=[
-        *("channels", "height", "width", "strips", "segment"),
+        *("channels", "written", "height", "width", "strips", "segment"),
         *("x_batch", "x_row", "y_batch", "y_row"),
     ]
 )
@@ -208,6 +202,7 @@ def depthwise_conv2d_fwd_kernel(
     bias,
     y,
     channels,
+    written,
     height,
     width,
     strips,
@@ -229,11 +224,15 @@ def depthwise_conv2d_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A segment of the rows of BLOCK_S strips, BLOCK_C channels. Channels and strides come in multiples of VEC."""
+    """A segment of the rows of BLOCK_S strips, BLOCK_C channels. Channels and strides come in multiples of VEC.
+
+    What is written from `channels` on is zeros, as without taps and bias every activation gives.
+    """
     TOP: tl.constexpr = KH // 2
     LEFT: tl.constexpr = KW // 2
     channels *= VEC
-    blocks_c = tl.cdiv(channels, BLOCK_C)
+    written *= VEC
+    blocks_c = tl.cdiv(written, BLOCK_C)
     program = last_first()
     block_c = program % blocks_c
     strip = program // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
@@ -248,6 +247,7 @@ def depthwise_conv2d_fwd_kernel(
         start = load_apart(bias + channel, inside, 0.0).to(tl.float32)
 
     image, column = place(strip, width, COLUMNS)
+    _, inside = lanes(weight, block_c, strip, written, BLOCK_C)
     inside &= strip < strips
     x += image * x_batch * X_VEC + (column - LEFT) * x_column * X_VEC + x_channel
     y += image * y_batch * VEC + column * y_column * VEC + channel
@@ -459,14 +459,17 @@ def shares(strips: int, blocks: int, height: int, at_once: int) -> tuple[int, in
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, flip: bool, y: Tensor) -> None:
-    """Writes the convolution of a channels-last map, with `flip` its adjoint, to a channels-last map y."""
+    """Writes the convolution of a channels-last map, with `flip` its adjoint, to a channels-last map y.
+
+    Channels of y behind those of x are zeros.
+    """
     batch, channels, height, width = x.shape
-    kh, kw = weight.shape[2:]
+    written, (kh, kw) = y.shape[1], weight.shape[2:]
     is_large = kh * kw > SMALL
-    columns, vec = 7 if not is_large and (act != "gelu" or width <= WIDE) else 4, vec_of(x)
-    block_s, block_c = _tile(channels, kh * kw, vec)
+    columns, vec = 7 if not is_large and (act != "gelu" or width <= WIDE) else 4, vec_of(x, y)
+    block_s, block_c = _tile(written, kh * kw, vec)
     strips = batch * cdiv(width, columns)
-    programs = cdiv(strips, block_s) * cdiv(channels, block_c)
+    programs = cdiv(strips, block_s) * cdiv(written, block_c)
     segment = segment_of(programs, height, 1024 if is_large else 4096)
     if not is_large:
         # The longer the walks, the longer a GPU waits for the last ones.
@@ -478,6 +481,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, fl
         None if bias is None else bias.contiguous(),
         y,
         channels // vec,
+        written // vec,
         height,
         width,
         strips,

@@ -9,7 +9,9 @@ from torch import Tensor
 from .._checks import state_dtype
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dtype: torch.dtype | None, zeros: int = 0
+) -> Tensor:
     state = state_dtype(x, weight, bias)
     height, width = x.shape[2:]
     rows, columns = weight.shape[2:]
@@ -24,4 +26,4 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, dty
         y = y / (1 + torch.exp(-y))
     elif act == "gelu":
         y = y * (1 + torch.erf(y / math.sqrt(2))) / 2
-    return y.to(dtype or x.dtype).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return F.pad(y.to(dtype or x.dtype).permute(0, 2, 3, 1), (0, zeros)).contiguous().permute(0, 3, 1, 2)

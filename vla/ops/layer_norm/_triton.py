@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sum_parts
+from .. import _ahead
+from .._triton import LOG2E, as_rows, cdiv, kernel, last_first, next_power_of_2, reciprocal, sum_parts
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -24,12 +25,18 @@ def _channels(i, inside, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, inside, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """The rows that `pointer` (BLOCK_R, 1) points to, in float32."""
+def _load(pointer, inside, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr = 0):
+    """The rows that `pointer` (BLOCK_R, 1) points to, in float32.
+
+    EVEN: Bytes that all rows start at multiples of, where the compiler is to be told.
+    """
     chunks = ()
     for i in tl.static_range(0, (CHANNELS + WIDTH - 1) // WIDTH):
         channel, valid = _channels(i, inside, CHANNELS, WIDTH)
-        chunks = chunks + (tl.load(pointer + channel, valid, 0.0).to(tl.float32),)
+        pointers = pointer + channel
+        if EVEN:
+            pointers = tl.multiple_of(pointers, (1, EVEN))
+        chunks = chunks + (tl.load(pointers, valid, 0.0).to(tl.float32),)
     return chunks
 
 
@@ -98,6 +105,67 @@ def _standardize(row, inside, eps, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     return normal, inverse
 
 
+# A row may be a whole token. Its groups lie in several chunks, and two share one. Such rows are bound by instructions.
+
+
+@triton.jit
+def _times_silu(row, gate):
+    chunks = ()
+    for i in tl.static_range(0, len(row)):
+        chunks = chunks + (row[i] * (gate[i] * reciprocal(1.0 + tl.exp2(gate[i] * -LOG2E))),)
+    return chunks
+
+
+@triton.jit
+def _means_of_groups(row, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SQUARED: tl.constexpr):
+    """Means of each of the groups of CHANNELS, GROUPS tensors (BLOCK_R, 1), of their numbers or those squared."""
+    means = ()
+    for group in tl.static_range(0, GROUPS):
+        total = tl.zeros((row[0].shape[0], WIDTH), tl.float32)
+        for i in tl.static_range(group * CHANNELS // WIDTH, ((group + 1) * CHANNELS + WIDTH - 1) // WIDTH):
+            part = row[i]
+            channel = i * WIDTH + tl.arange(0, WIDTH)[None, :]
+            if i * WIDTH < group * CHANNELS:
+                part = tl.where(channel >= group * CHANNELS, part, 0.0)
+            if (i + 1) * WIDTH > (group + 1) * CHANNELS:
+                part = tl.where(channel < (group + 1) * CHANNELS, part, 0.0)
+            if SQUARED:
+                part = part * part
+            if i == group * CHANNELS // WIDTH:
+                total = part
+            else:
+                total += part
+        means = means + (tl.div_rn(tl.sum(total, 1)[:, None], CHANNELS),)
+    return means
+
+
+@triton.jit
+def _of_chunk(values, i: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """One value for each group, (BLOCK_R, 1), as the channels of chunk i have them."""
+    value = values[i * WIDTH // CHANNELS]
+    for group in tl.static_range(i * WIDTH // CHANNELS + 1, len(values)):
+        if group * CHANNELS < (i + 1) * WIDTH:
+            value = tl.where(i * WIDTH + tl.arange(0, WIDTH)[None, :] < group * CHANNELS, value, values[group])
+    return value
+
+
+@triton.jit
+def _standardize_groups(row, eps, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of groups of CHANNELS, each of mean 0 and variance 1."""
+    means = _means_of_groups(row, CHANNELS, GROUPS, WIDTH, False)
+    centred = ()
+    for i in tl.static_range(0, len(row)):
+        centred = centred + (row[i] - _of_chunk(means, i, CHANNELS, WIDTH),)
+    variances = _means_of_groups(centred, CHANNELS, GROUPS, WIDTH, True)
+    inverses = ()
+    for group in tl.static_range(0, GROUPS):
+        inverses = inverses + (tl.rsqrt(variances[group] + eps),)
+    normal = ()
+    for i in tl.static_range(0, len(row)):
+        normal = normal + (centred[i] * _of_chunk(inverses, i, CHANNELS, WIDTH),)
+    return normal
+
+
 @triton.jit
 def _affine(normal, weight, bias, channel, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows scaled and shifted by the parameters from `channel` (BLOCK_R, 1) on."""
@@ -118,6 +186,14 @@ def _silu(row):
         values = values + (row[i] * share,)
         slopes = slopes + (share * (1.0 + row[i] * (1.0 - share)),)
     return values, slopes
+
+
+@triton.jit
+def _store_columns(pointer, inside, COLUMNS: tl.constexpr, TAIL: tl.constexpr):
+    """A one and zeros, COLUMNS numbers, at most TAIL."""
+    column = tl.arange(0, TAIL)[None, :]
+    tail = tl.where(column == 0, 1.0, 0.0).to(pointer.dtype.element_ty)
+    tl.store(pointer + column, tail, inside & (column < COLUMNS))
 
 
 @triton.jit
@@ -155,10 +231,13 @@ def layer_norm_fwd_kernel(
     BLOCK_R: tl.constexpr,
     COLUMNS: tl.constexpr,
     TAIL: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
 
-    Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a factor.
+    A row may be INNER groups. Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a
+    factor. Rows of gate start at multiples of EVEN bytes, see `_load`.
     """
     program = last_first()
     channel = _first_channel(program, CHANNELS, GROUPS, BLOCK_R)
@@ -172,19 +251,22 @@ def layer_norm_fwd_kernel(
         row = _round(_add(row, added), total.dtype.element_ty)
         _store(total + start, row, inside, CHANNELS, WIDTH)
     if gate is not None:
-        z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH)
-    normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
+        z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH, EVEN)
+    if INNER > 1:
+        normal = _standardize_groups(row, eps, CHANNELS // INNER, INNER, WIDTH)
+    else:
+        normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
     out = _affine(normal, weight, bias, channel, CHANNELS, WIDTH)
     if gate is not None:
-        values, slopes = _silu(z)
-        out = _multiply(out, values)
+        if INNER > 1:
+            out = _times_silu(out, z)
+        else:
+            values, slopes = _silu(z)
+            out = _multiply(out, values)
     y += token * (GROUPS * CHANNELS + COLUMNS)
     _store(y + channel, out, inside, CHANNELS, WIDTH)
     if COLUMNS > 0:
-        column = tl.arange(0, TAIL)[None, :]
-        tail = tl.where(column == 0, 1.0, 0.0).to(y.dtype.element_ty)
-        is_last = channel == (GROUPS - 1) * CHANNELS
-        tl.store(y + GROUPS * CHANNELS + column, tail, inside & is_last & (column < COLUMNS))
+        _store_columns(y + GROUPS * CHANNELS, inside & (channel == (GROUPS - 1) * CHANNELS), COLUMNS, TAIL)
 
 
 @kernel
@@ -301,6 +383,29 @@ def _config(channels: int, groups: int) -> tuple[dict, int, int]:
     return constants, groups if reducible else block_r, groups // math.gcd(groups, block_r)
 
 
+@cache
+def _whole(channels: int) -> dict:
+    """Constants of the forward for rows of several groups: in narrow chunks, of which few have two groups."""
+    width = 32
+    while channels > 14 * width:
+        width *= 2
+    return dict(CHANNELS=channels, GROUPS=1, WIDTH=width, BLOCK_R=8, num_warps=4)
+
+
+def _inner(channels: int, groups: int) -> int:
+    """Groups that a row of the forward has: 1, or a token's few, told apart by masks, if they begin at odd places.
+
+    Groups of an odd number of channels would be read one channel at a time.
+    """
+    return groups if 1 < groups <= 8 and channels % 2 > 0 else 1
+
+
+def _evenness(x: Tensor | None, distance: int) -> int:
+    """Bytes, a power of two, that rows at this distance start at multiples of, if a compiler cannot tell; else 0."""
+    start = 0 if x is None else _ahead.address(x) % 16
+    return 0 if start == 0 else math.gcd(16, start, distance * x.element_size())
+
+
 def _empty(like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if like is None else torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -331,9 +436,11 @@ def forward(
     total = None if branch is None else _empty(x, sum_dtype)
     y = x.new_empty((*x.shape[:-1], x.shape[-1] + columns), dtype=dtype or sum_dtype)
     if x.numel() > 0:
+        inner = _inner(x.shape[-1] // groups, groups)
+        groups //= inner
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
-        constants, _, _ = _config(channels, groups)
+        constants = _config(channels, groups)[0] if inner == 1 else _whole(channels)
         (x, branch, gate), distances = _tokens(x, branch, gate)
         layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
             x,
@@ -351,6 +458,8 @@ def forward(
             **constants,
             COLUMNS=columns,
             TAIL=next_power_of_2(columns),
+            INNER=inner,
+            EVEN=_evenness(gate, distances[2]) if inner > 1 else 0,
         )
     return y, x.new_empty(0) if total is None else total
 

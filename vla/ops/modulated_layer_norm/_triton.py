@@ -6,13 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sum_parts
+from ..layer_norm._triton import _affine, _load, _multiply, _standardize, _store, _store_columns
 
 # Programs of the backward, as many as an H100 has at once of 512 channels. Each leaves partial sums.
 PROGRAMS = 264
 
 
 @triton.jit
-def _standardize(rows, exists, eps, CHANNELS: tl.constexpr):
+def _standardize_tile(rows, exists, eps, CHANNELS: tl.constexpr):
     """Rows of mean 0 and variance 1, zero where no channel exists, and one over their deviations, (BLOCK_R, 1)."""
     # A product with the reciprocal, or a division which is not exact, gives a row of equal numbers a variance.
     mean = tl.div_rn(tl.sum(rows, 1)[:, None], CHANNELS)
@@ -36,24 +37,23 @@ def modulated_layer_norm_fwd_kernel(
     n_row: tl.constexpr,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_R of the `count` rows; `pixels` rows share a row of gate."""
+    """BLOCK_R of the `count` rows, in chunks of channels; `pixels` rows share a row of gate."""
     row = last_first().to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    exists = channel < CHANNELS
-    inside = (row < count) & exists
-    rows = tl.load(a + row * a_row + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
-    rows *= tl.load(n + row * n_row + channel, inside, 0.0).to(tl.float32)
-    rows *= tl.load(gate + row // pixels * CHANNELS + channel, inside, 0.0).to(tl.float32)
-    rows, _ = _standardize(rows, exists, eps, CHANNELS)
-    rows *= tl.load(weight + channel, exists, 0.0).to(tl.float32)
-    rows += tl.load(bias + channel, exists, 0.0).to(tl.float32)
+    inside = row < count
+    rows = _load(a + row * a_row, inside, CHANNELS, WIDTH)
+    rows = _multiply(rows, _load(n + row * n_row, inside, CHANNELS, WIDTH))
+    # Of 32 bits unless there are more rows than that: a division of 64 takes three times the instructions.
+    picture = (row.to(count.dtype) // pixels).to(tl.int64)
+    rows = _multiply(rows, _load(gate + picture * CHANNELS, inside, CHANNELS, WIDTH))
+    normal, inverse = _standardize(rows, inside, eps, CHANNELS, WIDTH)
+    y += row * (CHANNELS + COLUMNS)
+    _store(y, _affine(normal, weight, bias, 0 * row, CHANNELS, WIDTH), inside, CHANNELS, WIDTH)
     if COLUMNS > 0:
-        rows = tl.where(channel == CHANNELS, 1.0, rows)
-    inside = (row < count) & (channel < CHANNELS + COLUMNS)
-    tl.store(y + row * (CHANNELS + COLUMNS) + channel, rows.to(y.dtype.element_ty), inside)
+        _store_columns(y + CHANNELS, inside, COLUMNS, TAIL)
 
 
 @kernel(do_not_specialize=["pixels"])
@@ -92,7 +92,7 @@ def modulated_layer_norm_bwd_kernel(
         a_rows = tl.load(a + row * a_row + channel, inside, 0.0).to(tl.float32)  # (BLOCK_R, WIDTH)
         n_rows = tl.load(n + row * n_row + channel, inside, 0.0).to(tl.float32)
         grad = tl.load(g + row * g_row + channel, inside, 0.0).to(tl.float32)
-        normal, inverse = _standardize(a_rows * n_rows * factors, exists, eps, CHANNELS)
+        normal, inverse = _standardize_tile(a_rows * n_rows * factors, exists, eps, CHANNELS)
         g_shift += grad
         g_scale += grad * normal
         grad *= scale
@@ -112,8 +112,19 @@ def modulated_layer_norm_bwd_kernel(
     tl.store(parts + CHANNELS + channel, tl.sum(g_shift, 0), exists)
 
 
+def _chunks(channels: int) -> dict[str, int]:
+    """Chunks of the forward's rows, and how many of those a program takes: one a warp, if it has more than 64 channels.
+
+    A thread has 4 channels of every chunk, and at most 6 chunks.
+    """
+    width = min(128, max(8, next_power_of_2(channels)))
+    while channels > 6 * width:
+        width *= 2
+    return dict(WIDTH=width, BLOCK_R=max(1, 512 // width), num_warps=min(32, max(4, width // 128)))
+
+
 def _tile(width: int) -> dict[str, int]:
-    """How many rows of so many columns a program takes at a time; a thread has 16 of their numbers."""
+    """How many rows of so many columns the backward takes at a time; a thread has 16 of their numbers."""
     width = next_power_of_2(width)
     return dict(WIDTH=width, BLOCK_R=max(1, min(4, 2048 // width)), num_warps=max(4, min(32, width // 512)))
 
@@ -133,7 +144,7 @@ def forward(
     if a.numel() == 0:
         return y.fill_(0)
     count, pixels = a.numel() // channels, a.shape[1] * a.shape[2]
-    a, n, tile = as_rows(a), as_rows(n), _tile(channels + columns)
+    a, n, tile = as_rows(a), as_rows(n), _chunks(channels)
     modulated_layer_norm_fwd_kernel[(cdiv(count, tile["BLOCK_R"]),)](
         a,
         n,
@@ -148,6 +159,7 @@ def forward(
         n.stride(0),
         CHANNELS=channels,
         COLUMNS=columns,
+        TAIL=next_power_of_2(columns),
         **tile,
     )
     return y
