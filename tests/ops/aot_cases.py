@@ -136,6 +136,9 @@ def _scan2d() -> Iterator[Case]:
     yield Case("groupmamba stage 2", f, arguments(128, 32, 28, 28, rank=2, grouped=True), (BF16,))
     yield Case("groupmamba stage 3", f, arguments(128, 87, 14, 14, rank=6, grouped=True), (BF16,))
     yield Case("groupmamba, one picture", f, arguments(1, 16, 56, 56, rank=1, grouped=True), (BF16,))
+    yield Case("groupmamba 1024 stage 2", f, arguments(8, 32, 128, 128, rank=2, grouped=True), (BF16,))
+    yield Case("groupmamba 1024 stage 3", f, arguments(8, 87, 64, 64, rank=6, grouped=True), (BF16,))
+    yield Case("groupmamba stage 3, one picture", f, arguments(1, 87, 64, 64, rank=6, grouped=True), (BF16,))
     yield Case("groupmamba_base", f, arguments(128, 24, 56, 56, rank=2, grouped=True), (BF16,))
     yield Case("groupmamba_base stage 2", f, arguments(128, 48, 28, 28, rank=3, grouped=True))
     yield Case("groupmamba_base stage 3", f, arguments(128, 106, 14, 14, rank=7, grouped=True), (BF16,))
@@ -311,11 +314,16 @@ def _conv_layer_norm() -> Iterator[Case]:
     def f(x: Tensor, **arguments) -> Tensor:
         return ops.conv_layer_norm(x.detach(), **arguments)
 
+    def narrow(x: Tensor, weight: Tensor, **arguments) -> Tensor:
+        return ops.conv_layer_norm(x.detach(), weight.to(x.dtype), **arguments)
+
     stem = dict(stride=2, padding=1, act="gelu", dtype=BF16)
     yield Case("vmamba", f, arguments(128, 224, 3, 48, 3, **stem))
     yield Case("vmamba base", f, arguments(128, 224, 3, 64, 3, **stem), (FP32,))
     yield Case("patches", f, arguments(128, 224, 3, 96, 4, stride=4, dtype=BF16), (FP32,))
     yield Case("odd", f, arguments(3, 33, 2, 20, 3, bias=False, stride=2), (FP32, FP16))
+    yield Case("groupmamba", narrow, arguments(128, 112, 32, 64, 3, stride=2, padding=1, dtype=FP32), (BF16,))
+    yield Case("odd, many channels", f, arguments(3, 9, 20, 33, 4, bias=False, act="gelu"), (FP16,))
 
 
 def _group_modulation() -> Iterator[Case]:
@@ -335,6 +343,18 @@ def _group_modulation() -> Iterator[Case]:
     yield Case("groupmamba stage 3", f, arguments(128, 14, 14, 348), (BF16,))
     yield Case("groupmamba base", f, arguments(128, 56, 56, 96), (BF16,))
     yield Case("one picture", f, arguments(1, 14, 14, 348), (BF16,))
+
+    def streams(*size):
+        def make(dtype: torch.dtype) -> dict:
+            vectors = dict(stream_norm_weight=weight(size[-1]), stream_norm_bias=weight(size[-1]), norm_dtype=dtype)
+            return arguments(*size)(dtype) | vectors | dict(stream=rows(FP32, *size))
+
+        return make
+
+    f = ops.group_modulation_add_norm
+    yield Case("norm, groupmamba", f, streams(128, 56, 56, 64), (BF16,))
+    yield Case("norm, groupmamba stage 2", f, streams(128, 28, 28, 128), (BF16, FP16))
+    yield Case("norm, groupmamba base", f, streams(128, 56, 56, 96), (BF16,))
 
 
 def _modulated_layer_norm() -> Iterator[Case]:
@@ -410,6 +430,24 @@ def _conv_gelu_linear() -> Iterator[Case]:
     yield Case("groupmamba base stage 2", f, arguments(1536, (28, 28), 192), (BF16,))
     yield Case("odd", f, arguments(33, (9, 7), 300), (FP16,))
 
+    def streams(channels, size, out, stream=torch.float32, branch=False, with_sum=True):
+        def make(dtype: torch.dtype) -> dict:
+            norm = dict(stream=rows(stream, 128, *size, out), norm_weight=weight(out), norm_bias=weight(out))
+            norm |= dict(branch=rows(dtype, 128, *size, out)) if branch else {}
+            return arguments(channels, size, out)(dtype) | norm | dict(dtype=dtype, with_sum=with_sum)
+
+        return make
+
+    f = ops.conv_gelu_linear_add_norm
+    yield Case("norm, groupmamba stage 1", f, streams(512, (56, 56), 64), (BF16,))
+    yield Case("norm, groupmamba stage 1, branch", f, streams(512, (56, 56), 64, branch=True), (BF16,))
+    yield Case("norm, groupmamba stage 1, last", f, streams(512, (56, 56), 64, branch=True, with_sum=False), (BF16,))
+    yield Case("norm, groupmamba stage 2", f, streams(1024, (28, 28), 128), (BF16,))
+    yield Case("norm, groupmamba stage 2, branch", f, streams(1024, (28, 28), 128, branch=True), (BF16,))
+    yield Case("norm, groupmamba base stage 1", f, streams(768, (56, 56), 96), (BF16,))
+    yield Case("norm, odd", f, streams(33, (9, 7), 130, FP16, branch=True), (FP16,))
+    yield Case("norm, wide", f, streams(33, (9, 7), 300), (FP16,))
+
 
 def _mlp() -> Iterator[Case]:
     def arguments(channels, hidden, *size, out=None, bias=True, act="gelu"):
@@ -442,6 +480,7 @@ def _depthwise_conv2d() -> Iterator[Case]:
     f = ops.depthwise_conv2d
     yield Case("vmamba", f, arguments(maps, (3, 3), "silu", False, 128, 96, 56, 56))
     yield Case("groupmamba", f, arguments(maps, (3, 3), "silu", True, 128, 348, 14, 14), (BF16,))
+    yield Case("zeros", f, arguments(maps, (3, 3), "silu", True, 8, 348, 64, 64, zeros=4), (BF16,))
     yield Case("groupmamba mlp", f, arguments(maps, (3, 3), "gelu", True, 128, 512, 56, 56), (BF16,))
     yield Case("groupmamba 1024", f, arguments(maps, (3, 3), "silu", True, 8, 64, 256, 256), (BF16,))
     yield Case("mambavision", f, arguments(maps, (1, 3), "silu", False, 128, 320, 1, 196), (BF16,))

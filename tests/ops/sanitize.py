@@ -42,7 +42,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     two_layers,
     wkv6,
 )
-from vla.ops import channel_gate, conv_gelu_linear, conv_norm_relu  # noqa: E402
+from vla.ops import channel_gate, conv_gelu_linear, conv_gelu_linear_add_norm, conv_norm_relu  # noqa: E402
 
 CASES: dict[str, Case] = {
     "selective_scan": scan(2, 37, 197, 1),
@@ -111,6 +111,16 @@ CASES: dict[str, Case] = {
     ),
     "conv_gelu_linear": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 9, 11, 67), 33), {}),
     "conv_gelu_linear ahead": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 16, 8, 256), 64), {}),
+    "conv_gelu_linear norm": (
+        conv_gelu_linear_add_norm,
+        lambda: test_conv_gelu_linear.make_all((3, 9, 11, 67), 33),
+        {},
+    ),
+    "conv_gelu_linear norm ahead": (
+        conv_gelu_linear_add_norm,
+        lambda: test_conv_gelu_linear.make_all((3, 16, 8, 256), 64),
+        {},
+    ),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),
@@ -122,7 +132,7 @@ def main(names: list[str]) -> None:
         if names and name.split()[0] not in names:
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            if function in (conv_gelu_linear, mlp) and dtype == torch.float32:
+            if function in (conv_gelu_linear, conv_gelu_linear_add_norm, mlp) and dtype == torch.float32:
                 continue  # has kernels for 16 bits only
             run("triton", function, {n: t if t is None else t.to(dtype) for n, t in make().items()}, **options)
             torch.cuda.synchronize()

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
-from tests.tolerance import assert_close
-from vla.ops import conv_gelu_linear, use_backend
+from tests.tolerance import RELATIVE, assert_close
+from vla.ops import conv_gelu_linear, conv_gelu_linear_add_norm, use_backend
 from vla.ops.conv_gelu_linear._triton import _pairs
 
 DTYPES = [("torch", torch.float32), *((b, d) for b in ("torch", "triton") for d in (torch.bfloat16, torch.float16))]
@@ -19,6 +19,17 @@ def make(shape, out, dtype=torch.float64):
     tensors = {"x": normal(*shape), "weight": normal(channels, 1, 3, 3) / 3, "bias": normal(channels)}
     tensors |= {"out_weight": normal(out, channels) / channels**0.5, "out_bias": normal(out)}
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def make_all(shape, out, dtype=torch.float64, stream=None, branch=True):
+    """Those of the layers with residual connection and norm."""
+    normal, size = randn(1), (*shape[:3], out)
+    tensors = {"stream": normal(*size), "norm_weight": normal(out), "norm_bias": normal(out)}
+    if branch:
+        tensors["branch"] = normal(*size)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors["stream"] = tensors["stream"].to(stream or dtype)
+    return make(shape, out, dtype) | tensors
 
 
 SHAPES = {
@@ -36,12 +47,68 @@ def test_against_naive(backend, dtype, shape):
     compare(backend, conv_gelu_linear, make(*SHAPES[shape], dtype=dtype))
 
 
+# The norm of a single channel is its shift whatever that is.
+NORMED = SHAPES | {"one pixel": ((2, 1, 1, 1), 3)}
+
+
+@pytest.mark.parametrize("shape", NORMED)
+@pytest.mark.parametrize("stream", [None, torch.float32], ids=["narrow", "wide"])
+@pytest.mark.parametrize("backend, dtype", DTYPES, ids=str)
+def test_norm_against_naive(backend, dtype, stream, shape):
+    """A stream in the map's dtype with a branch, one in float32 alone, as under autocast."""
+    tensors = make_all(*NORMED[shape], dtype=dtype, stream=stream, branch=stream is None)
+    options = dict(eps=1e-3, dtype=None if stream is None else dtype)
+    # What is added has the map's precision.
+    compare(backend, conv_gelu_linear_add_norm, tensors, RELATIVE[dtype], **options)
+
+
 def test_definition_is_pytorch():
     tensors = make((2, 5, 6, 8), 4)
     x, weight, bias, out_weight, out_bias = tensors.values()
     hidden = F.gelu(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=8)).permute(0, 2, 3, 1)
     with use_backend("naive"):
         assert_close("output", conv_gelu_linear(**tensors), F.linear(hidden, out_weight, out_bias))
+
+
+def test_norm_is_pytorch():
+    tensors = make_all((2, 5, 6, 8), 4)
+    layers = {name: tensors[name] for name in ("x", "weight", "bias", "out_weight", "out_bias")}
+    with use_backend("naive"):
+        total = tensors["stream"] + tensors["branch"] + conv_gelu_linear(**layers)
+        norm = F.layer_norm(total, (4,), tensors["norm_weight"], tensors["norm_bias"], 1e-3)
+        for name, actual, expected in zip(
+            ("sum", "norm"), conv_gelu_linear_add_norm(**tensors, eps=1e-3), (total, norm), strict=True
+        ):
+            assert_close(name, actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
+def test_dtypes_of_results(backend):
+    """As PyTorch promotes a sum, and as asked for."""
+    tensors = make_all((1, 2, 3, 8), 4, torch.bfloat16, stream=torch.float16)
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        with use_backend(backend):
+            total, norm = conv_gelu_linear_add_norm(**tensors, dtype=dtype)
+        assert (total.dtype, norm.dtype) == (torch.float32, expected)
+
+
+@pytest.mark.parametrize("out", [8, 200])
+@pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
+def test_norm_without_its_sum(backend, out):
+    tensors = make_all((1, 9, 3, 8), out, torch.bfloat16)
+    with use_backend(backend):
+        _, expected = conv_gelu_linear_add_norm(**tensors)
+        total, norm = conv_gelu_linear_add_norm(**tensors, with_sum=False)
+    assert torch.equal(norm, expected) and total.shape == (0,)
+
+
+def test_stream_is_as_exact_as_it_comes():
+    """What is added to a stream in float32 is rounded to no fewer bits on the way, nor is the stream."""
+    tensors = make_all((1, 8, 8, 32), 16, torch.bfloat16, stream=torch.float32, branch=False)
+    zeros = {name: torch.zeros_like(tensors[name]) for name in ("out_weight", "out_bias")}
+    with use_backend("triton"):
+        total, _ = conv_gelu_linear_add_norm(**tensors | zeros)
+    assert torch.equal(total, tensors["stream"])
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "triton"])
@@ -76,6 +143,8 @@ def test_memory_from_outside():
 def test_empty_batch(backend):
     results = run(backend, conv_gelu_linear, make((0, 4, 3, 8), 5, torch.bfloat16))
     assert results["output 0"].shape == (0, 4, 3, 5)
+    results = run(backend, conv_gelu_linear_add_norm, make_all((0, 4, 3, 8), 5, torch.bfloat16))
+    assert results["output 0"].shape == results["output 1"].shape == (0, 4, 3, 5)
 
 
 class Layers(nn.Module):
@@ -83,11 +152,28 @@ class Layers(nn.Module):
         return conv_gelu_linear(x, weight, bias, out_weight, out_bias)
 
 
+class AllLayers(nn.Module):
+    def forward(self, x, weight, bias, out_weight, out_bias, stream, norm_weight, norm_bias):
+        total, norm = conv_gelu_linear_add_norm(
+            x, weight, bias, out_weight, out_bias, stream, norm_weight, norm_bias, dtype=torch.float32
+        )
+        return total + norm
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make((2, 3, 4, 6), 5).values())
     arguments = tuple(t.clone().requires_grad_() for t in tensors)
-    check_machinery(Layers(), tensors, torch.ops.vla.conv_gelu_linear.default, arguments)
+    nothing = (None, None, None, None, 0.0, None, False)
+    check_machinery(Layers(), tensors, torch.ops.vla.conv_gelu_linear.default, arguments + nothing)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery_with_norm():
+    tensors = tuple(make_all((2, 3, 4, 6), 5, branch=False).values())
+    *layers, stream, norm_weight, norm_bias = (t.clone().requires_grad_() for t in tensors)
+    arguments = (*layers, stream, stream, norm_weight, norm_bias, 1e-5, None, True)
+    check_machinery(AllLayers(), tensors, torch.ops.vla.conv_gelu_linear.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +192,22 @@ def test_bad_arguments(change, message):
         conv_gelu_linear(**(make((2, 3, 4, 6), 5) | change))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stream": torch.ones(2, 3, 5, 4)}, r"stream has shape .*, expected \(B, H, W, D\) = \(2, 3, 4, 5\)"),
+        ({"branch": torch.ones(3, 4, 5)}, r"branch has shape .*, expected \(B, H, W, D\) = \(2, 3, 4, 5\)"),
+        ({"norm_weight": torch.ones(6)}, r"norm_weight has shape \(6,\), expected \(D,\) = \(5,\)"),
+        ({"norm_bias": torch.ones(1, 5)}, r"norm_bias has shape \(1, 5\), expected \(D,\) = \(5,\)"),
+    ],
+)
+def test_bad_arguments_of_the_norm(change, message):
+    with pytest.raises(ValueError, match=f"^conv_gelu_linear: {message}"):
+        conv_gelu_linear_add_norm(**(make_all((2, 3, 4, 6), 5) | change))
+
+
 def test_bad_dtype():
     with pytest.raises(TypeError, match="^conv_gelu_linear: weight has dtype torch.int64"):
         conv_gelu_linear(**(make((2, 3, 4, 6), 5) | {"weight": torch.ones(6, 1, 3, 3, dtype=torch.int64)}))
+    with pytest.raises(TypeError, match="^conv_gelu_linear: dtype is torch.int8"):
+        conv_gelu_linear_add_norm(**make_all((2, 3, 4, 6), 5), dtype=torch.int8)

@@ -37,6 +37,7 @@ from vla.ops import (
     bi_wkv,
     bias_gelu,
     conv_gelu_linear,
+    conv_gelu_linear_add_norm,
     conv_layer_norm,
     depthwise_conv2d,
     group_modulation,
@@ -246,6 +247,34 @@ def test_convolution_to_linear(shape, out, dtype):
         y, again = conv_gelu_linear(**tensors), conv_gelu_linear(**tensors)
     assert torch.equal(y, again)
     assert_close("output", y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("branch", [False, True], ids=["stream", "branch"])
+@pytest.mark.parametrize(
+    "shape, out",
+    [
+        ((9, 56, 56, 512), 64),
+        ((9, 28, 28, 1024), 128),
+        ((3, 56, 56, 768), 96),
+        ((5, 57, 31, 256), 64),
+        ((2, 19, 9, 90), 70),
+    ],
+    ids=str,
+)
+def test_convolution_to_norm(shape, out, branch, dtype):
+    """The same with a stream in float32, and the norm behind it."""
+    tensors = test_conv_gelu_linear.make_all(shape, out, dtype, torch.float32, branch)
+    with use_backend("torch"):
+        exact = {n: t.double() for n, t in tensors.items()}
+        expected = conv_gelu_linear_add_norm(**exact)
+    with torch.no_grad(), use_backend("triton"):
+        results, again = (conv_gelu_linear_add_norm(**tensors, dtype=dtype) for _ in range(2))
+        _, norm = conv_gelu_linear_add_norm(**tensors, dtype=dtype, with_sum=False)
+    assert all(map(torch.equal, results, again)) and torch.equal(norm, results[1])
+    # What is added has the map's precision.
+    assert_close("sum", results[0], expected[0], RELATIVE[dtype])
+    assert_close("norm", results[1], expected[1])
 
 
 # Arguments with a dimension for the batch, in some operators.

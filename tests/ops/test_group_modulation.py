@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
-from vla.ops import group_modulation, use_backend
+from tests.tolerance import RELATIVE
+from vla.ops import group_modulation, group_modulation_add_norm, use_backend
 from vla.ops.group_modulation import operator
 
 BACKENDS = ["torch", "triton"]
 
 
-def make(shape, groups=4, dtype=torch.float64):
-    """Tensor arguments by name."""
+def make(shape, groups=4, dtype=torch.float64, stream=None):
+    """Tensor arguments by name, with a stream of that dtype if one is given."""
     normal, channels = randn(0), shape[3]
     tensors = {name: normal(*shape) for name in ("y", "z", "n")}
     tensors["gate"] = normal(shape[0], channels)
@@ -23,7 +24,11 @@ def make(shape, groups=4, dtype=torch.float64):
     width = channels // groups
     tensors["out_proj"] = normal(groups, width, width) / width**0.5
     tensors["proj"] = normal(channels, channels) / channels**0.5
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if stream is not None:
+        tensors["stream"] = normal(*shape).to(stream)
+        tensors |= {name: normal(channels).to(dtype) for name in ("stream_norm_weight", "stream_norm_bias")}
+    return tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -37,6 +42,23 @@ def test_against_naive(backend, shape, groups, dtype):
     compare(backend, group_modulation, make(shape, groups, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, groups", [((2, 3, 5, 16), 4), ((3, 4, 7, 20), 1), ((2, 9, 8, 72), 4)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_of_the_stream_against_naive(backend, shape, groups, dtype):
+    # A wider stream's norm and gradient are no more exact than the rounded result.
+    options = dict(out_eps=1e-3, eps=1e-2, stream_eps=1e-1, relative=RELATIVE[dtype])
+    compare(backend, group_modulation_add_norm, make(shape, groups, dtype, torch.float32), **options, norm_dtype=dtype)
+    compare(backend, group_modulation_add_norm, make(shape, groups, dtype, stream=dtype), **options)
+
+
+def test_norm_of_other_streams():
+    """More channels than rows in registers have, and float64, which the kernel does not add."""
+    for channels, stream in ((148, torch.float32), (16, torch.float64)):
+        tensors = make((1, 9, 8, channels), 4, torch.bfloat16, stream)
+        compare("triton", group_modulation_add_norm, tensors, relative=RELATIVE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_rows(dtype, monkeypatch):
     monkeypatch.setattr(importlib.import_module("vla.ops.group_modulation._triton"), "MANY", 1)
@@ -48,16 +70,17 @@ def test_wide_gradients():
     tensors = make((1, 2, 3, 72), dtype=torch.bfloat16)
     backward = importlib.import_module("vla.ops.group_modulation._triton").backward
     grad = torch.ones(1, 2, 3, 72)
-    arguments = (*(tensors[name] for name in operator.arguments[:11]), 1e-5, 1e-5)
-    assert backward([grad], *arguments, torch.float32) is None
-    assert backward([grad.bfloat16()], *arguments, None) is not None
+    arguments = (*(tensors[name] for name in operator.arguments[:11]), None, None, None, 1e-5, 1e-5, 0.0)
+    assert backward([grad], *arguments, torch.float32, None) is None
+    assert backward([grad.bfloat16()], *arguments, None, None) is not None
     compare("triton", group_modulation, tensors, relative=2e-2, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 def test_empty_batch(backend):
-    results = run(backend, group_modulation, make((0, 3, 4, 8), dtype=torch.float32))
-    assert results["output 0"].shape == (0, 3, 4, 8)
+    for function, stream in ((group_modulation, None), (group_modulation_add_norm, torch.float32)):
+        results = run(backend, function, make((0, 3, 4, 8), dtype=torch.float32, stream=stream))
+        assert {results[f"output {i}"].shape for i in range(1 + (stream is not None))} == {(0, 3, 4, 8)}
 
 
 def test_strides():
@@ -90,8 +113,23 @@ NAMES = ("y", "z", "n", "gate", "out_norm_weight", "out_norm_bias", "out_proj", 
 def test_machinery():
     tensors = make((2, 3, 2, 8))
     tensors = tuple(tensors[name] for name in (*NAMES, "proj_bias"))
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-5, None)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), None, None, None, 1e-5, 1e-5, 0.0, None, None)
     check_machinery(End(), tensors, torch.ops.vla.group_modulation.default, arguments)
+
+
+class EndWithNorm(nn.Module):
+    def forward(self, y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, stream, sw, sb):
+        out, norm = group_modulation_add_norm(y, z, n, gate, ow, ob, out_proj, nw, nb, proj, pb, stream, sw, sb)
+        return out + norm
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_machinery_with_a_stream():
+    tensors = make((2, 3, 2, 8), stream=torch.float64)
+    names = (*NAMES, "proj_bias", "stream", "stream_norm_weight", "stream_norm_bias")
+    tensors = tuple(tensors[name] for name in names)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1e-5, 1e-5, 1e-5, None, None)
+    check_machinery(EndWithNorm(), tensors, torch.ops.vla.group_modulation.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +147,10 @@ def test_machinery():
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^group_modulation: {message}"):
         group_modulation(**(make((2, 3, 4, 8)) | change))
+
+
+@pytest.mark.parametrize("name", ["stream", "stream_norm_weight", "stream_norm_bias"])
+def test_bad_streams(name):
+    tensors = make((2, 3, 4, 8), stream=torch.float64)
+    with pytest.raises(ValueError, match=f"^group_modulation: {name} has shape"):
+        group_modulation_add_norm(**(tensors | {name: tensors[name][..., :4]}))

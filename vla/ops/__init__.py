@@ -4,11 +4,11 @@ from ._registry import use_backend
 from .bi_wkv import bi_wkv
 from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
-from .conv_gelu_linear import conv_gelu_linear
+from .conv_gelu_linear import conv_gelu_linear, conv_gelu_linear_add_norm
 from .conv_layer_norm import conv_layer_norm
 from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
-from .group_modulation import group_modulation
+from .group_modulation import group_modulation, group_modulation_add_norm
 from .grouped_linear import grouped_linear, grouped_linear_pair
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
@@ -31,12 +31,14 @@ __all__ = [
     "bias_gelu",
     "channel_gate",
     "conv_gelu_linear",
+    "conv_gelu_linear_add_norm",
     "conv_layer_norm",
     "conv_norm_relu",
     "cross_merge",
     "cross_scan",
     "depthwise_conv2d",
     "group_modulation",
+    "group_modulation_add_norm",
     "grouped_linear",
     "grouped_linear_pair",
     "layer_norm",

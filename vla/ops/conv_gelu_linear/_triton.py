@@ -6,8 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import at_most, cdiv, dot_add, gelu, kernel, lead_and_rest, load_apart, repeat, starts_at_pair, unpack
+from .._triton import (
+    at_most,
+    cdiv,
+    dot_add,
+    gelu,
+    kernel,
+    lead_and_rest,
+    load_apart,
+    repeat,
+    starts_at_pair,
+    tile_columns,
+    unpack,
+)
 from ..depthwise_conv2d._triton_strips import correlate, on_map
+from ..layer_norm import _triton as layer_norm
+from . import empty_results
 
 COLUMNS = 4
 # Pixels of a strip, of which a power of two can be rows of a product.
@@ -17,11 +31,10 @@ WIDEST = 192
 # Strips and channels of a program's block: two channels for each thread.
 BLOCK_S = 2
 BLOCK_C = 128
-# Rows of the next block that are loaded ahead where there are at most so many columns of the result, and registers that
-# leave room for three programs where there are fewer still.
-ROWS_AHEAD = 4
-FEW_COLUMNS = 96
-FEWER_COLUMNS = 64
+# Rows of the next block that are loaded ahead, by columns of the result up to which there are registers for them, and
+# registers that leave room for three programs where there are fewer columns still.
+ROWS_AHEAD = {96: 4, 128: 2}
+FEW_COLUMNS = 64
 REGISTERS = 168
 # Numbers between rows of which ten, a strip's with those around it, are no number of 32 bits.
 FAR = 2**27
@@ -86,34 +99,102 @@ def load_weight(
     EVEN_D: tl.constexpr,
 ):
     """The weight (D, C) from there on, (WIDTH, BLOCK_C)."""
-    d = first_d + tl.arange(0, WIDTH)[:, None]
-    c = first_c + tl.arange(0, BLOCK_C)[None, :]
-    pointers = weight + d.to(tl.int64) * C + c
+    d = tl.arange(0, WIDTH)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    pointers = weight + tl.cast(first_d, tl.int64) * C + first_c + (d * C + c)
     if EVEN_D and EVEN_C:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, (d < D) & (c < C), 0.0)
+        return tl.load(pointers, (first_d + d < D) & (first_c + c < C), 0.0)
 
 
 @triton.jit
-def store_columns(y, bias, total, pixel, exists, first_d, D: tl.constexpr):
-    """Stores columns from `first_d` on of pixels (M, 1) of y."""
-    d = first_d + tl.arange(0, total.shape[1])[None, :]
-    out = total + tl.load(bias + d, d < D, 0.0).to(tl.float32)
-    tl.store(y + pixel * D + d, out.to(y.dtype.element_ty), exists & (d < D))
+def columns_of(i, first_d, WIDTH: tl.constexpr, REST: tl.constexpr):
+    """Numbers (1, WIDTH) or (1, REST) of the columns of a program's tile i, of which the first has `first_d`."""
+    return (first_d + tile_columns(i, WIDTH, REST))[None, :]
 
 
-@kernel(do_not_specialize=["height", "width", "strips"])
+@triton.jit
+def load_vector(vector, d, D: tl.constexpr):
+    """Numbers d of a vector (D,)."""
+    return tl.load(vector + d, d < D, 0.0).to(tl.float32)
+
+
+@triton.jit
+def add_streams(
+    tiles,
+    stream,
+    branch,
+    total,
+    pixel,
+    exists,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+):
+    """Tiles of whole rows, of pixels (.., 1), added to those of maps and rounded as in `total`, where they may go."""
+    sums = ()
+    for i in tl.static_range(len(tiles)):
+        d = columns_of(i, 0, WIDTH, REST)
+        at, valid = pixel * D + d, exists & (d < D)
+        out = tl.load(stream + at, valid, 0.0).to(tl.float32)
+        if branch is not None:
+            out += tl.load(branch + at, valid, 0.0).to(tl.float32)
+        out = (out.reshape(tiles[i].shape) + tiles[i]).to(total.dtype.element_ty)
+        if WITH_SUM:
+            tl.store(total + at, out.reshape(at.shape), valid)
+        sums = sums + (out.to(tl.float32),)
+    return sums
+
+
+@triton.jit
+def mean_of_rows(tiles, D: tl.constexpr):
+    total = tl.sum(tiles[0], 1)
+    for i in tl.static_range(1, len(tiles)):
+        total += tl.sum(tiles[i], 1)
+    # A product with a rounded reciprocal, or a division which is not exact, gives a row of equal numbers a variance.
+    return (total * (1.0 / D) if D & (D - 1) == 0 else tl.div_rn(total, D))[:, None]
+
+
+@triton.jit
+def normalize(tiles, weight, bias, eps, D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
+    """Layer norm of tiles of whole rows, whose columns from D on are zero."""
+    mean = mean_of_rows(tiles, D)
+    centred = ()
+    squares = ()
+    for i in tl.static_range(len(tiles)):
+        d = columns_of(i, 0, WIDTH, REST)
+        centre = tl.where(d < D, tiles[i] - mean, 0.0)
+        centred = centred + (centre,)
+        squares = squares + (centre * centre,)
+    inverse = tl.rsqrt(mean_of_rows(squares, D) + eps)
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        d = columns_of(i, 0, WIDTH, REST)
+        out = out + (centred[i] * inverse * load_vector(weight, d, D) + load_vector(bias, d, D),)
+    return out
+
+
+@kernel(do_not_specialize=["height", "width", "strips", "strips_of_row", "segments"])
 def conv_gelu_linear_fwd_kernel(
     x,
     taps,
     bias,
     weight,
     out_bias,
+    stream,
+    branch,
+    norm_weight,
+    norm_bias,
+    total,
     y,
     height,
     width,
     strips,
+    strips_of_row,
+    segments,
+    eps,
     x_batch,
     x_row,
     x_column: tl.constexpr,
@@ -130,6 +211,7 @@ def conv_gelu_linear_fwd_kernel(
     REST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WITH_SUM: tl.constexpr,
 ):
     """WIDTH + REST columns of y for BLOCK_S strips of ROWS x COLUMNS pixels.
 
@@ -139,7 +221,6 @@ def conv_gelu_linear_fwd_kernel(
     strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     # Instead of one that does not exist the last one again, which is not stored.
     strip = tl.minimum(strip, strips - 1)
-    strips_of_row, segments = tl.cdiv(width, COLUMNS), tl.cdiv(height, ROWS)
     line = strip // strips_of_row
     row = line % segments * ROWS
     column = (strip % strips_of_row * COLUMNS).to(tl.int64)
@@ -151,9 +232,9 @@ def conv_gelu_linear_fwd_kernel(
     columns = on_map(column, whole, width, COLUMNS, 1, EVEN)
     rows = ((row > 0),) + (repeat(whole, ROWS) if EVEN else on_rows(row, height, ROWS)) + ((row + ROWS < height),)
 
-    dtype = y.dtype.element_ty
+    dtype = weight.dtype.element_ty
     first_d = tl.program_id(1) * (WIDTH + REST)
-    total = tl.zeros((BLOCK_S * PIXELS, WIDTH), tl.float32)
+    lead = tl.zeros((BLOCK_S * PIXELS, WIDTH), tl.float32)
     if REST > 0:
         rest = tl.zeros((BLOCK_S * PIXELS, REST), tl.float32)
     ahead = load_rows(x, x_row, x_column, columns, rows, whole, 0, AHEAD)
@@ -192,26 +273,41 @@ def conv_gelu_linear_fwd_kernel(
             parameters = load_parameters(taps, bias, next_c + c, whole, C)
         pixels = pixels + repeat(tl.zeros((BLOCK_S, BLOCK_C), dtype), PIXELS - ROWS * COLUMNS)
         hidden = pile(pixels, BLOCK_S, BLOCK_C)
-        total = dot_add(hidden, block.trans(), total)
+        lead = dot_add(hidden, block.trans(), lead)
         if REST > 0:
             block = load_weight(weight, first_d + WIDTH, first_c, REST, BLOCK_C, C, D, EVEN_C, EVEN_D)
             rest = dot_add(hidden, block.trans(), rest)
 
-    m = tl.arange(0, BLOCK_S * PIXELS)[:, None]
-    strip = tl.program_id(0) * BLOCK_S + m // PIXELS
+    # Rows of the product by strip, row and column: of one number, the compiler would find the rows of the weight in it.
+    strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
     line = strip // strips_of_row
-    row = line % segments * ROWS + m % PIXELS // COLUMNS
-    column = strip % strips_of_row * COLUMNS + m % COLUMNS
-    stored = (strip < strips) & (m % PIXELS < ROWS * COLUMNS) & (row < height) & (column < width)
+    row_of_strip = tl.arange(0, PIXELS // COLUMNS)[None, :, None, None]
+    row = line % segments * ROWS + row_of_strip
+    column = strip % strips_of_row * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
+    stored = (strip < strips) & (row_of_strip < ROWS) & (row < height) & (column < width)
     pixel = ((line // segments).to(tl.int64) * height + row) * width + column
-    store_columns(y, out_bias, total, pixel, stored, first_d, D)
+    tiles = (lead,)
     if REST > 0:
-        store_columns(y, out_bias, rest, pixel, stored, first_d + WIDTH, D)
+        tiles = tiles + (rest,)
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out = out + (tiles[i] + load_vector(out_bias, columns_of(i, first_d, WIDTH, REST), D),)
+    if stream is not None:
+        out = add_streams(out, stream, branch, total, pixel, stored, D, WIDTH, REST, WITH_SUM)
+        out = normalize(out, norm_weight, norm_bias, eps, D, WIDTH, REST)
+    for i in tl.static_range(len(out)):
+        d = columns_of(i, first_d, WIDTH, REST)
+        at = pixel * D + d
+        tl.store(y + at, out[i].to(y.dtype.element_ty).reshape(at.shape), stored & (d < D))
 
 
 def _rows(height: int) -> int:
     """Rows of a strip: the number that leaves fewer beside the map."""
     return min((8, 7), key=lambda rows: cdiv(height, rows) * rows)
+
+
+def _rows_ahead(columns: int) -> int:
+    return next((rows for most, rows in ROWS_AHEAD.items() if columns <= most), 0)
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -226,17 +322,37 @@ def _pairs(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    stream: Tensor | None,
+    branch: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    with_sum: bool,
+) -> tuple[Tensor, Tensor]:
     batch, height, width, channels = x.shape
     out = out_weight.shape[0]
-    y = x.new_empty(batch, height, width, out)
+    if stream is not None and out > WIDEST:
+        y, _ = forward(x, weight, bias, out_weight, out_bias, None, None, None, None, eps, None, False)
+        stream = stream if branch is None else stream + branch
+        y, total = layer_norm.forward(stream, y, norm_weight, norm_bias, None, 1, eps, dtype)
+        return y, total if with_sum else total.new_empty(0)
+    y, total = empty_results(x, out, stream, branch, dtype, with_sum)
     if y.numel() == 0:
-        return y
+        return y, total
     pairs, rows, widths = _pairs(x), _rows(height), lead_and_rest(min(out, WIDEST))
-    strips = batch * cdiv(height, rows) * cdiv(width, COLUMNS)
+    segments, strips_of_row = cdiv(height, rows), cdiv(width, COLUMNS)
+    strips = batch * segments * strips_of_row
     even, even_c = height % rows == 0 and width % COLUMNS == 0, channels % BLOCK_C == 0
     # Where a row has masks of its own, it would take long to compile.
-    ahead = ROWS_AHEAD if even and even_c and sum(widths) <= FEW_COLUMNS else 0
+    ahead = _rows_ahead(sum(widths)) if even and even_c else 0
+    vectors = (stream, branch, norm_weight, norm_bias)
     conv_gelu_linear_fwd_kernel[(cdiv(strips, BLOCK_S), cdiv(out, sum(widths)))](
         pairs,
         # Neighbouring channels next to each other.
@@ -244,10 +360,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
         bias.contiguous(),
         out_weight.to(x.dtype).contiguous(),
         out_bias.contiguous(),
+        *(None if t is None else t.contiguous() for t in vectors),
+        total,
         y,
         height,
         width,
         strips,
+        strips_of_row,
+        segments,
+        eps,
         pairs.stride(0),
         pairs.stride(1),
         pairs.stride(2),
@@ -264,7 +385,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bia
         REST=widths[1],
         BLOCK_S=BLOCK_S,
         BLOCK_C=BLOCK_C,
+        WITH_SUM=with_sum,
         num_warps=4,
-        **at_most(REGISTERS if ahead > 0 and sum(widths) <= FEWER_COLUMNS else None),
+        **at_most(REGISTERS if ahead > 0 and sum(widths) <= FEW_COLUMNS else None),
     )
-    return y
+    return y, total

@@ -14,7 +14,7 @@ from .._triton import LOG2E, as_rows, cdiv, kernel, next_power_of_2, product, pr
 from ..grouped_linear import _triton as grouped_linear
 from ..layer_norm import _triton as layer_norm
 from ..modulated_layer_norm import _triton as modulated_layer_norm
-from . import WHOLE, _torch
+from . import WHOLE, _torch, empty_results
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
 MANY = 2**12
@@ -90,6 +90,10 @@ def group_modulation_fwd_kernel(
     proj,
     proj_bias,
     out,
+    stream,
+    stream_norm_weight,
+    stream_norm_bias,
+    norm,
     count,
     pixels,
     y_row,
@@ -97,6 +101,7 @@ def group_modulation_fwd_kernel(
     n_row,
     out_eps,
     eps,
+    stream_eps,
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -106,6 +111,8 @@ def group_modulation_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """Every so many tiles of BLOCK_R of the `count` rows of y, z, n and out; `pixels` rows share a row of gate.
+
+    With a stream, `norm` receives the norm of its sum with out.
 
     A tile's columns are GROUPS groups, of which SIZE channels each exist. Both matrices are KEPT, or loaded for each
     tile.
@@ -143,7 +150,15 @@ def group_modulation_fwd_kernel(
             matrix = load_whole(proj, channel, exists, CHANNELS, dtype)
         rows = product(rows.to(dtype), matrix, PRECISION)
         rows += tl.load(proj_bias + channel, exists, 0.0).to(tl.float32)
-        tl.store(out + row * CHANNELS + channel, rows.to(out.dtype.element_ty), inside)
+        rows = rows.to(out.dtype.element_ty)
+        at = row * CHANNELS + channel
+        tl.store(out + at, rows, inside)
+        if stream is not None:
+            rows = rows.to(tl.float32) + tl.load(stream + at, inside, 0.0).to(tl.float32)
+            rows = normalize(rows, stream_eps, exists, CHANNELS)
+            rows *= tl.load(stream_norm_weight + channel, exists, 0.0).to(tl.float32)
+            rows += tl.load(stream_norm_bias + channel, exists, 0.0).to(tl.float32)
+            tl.store(norm + at, rows.to(norm.dtype.element_ty), inside)
 
 
 @kernel(do_not_specialize=["pixels"])
@@ -501,17 +516,31 @@ def forward(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
+    stream: Tensor | None,
+    stream_norm_weight: Tensor | None,
+    stream_norm_bias: Tensor | None,
     out_eps: float,
     eps: float,
+    stream_eps: float,
     dtype: torch.dtype | None,
-) -> Tensor:
+    norm_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     channels, (groups, size, _) = y.shape[3], out_proj.shape
+    vectors = (out_norm_weight, out_norm_bias, out_proj, norm_weight, norm_bias, proj, proj_bias)
     if size > WHOLE or y.dtype.itemsize > 2:
-        vectors = (out_norm_weight, out_norm_bias, out_proj, norm_weight, norm_bias, proj, proj_bias)
-        return _torch.forward(y, z, n, gate, *vectors, out_eps, eps, dtype)
-    out = y.new_empty(y.shape, dtype=dtype)
+        streams = (stream, stream_norm_weight, stream_norm_bias)
+        return _torch.forward(y, z, n, gate, *vectors, *streams, out_eps, eps, stream_eps, dtype, norm_dtype)
+    # Sums are float32 in the kernel.
+    is_exact = stream is not None and torch.float64 in (stream.dtype, norm_dtype)
+    if stream is not None and (channels > WHOLE or is_exact):
+        nothing = (None, None, None)
+        out, _ = forward(y, z, n, gate, *vectors, *nothing, out_eps, eps, 0.0, dtype, None)
+        vectors = (stream_norm_weight, stream_norm_bias)
+        norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype)
+        return out, norm
+    out, norm = empty_results(y, stream, dtype, norm_dtype)
     if out.numel() == 0:
-        return out
+        return out, norm
     count, pixels = y.numel() // channels, y.shape[1] * y.shape[2]
     gate, out_norm_weight, out_norm_bias = gate.contiguous(), out_norm_weight.contiguous(), out_norm_bias.contiguous()
     norm_weight, norm_bias, proj_bias = norm_weight.contiguous(), norm_bias.contiguous(), proj_bias.contiguous()
@@ -519,7 +548,7 @@ def forward(
         gated, _ = layer_norm.forward(y, None, out_norm_weight, out_norm_bias, z, groups, out_eps, y.dtype)
         a, _ = grouped_linear.forward(gated, out_proj, None)
         _normalize_and_project(a, n, gate, norm_weight, norm_bias, proj, proj_bias, out, eps)
-        return out
+        return out, norm
     maps = [as_rows(x) for x in (y, z, n)]
     strides = [x.stride(0) for x in maps]
     precision = product_precision(y)
@@ -530,14 +559,21 @@ def forward(
     if channels <= WHOLE:
         block_r, columns = 64 if count >= MANY else 16, _columns(channels, size, groups)
         programs = (2 if columns["WIDTH"] > 64 else 3) * PROGRAMS
+        streams = [None if t is None else t.contiguous() for t in (stream, stream_norm_weight, stream_norm_bias)]
+        if stream is not None and columns["WIDTH"] > 64:
+            # What 64 rows take besides would be spilled.
+            block_r, programs = min(block_r, 32), 3 * PROGRAMS
         group_modulation_fwd_kernel[(min(cdiv(count, block_r), programs),)](
             *first,
             *last,
+            *streams,
+            norm,
             count,
             pixels,
             *strides,
             out_eps,
             eps,
+            stream_eps,
             **columns,
             BLOCK_R=block_r,
             # Wide ones of TF32 are more than other GPUs' multiprocessors have memory for.
@@ -547,7 +583,7 @@ def forward(
             # Loads ahead would take the memory of a second program on a multiprocessor.
             num_stages=1,
         )
-        return out
+        return out, norm
     modulated = torch.empty_like(maps[0], memory_format=torch.contiguous_format)
     group_modulation_groups_kernel[(min(cdiv(count, 32), PROGRAMS) * groups,)](
         *first,
@@ -576,7 +612,7 @@ def forward(
         PRECISION=precision,
         num_warps=4,
     )
-    return out
+    return out, norm
 
 
 def _normalize_and_project(
@@ -626,9 +662,14 @@ def backward(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
+    stream: Tensor | None,
+    stream_norm_weight: Tensor | None,
+    stream_norm_bias: Tensor | None,
     out_eps: float,
     eps: float,
+    stream_eps: float,
     dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
 ) -> list[Tensor | None] | None:
     batch, channels, pixels = y.shape[0], y.shape[3], y.shape[1] * y.shape[2]
     groups, size, _ = out_proj.shape
@@ -636,7 +677,7 @@ def backward(
     maps = (grads[0], y, z, n)
     # Factors of float16 are multiplied as TF32, which takes twice the memory, and those of 32 bits as several of it.
     most = WHOLE if all(x.dtype == torch.bfloat16 for x in maps) else WHOLE // 2
-    if columns["WIDTH"] > most or any(x.dtype.itemsize > 2 for x in maps) or y.numel() == 0:
+    if stream is not None or columns["WIDTH"] > most or any(x.dtype.itemsize > 2 for x in maps) or y.numel() == 0:
         return None
     g, y, z, n = map(as_rows, maps)
     # Where gy will be, the gradient of out_proj's result is before.
@@ -725,4 +766,7 @@ def backward(
         g_norm_bias,
         g_proj,
         sums[channels * channels :],
+        None,
+        None,
+        None,
     ]

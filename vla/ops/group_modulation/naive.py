@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._checks import state_dtype
+from ..layer_norm import naive as layer_norm
 
 
 def _normalize(x: Tensor, eps: float) -> Tensor:
@@ -24,10 +25,15 @@ def forward(
     norm_bias: Tensor,
     proj: Tensor,
     proj_bias: Tensor,
+    stream: Tensor | None,
+    stream_norm_weight: Tensor | None,
+    stream_norm_bias: Tensor | None,
     out_eps: float,
     eps: float,
+    stream_eps: float,
     dtype: torch.dtype | None,
-) -> Tensor:
+    norm_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     state, groups = state_dtype(y, z, n), out_proj.shape[0]
     result_dtype = dtype or y.dtype
     y, z, n, gate, out_proj, proj = (t.to(state) for t in (y, z, n, gate, out_proj, proj))
@@ -36,4 +42,8 @@ def forward(
     y = torch.einsum("bhwki,koi->bhwko", y.unflatten(-1, (groups, -1)), out_proj).flatten(-2)
     a = y * n * gate[:, None, None]
     a = _normalize(a, eps) * norm_weight.to(state) + norm_bias.to(state)
-    return (a @ proj.T + proj_bias.to(state)).to(result_dtype)
+    out = (a @ proj.T + proj_bias.to(state)).to(result_dtype)
+    if stream is None:
+        return out, out.flatten()[:0].clone()
+    norm, _ = layer_norm.forward(stream, out, stream_norm_weight, stream_norm_bias, None, 1, stream_eps, norm_dtype)
+    return out, norm
