@@ -6,6 +6,8 @@ from torch import Tensor
 from .._triton import LOG2E, cdiv, kernel, next_power_of_2
 
 BLOCK_C = 128
+# Numbers of the first layer's weight that a program has in registers.
+LOADED = 2**14
 
 
 @kernel
@@ -21,15 +23,19 @@ def channel_gate_fwd_kernel(
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Some channels of one picture's gate, from hidden channels (WIDTH,) that every program of it computes."""
+    """Some channels of one picture's gate, from hidden channels (WIDTH,) that every program of it computes.
+
+    For those it reads BLOCK_I channels at a time.
+    """
     picture = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDTH)
     exists = h < HIDDEN
     hidden = tl.load(bias1 + h, exists, 0.0).to(tl.float32)
-    for first in range(0, CHANNELS, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
+    for first in range(0, CHANNELS, BLOCK_I):
+        c = first + tl.arange(0, BLOCK_I)
         row = tl.load(x + picture * x_row + c, c < CHANNELS, 0.0).to(tl.float32)
         block = tl.load(weight1 + h[:, None] * CHANNELS + c[None, :], exists[:, None] & (c < CHANNELS)[None, :], 0.0)
         hidden += tl.sum(block.to(tl.float32) * row[None, :], 1)
@@ -49,6 +55,7 @@ def forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: T
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     hidden = weight1.shape[0]
+    width = next_power_of_2(hidden)
     channel_gate_fwd_kernel[(batch, cdiv(channels, BLOCK_C))](
         x,
         weight1.contiguous(),
@@ -60,8 +67,9 @@ def forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: T
         x.stride(0),
         CHANNELS=channels,
         HIDDEN=hidden,
-        WIDTH=next_power_of_2(hidden),
+        WIDTH=width,
+        BLOCK_I=max(16, min(next_power_of_2(channels), LOADED // width)),
         BLOCK_C=BLOCK_C,
-        num_warps=4,
+        num_warps=8,
     )
     return out
