@@ -247,7 +247,7 @@ def suits(x: Tensor, projection: Tensor, training: bool) -> bool:
     be many beside these. And the backward divides the gradient by deviations, for which float16 has no range.
     """
     few = 2 * len(projection) <= x.shape[2] * x.shape[3]
-    return few and x.dtype == torch.bfloat16 and x.shape[1] <= (144 if training else 288)
+    return few and x.dtype == torch.bfloat16 and x.shape[1] <= (192 if training else 288)
 
 
 def to_save(x: Tensor) -> list[Tensor]:
