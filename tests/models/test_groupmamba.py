@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -28,8 +29,18 @@ from vla.layers.groupmamba import (
     block_diagonal,
     grouped_linear,
 )
+from vla.layers.repeat import Repeated
+from vla.models._hierarchical import Stage
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
-from vla.ops import conv_gelu_linear, cross_merge, cross_scan, use_backend
+from vla.ops import (
+    conv_gelu_linear,
+    conv_gelu_linear_add_norm,
+    conv_layer_norm,
+    cross_merge,
+    cross_scan,
+    group_modulation_add_norm,
+    use_backend,
+)
 from vla.ops.scan2d import DIRECTIONS
 
 INDEX = golden.index("groupmamba")
@@ -360,16 +371,25 @@ def test_first_convolution_of_blocks(channels):
 
 def test_stem_in_one_pass(monkeypatch):
     """How GPUs evaluate the stem."""
-    stem, x = Stem(3, 8, 16).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    stem, x = Stem(3, 16, 16).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
     for norm in (stem.norm1, stem.norm2, stem.norm3):
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             nn.init.normal_(tensor)
         nn.init.uniform_(norm.running_var, 0.5, 2)
+    for tensor in (stem.conv4.bias, stem.norm4.weight, stem.norm4.bias):
+        nn.init.normal_(tensor)
     with torch.no_grad():
         expected = stem(x)
         monkeypatch.setattr("vla.models.groupmamba.is_worth_launches", lambda x: True)
-        monkeypatch.setattr("vla.models.groupmamba.dtype_of_one_pass", lambda conv, norm, act, x: x.dtype)
+        monkeypatch.setattr("vla.models.groupmamba.dtype_of_inference", lambda x: x.dtype)
+        calls = Mock(side_effect=conv_layer_norm)
+        monkeypatch.setattr("vla.ops.conv_layer_norm", calls)
         assert_close("stem", stem(x), expected)
+        assert calls.call_count == 1
+        # Others wait for the modules' own calls.
+        stem.norm4.register_forward_hook(lambda module, args, y: None)
+        assert_close("stem", stem(x), expected)
+        assert calls.call_count == 1
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")
@@ -410,6 +430,17 @@ def test_aligned_linear(features, bias, trained):
             results.append([y, *(torch.autograd.grad(y.square().sum(), leaves) if trained else ())])
     for actual, expected in zip(*results, strict=True):
         assert_close("linear", actual, expected)
+
+
+@pytest.mark.parametrize("count, zeros", [(1, 0), (2, 0), (2, 3)])
+def test_block_diagonal(count, zeros):
+    """One product with the matrix is those of all groups, with zeros behind each of the results."""
+    weights = [torch.randn(3, 5, 4, dtype=torch.float64) for _ in range(count)]
+    x = torch.randn(7, 12, dtype=torch.float64)
+    y = (x @ block_diagonal(weights, zeros).T).view(7, count, 15 + zeros)
+    expected = [torch.einsum("bki,koi->bko", x.view(7, 3, 4), weight).flatten(1) for weight in weights]
+    assert_close("products", y[:, :, :15], torch.stack(expected, 1))
+    assert (y[:, :, 15:] == 0).all()
 
 
 def test_bias_of_rows_that_a_compiler_pads(monkeypatch):
@@ -518,7 +549,7 @@ def test_norms_write_columns(monkeypatch, dim, wide):
     monkeypatch.setattr(GroupMambaMixer, "ends_at_once", lambda self, y, n: False)
     y = run_blocks(blocks, x)
     # Gate, both projections in front of the scan, time steps, the end of the scan and of the mixer, the MLP.
-    assert seen == 2 * [dim, wide[0], dim, wide[0], wide[1], wide[2], 4 * dim]
+    assert seen == 2 * [dim, wide[0], wide[0], wide[0], wide[1], wide[2], 4 * dim]
     actual = torch.autograd.grad(y.square().sum(), leaves)
     for grad, other in zip(actual, expected, strict=True):
         assert_close("gradient", grad, other)
@@ -562,6 +593,135 @@ def test_contraction_at_once(monkeypatch):
         monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear", called)
         assert_close("output", mlp(x), expected)
     assert len(calls) == 1
+
+
+def blocks_at_once(monkeypatch) -> tuple[nn.Sequential, torch.Tensor, list]:
+    """Blocks whose MLPs are evaluated as large maps' on GPUs, such a map, and a list of the operator's calls to be."""
+    blocks = nn.Sequential(*(GroupMambaBlock(16, mlp_ratio=2.0) for _ in range(3))).double().eval()
+    calls = []
+
+    def called(*args):
+        calls.append(args)
+        return conv_gelu_linear_add_norm(*args)
+
+    monkeypatch.setattr(groupmamba, "BUSY", 1)
+    monkeypatch.setattr(groupmamba, "infers", lambda x: True)
+    monkeypatch.setattr(groupmamba, "takes_narrow_kernels", lambda x: True)
+    monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear_add_norm", called)
+    # As for large maps; a GPU repeats blocks for small ones.
+    monkeypatch.setattr(Repeated, "LIMIT", 0)
+    for leaf in blocks.parameters():
+        if leaf.dim() == 1:
+            nn.init.normal_(leaf)
+    return blocks, torch.randn(2, 16, 5, 6, dtype=torch.float64), calls
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_mlps_add_and_norm(monkeypatch, compiled):
+    """All but the last one do what the next block begins with."""
+    blocks, x, calls = blocks_at_once(monkeypatch)
+    with torch.no_grad():
+        expected = blocks(x)
+        run = torch.compile(run_blocks, fullgraph=True, backend="aot_eager") if compiled else run_blocks
+        assert_close("output", run(blocks, x), expected)
+    if not compiled:
+        assert len(calls) == 2
+        # The first half's sum, which there is already, is all that is added to; and the stream goes on.
+        assert all(args[8] is None and args[11] for args in calls)
+
+
+@torch.no_grad()
+def test_last_mlp_norms_for_the_stage(monkeypatch):
+    """Whose sum nobody needs."""
+    blocks, x, calls = blocks_at_once(monkeypatch)
+    norm = DEFAULT_NORM(16).double()
+    nn.init.normal_(norm.weight)
+    stage = Stage(nn.Identity(), list(blocks), norm)
+    assert_close("output", stage(x), norm(blocks(x)))
+    assert [args[11] for args in calls] == [True, True, False]
+    seen = []
+    norm.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert torch.equal(stage(x), seen[0]) and len(calls) == 5
+
+
+def test_mlps_add_and_norm_in_compiled_graphs(monkeypatch):
+    """Both summands of the first half, so that nobody writes their sum."""
+    blocks, x, _ = blocks_at_once(monkeypatch)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(run_blocks, fullgraph=True, backend=backend)(blocks, x)
+    operators = [node for node in graphs[0].graph.nodes if node.target is torch.ops.vla.conv_gelu_linear.default]
+    assert [node.args[6] is not None for node in operators] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "name", ["0.drop_path1", "0.ls2", "0.drop_path2", "0.mlp", "0.mlp.drop2", "1.mixer", "1.norm1", "1.mixer.norm", "1"]
+)
+@torch.no_grad()
+def test_mlps_add_and_norm_for_plain_modules(monkeypatch, name):
+    """Whoever waits for a module that is left out, or took its place, is heard."""
+    blocks, x, calls = blocks_at_once(monkeypatch)
+    expected, seen = blocks(x), []
+    handle = blocks.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close("output", run_blocks(blocks, x), expected)
+    assert seen and len(calls) == (0 if name == "1" else 1)
+    calls.clear()
+    handle.remove()
+    run_blocks(blocks, x)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_mlps_that_do_not_add(monkeypatch):
+    """Stochastic depth and learned scales are between MLP and sum, and there may be no MLP."""
+    blocks, x, calls = blocks_at_once(monkeypatch)
+    others = [GroupMambaBlock(16, drop_path=0.5), GroupMambaBlock(16, layer_scale=0.1).eval()]
+    for block in (*others, GroupMambaBlock(16, mlp_ratio=0.0)):
+        run_blocks(nn.Sequential(block.double(), blocks[1]), x)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "name", [None, "0.norm2", "0.ls1", "0.mixer", "0.mixer.norm", "0.mixer.proj", "0.mixer.ssm.out_norm"]
+)
+@torch.no_grad()
+def test_mixers_norm_for_the_mlp(monkeypatch, name):
+    """One operator ends the mixer and norms its sum with the stream, unless somebody waits for a module in it."""
+    blocks, x, calls = blocks_at_once(monkeypatch)
+    expected, seen, ends = blocks(x), [], []
+
+    def called(*args, **kwargs):
+        ends.append(args)
+        return group_modulation_add_norm(*args, **kwargs)
+
+    monkeypatch.setattr(groupmamba, "is_narrow", lambda x: True)
+    monkeypatch.setattr(groupmamba.ops, "group_modulation_add_norm", called)
+    if name is not None:
+        blocks.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close("output", run_blocks(blocks, x), expected)
+    assert len(calls) == 2 and len(ends) == (2 if name is None else 1)
+    assert name is None or seen
+    # The MLP adds both the stream and the branch, whose sum has not been written.
+    assert all(args[8] is not None for args in calls[name is not None :])
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="compares bits of the CPU's convolutions")
+@torch.no_grad()
+def test_norms_between_stages_are_narrow():
+    """Convolutions follow, which under autocast would round the same numbers."""
+    model, x = timm.create_model("groupmamba_atto").eval(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, features = model(x), model.forward_intermediates(x, intermediates_only=True)
+        *others, _ = model.stages
+        for stage in others:
+            stage.norm.narrow = False
+        assert torch.equal(model(x), logits)
+    assert [f.dtype for f in features] == 3 * [torch.bfloat16] + [torch.float32]
 
 
 @pytest.mark.parametrize("name", ["conv", "conv.act", "drop1", "fc2"])

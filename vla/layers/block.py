@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath, GluMlp, LayerScale2d, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
-from .hooks import has_hooks
+from .hooks import has_hooks, is_plain
 from .mlp import Mlp
 from .norm import LayerNorm2d, narrow
 from .repeat import Repeated, is_repeated
@@ -91,6 +91,10 @@ class ResidualBlock(Repeated):
     def summands(self, x: Tensor, y: Optional[Tensor]) -> tuple[Tensor, Tensor]:  # noqa: UP045
         """The block of `x + y` (of x without y), before its last sum: the residual stream, and what is added to it."""
         x, y = self.begin(x, y)
+        return self.halves(x, y)
+
+    def halves(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`summands` from what `begin` returns."""
         y = self.norm1(self.mix(y)) if self.post_norm else self.mix(y)
         y = self.ls1(y)
         if self.mlp is None:
@@ -107,6 +111,28 @@ class ResidualBlock(Repeated):
                 return self.norm1.add(x, y)
             x = x + y
         return x, x if self.post_norm else self.norm1(x)
+
+    @torch.jit.ignore
+    def first_norm(self) -> nn.Module | None:
+        """The norm of its sum that `begin` returns, if that is all it does."""
+        return None if self.post_norm else self.norm1
+
+    @torch.jit.ignore
+    def adds_and_norms(self, x: Tensor) -> bool:
+        """Whether there is an `add_and_norm` for maps like x, which a family's MLP may have a kernel for."""
+        return False
+
+    @torch.jit.ignore
+    def add_and_norm(self, x: Tensor, y: Tensor, norm: LayerNorm2d, with_sum: bool) -> tuple[Tensor | None, Tensor]:
+        """The block from what `begin` returns on, its last sum, and a norm of that.
+
+        Args:
+            x: The residual stream.
+            y: The input of the first half's mixer.
+            norm: The norm.
+            with_sum: Whether somebody needs the sum; else it is None.
+        """
+        raise NotImplementedError
 
     def mix(self, y: Tensor) -> Tensor:
         """The mixer of what `begin` returns."""
@@ -129,19 +155,39 @@ def _is_plain(block: nn.Module) -> bool:
     return getattr(type(block), "forward", None) is ResidualBlock.forward and not has_hooks(block)
 
 
-def run_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """`blocks(x)`, where a block's last sum and the norm that the next one begins with are one pass over memory."""
+def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """`blocks(x)`, where a block's last sum and the norm that follows it are one pass over memory.
+
+    Args:
+        blocks: The blocks.
+        x: A map (B, C, H, W).
+        norm: Norm of the result.
+    """
+
+    def close(x: Tensor) -> Tensor:
+        return x if norm is None else norm(x)
+
     # A graph that is traced has the blocks as modules.
     is_traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
     if is_traced or type(blocks) is not nn.Sequential or has_hooks(blocks) or is_repeated(x):
-        return blocks(x)
+        return close(blocks(x))
     # The operator keeps both summands for its backward, and takes the host longer than an addition.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return blocks(x)
-    y = None
-    for block in blocks:
-        if _is_plain(block):
-            x, y = block.summands(x, y)
-        else:
+        return close(blocks(x))
+    y, is_normed = None, False
+    for block, following in zip(blocks, [*blocks[1:], None], strict=False):
+        if not _is_plain(block):
             x, y = block(x if y is None else x + y), None
-    return x if y is None else x + y
+            continue
+        x, y = (x, y) if is_normed else block.begin(x, y)
+        next_norm = norm
+        if following is not None:
+            next_norm = following.first_norm() if _is_plain(following) else None
+        is_normed = is_plain(next_norm, LayerNorm2d) and block.adds_and_norms(x)
+        if is_normed:
+            x, y = block.add_and_norm(x, y, next_norm, with_sum=following is not None)
+        else:
+            x, y = block.halves(x, y)
+    if is_normed:
+        return y
+    return close(x if y is None else x + y)

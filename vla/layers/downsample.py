@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import conv_layer_norm
+from .aligned import Conv2d
 from .hooks import is_plain
 from .layout import channels_last
 from .norm import LayerNorm2d, autocast_dtype, narrow, takes_narrow_kernels
@@ -92,7 +93,7 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module], kernel_size: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=kernel_size // 2 if kernel_size % 2 else 0)
+        self.conv = Conv2d(dim, out_dim, kernel_size, stride=2, padding=kernel_size // 2 if kernel_size % 2 else 0)
         self.norm = norm_layer(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from ..ops._maps import with_columns
 from ..ops.group_modulation import WHOLE
 from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
+from .aligned import ALIGNMENT, is_worth_launches
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
-from .norm import LARGE, LayerNorm2d, as_rows, autocast_dtype, narrow, normalize, takes_narrow_kernels
+from .norm import LARGE, LayerNorm2d, as_rows, autocast_dtype, narrow, normalize, result_dtype, takes_narrow_kernels
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -28,8 +29,6 @@ __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "Gr
 torch.fx.wrap("normalize")
 
 
-# Numbers of 16 bits in the 16 bytes that the rows of a matrix have to be multiples of for tensor cores' full speed.
-ALIGNMENT = 8
 # Numbers of 16 bits in the 128 bytes that Inductor has long rows be multiples of, and from which on they are long. To
 # rows further apart than they are long, a library adds no bias: that would be a copy to all rows before the product.
 COMPILER_ALIGNMENT = 64
@@ -38,11 +37,8 @@ COMPILER_PADS = 1024
 # on it keeps a GPU busy.
 SUMMED = 128
 BUSY = 2**22
-
-
-def is_worth_launches(x: Tensor) -> bool:
-    """Whether small operations around a map of this size make a GPU faster; a compiler makes few launches of them."""
-    return x.is_cuda and (torch.compiler.is_compiling() or x.numel() >= LARGE)
+# Results of a group up to which a kernel that reads groups' matrices as they are is faster than a library's product.
+FEW_RESULTS = 8
 
 
 def is_narrow(x: Tensor) -> bool:
@@ -58,9 +54,11 @@ def infers(x: Tensor) -> bool:
 
 def has_grouped_kernels(x: Tensor, weight: Tensor) -> bool:
     """Whether `vla.ops.grouped_linear` with such weights is faster than one product with a block-diagonal matrix."""
-    # A compiler makes few launches of what it takes to have that aligned, which is as fast without gradients.
+    # A compiler makes few launches of what it takes to have that aligned, which is as fast without gradients, but for
+    # products with few results.
     if infers(x):
-        return not torch.compiler.is_compiling()
+        _, results, width = weight.shape
+        return not torch.compiler.is_compiling() or (results <= FEW_RESULTS and width <= TOGETHER)
     return is_narrow(x) and max(weight.shape[1:]) <= TOGETHER
 
 
@@ -104,9 +102,9 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if columns > 0:
-        column = weight.new_zeros(out_features) if bias is None else bias
-        weight = torch.cat([weight, column[:, None]], dim=1)
-        weight = F.pad(weight, (0, columns - 1, 0, -out_features % ALIGNMENT))
+        if bias is not None:
+            weight = torch.cat([weight, bias[:, None]], dim=1)
+        weight = F.pad(weight, (0, x.shape[-1] - weight.shape[1], 0, -out_features % ALIGNMENT))
         return F.linear(x, weight)[..., :out_features]
     rows = -out_features % ALIGNMENT
     if torch.compiler.is_compiling() and out_features > COMPILER_PADS:
@@ -134,11 +132,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def block_diagonal(weights: list[Tensor]) -> Tensor:
-    """One matrix (len(weights) * K * O, K * I) that applies the K matrices (K, O, I) of each to groups of channels."""
+def block_diagonal(weights: list[Tensor], zeros: int = 0) -> Tensor:
+    """One matrix (len(weights) * K * O, K * I) that applies the K matrices (K, O, I) of each to groups of channels.
+
+    With `zeros` rows of zeros behind those of each of the weights.
+    """
     stacked = weights[0][None] if len(weights) == 1 else torch.stack(weights)
     stacked = stacked.permute(0, 2, 3, 1)  # (len(weights), O, I, K)
-    return torch.diag_embed(stacked, dim1=1, dim2=3).flatten(3, 4).flatten(0, 2)
+    matrices = torch.diag_embed(stacked, dim1=1, dim2=3).flatten(3, 4).flatten(1, 2)
+    if zeros > 0:
+        matrices = F.pad(matrices, [0, 0, 0, zeros])
+    return matrices.flatten(0, 1)
 
 
 def writes_columns(x: Tensor) -> bool:
@@ -194,9 +198,15 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         # Tensor cores have the multiplications with zero to spare; cuDNN would transpose the map before and after a
         # grouped convolution. Several weights make one product, which reads x once.
         # Parts of rows, so that a compiler has their gradients side by side with channels last.
-        parts = linear(as_rows(x.permute(0, 2, 3, 1)), block_diagonal(weights)).chunk(len(weights), dim=-1)
+        rows, outs = as_rows(x.permute(0, 2, 3, 1)), weights[0].shape[0] * weights[0].shape[1]
+        zeros = 0
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            # All parts start at multiples of 16 bytes, which a compiler's one launch for the matrix brings about.
+            if len(weights) > 1 and torch.compiler.is_compiling() and is_narrow(x):
+                zeros = -outs % ALIGNMENT
+        parts = linear(rows, block_diagonal(weights, zeros)).split(outs + zeros, dim=-1)
         batch, _, height, width = x.shape
-        return [part.view(batch, height, width, part.shape[-1]).permute(0, 3, 1, 2) for part in parts]
+        return [part[..., :outs].view(batch, height, width, outs).permute(0, 3, 1, 2) for part in parts]
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
 
@@ -249,8 +259,12 @@ class GroupedScan2d(SelectiveScan2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.scan(x, x)
+
+    def scan(self, x: Tensor, wide: Tensor) -> Tensor:
+        """The scan of x with projections of `wide`: of x, which may have zeros behind its channels there."""
         k, n = len(self.directions), self.d_state
-        projected = grouped_linear(x, [self.x_proj_weight])[0].unflatten(1, (k, self.dt_rank + 2 * n))
+        projected = grouped_linear(wide, [self.x_proj_weight])[0].unflatten(1, (k, self.dt_rank + 2 * n))
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
         return ops.scan2d(
             x,
@@ -312,7 +326,27 @@ class GroupedSS2D(nn.Module):
             if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
                 return self.scan(self.conv(self.in_proj(x))), self.gate_proj(x)
         x, z = grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.conv_writes_zeros(x):
+                return self.convolve_and_scan(x), z
         return self.scan(self.conv(x)), z
+
+    @torch.jit.ignore
+    def conv_writes_zeros(self, x: Tensor) -> bool:
+        """Whether the convolution writes zeros behind its channels, for the projections of the scan."""
+        conv, scan = self.conv, self.scan
+        if not writes_columns(x) or not is_plain(conv, DepthwiseConv2d) or not is_plain(conv.act, nn.Identity):
+            return False
+        # Kernels of narrower groups need no zeros.
+        wide = scan.x_proj_weight.shape[2] > TOGETHER and x.shape[1] % ALIGNMENT > 0
+        return is_plain(scan, GroupedScan2d) and wide
+
+    @torch.jit.ignore
+    def convolve_and_scan(self, x: Tensor) -> Tensor:
+        conv, channels = self.conv, x.shape[1]
+        zeros, dtype = -channels % ALIGNMENT, autocast_dtype(x)
+        wide = ops.depthwise_conv2d(x, conv.weight, conv.bias, conv.fused_act, dtype, zeros)
+        return self.scan.scan(wide[:, :channels], wide)
 
     def close(self, y: Tensor, z: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
@@ -383,21 +417,30 @@ class GroupMambaMixer(nn.Module):
 
     def mix(self, n: Tensor) -> Tensor:
         """The mixer of a map that `norm` has been applied to, which may have columns behind its channels."""
-        wide = n
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if is_narrow(n) and n.shape[1] > self.dim:
-                n = n[:, : self.dim]
-        # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
-        gate = self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
         if torch.jit.is_scripting():
-            return self.modulate(self.ssm(n), n, gate)
+            return self.modulate(self.ssm(n), n, self.gate_of(n))
         else:
-            if not is_plain(self.ssm, GroupedSS2D):
-                return self.modulate(self.ssm(n), n, gate)
-            y, z = self.ssm.scan_and_gate(wide)
-            if self.ends_at_once(y, n):
-                return self.modulate_at_once(y, z, n, gate)
-            return recomputed(self.close_and_modulate, y, z, n, gate)
+            return self.mix_and_norm(n)[0]
+
+    @torch.jit.ignore
+    def mix_and_norm(
+        self, n: Tensor, stream: Tensor | None = None, norm: LayerNorm2d | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`mix`, and a norm of its sum with a stream where one operator does all that, else None."""
+        wide = n
+        if is_narrow(n) and n.shape[1] > self.dim:
+            n = n[:, : self.dim]
+        gate = self.gate_of(n)
+        if not is_plain(self.ssm, GroupedSS2D):
+            return self.modulate(self.ssm(n), n, gate), None
+        y, z = self.ssm.scan_and_gate(wide)
+        if self.ends_at_once(y, n):
+            return self.modulate_at_once(y, z, n, gate, stream, norm)
+        return recomputed(self.close_and_modulate, y, z, n, gate), None
+
+    def gate_of(self, n: Tensor) -> Tensor:
+        # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
+        return self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
 
     def gate(self, mean: Tensor) -> Tensor:
         """Factor of every channel, (B, C), from the channels' means (B, C)."""
@@ -445,10 +488,12 @@ class GroupMambaMixer(nn.Module):
         return all(is_plain(module, kind) for module, kind in parts)
 
     @torch.jit.ignore
-    def modulate_at_once(self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor) -> Tensor:
-        """`close_and_modulate` by one operator."""
+    def modulate_at_once(
+        self, y: Tensor, z: Tensor, n: Tensor, gate: Tensor, stream: Tensor | None, stream_norm: LayerNorm2d | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`close_and_modulate`, and the norm of its sum with a stream if there is one, by one operator."""
         out_norm, norm, proj = self.ssm.out_norm, self.norm, self.proj
-        out = ops.group_modulation(
+        arguments = (
             *(x.permute(0, 2, 3, 1) for x in (y, z, n)),
             gate,
             out_norm.weight.flatten(),
@@ -458,10 +503,20 @@ class GroupMambaMixer(nn.Module):
             norm.bias,
             proj.weight,
             proj.bias,
+        )
+        if stream is None:
+            return ops.group_modulation(*arguments, out_norm.eps, norm.eps).permute(0, 3, 1, 2), None
+        out, normed = ops.group_modulation_add_norm(
+            *arguments,
+            stream.permute(0, 2, 3, 1),
+            stream_norm.weight,
+            stream_norm.bias,
             out_norm.eps,
             norm.eps,
+            stream_norm.eps,
+            norm_dtype=result_dtype(stream, stream_norm.narrow),
         )
-        return out.permute(0, 3, 1, 2)
+        return out.permute(0, 3, 1, 2), normed.permute(0, 3, 1, 2)
 
 
 class ConvMlp(nn.Module):
@@ -500,13 +555,41 @@ class ConvMlp(nn.Module):
     @torch.jit.ignore
     def contracts_at_once(self, x: Tensor) -> bool:
         """Whether `vla.ops.conv_gelu_linear` does what follows the first layer."""
+        return infers(x) and autocast_dtype(x) in (None, x.dtype) and self.is_contraction(x.numel())
+
+    @torch.jit.ignore
+    def is_contraction(self, size: int) -> bool:
+        """Whether that is what the operator does, and as fast, of a hidden map of so many numbers."""
         conv, drop, fc2 = self.conv, self.drop1, self.fc2
-        if not infers(x) or x.numel() < BUSY or fc2.out_features > SUMMED:
-            return False
-        if conv.fused_act != "gelu" or drop.training or autocast_dtype(x) not in (None, x.dtype):
+        if size < BUSY or fc2.out_features > SUMMED or conv.fused_act != "gelu" or drop.training:
             return False
         parts = ((conv, DepthwiseConv2d), (conv.act, nn.Identity), (drop, nn.Dropout), (fc2, Linear))
         return all(is_plain(module, kind) for module, kind in parts)
+
+    @torch.jit.ignore
+    def add_and_norm(
+        self, x: Tensor, stream: Tensor, branch: Tensor | None, norm: LayerNorm2d, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """The MLP of x, where that `is_contraction`, added to one or two maps, and the norm of the sum.
+
+        All are (B, C, H, W).
+        """
+        conv, fc2 = self.conv, self.fc2
+        total, y = ops.conv_gelu_linear_add_norm(
+            self.fc1(x.permute(0, 2, 3, 1)),
+            conv.weight,
+            conv.bias,
+            fc2.weight,
+            fc2.bias,
+            stream.permute(0, 2, 3, 1),
+            norm.weight,
+            norm.bias,
+            None if branch is None else branch.permute(0, 2, 3, 1),
+            norm.eps,
+            result_dtype(stream, norm.narrow),
+            with_sum,
+        )
+        return total.permute(0, 3, 1, 2) if with_sum else None, y.permute(0, 3, 1, 2)
 
 
 class GroupMambaBlock(ResidualBlock):
@@ -555,6 +638,37 @@ class GroupMambaBlock(ResidualBlock):
                 return (x, norm(x)) if y is None else norm.add(x, y)
         x = x if y is None else x + y
         return x, self.norm1(x)
+
+    @torch.jit.ignore
+    def first_norm(self) -> nn.Module | None:
+        return self.mixer.norm if self.norms_first() else None
+
+    @torch.jit.ignore
+    def adds_and_norms(self, x: Tensor) -> bool:
+        mlp = self.mlp
+        if not is_plain(mlp, ConvMlp) or not is_plain(mlp.fc1, Linear) or not is_plain(mlp.drop2, nn.Identity):
+            return False
+        for module in (self.drop_path1, self.ls2, self.drop_path2):
+            if not is_plain(module, nn.Identity) and (not is_plain(module, DropPath) or module.training):
+                return False
+        # Norms of more channels may have columns to write.
+        if self.columns_of_mixer(x) > 0 or torch.is_grad_enabled() or not takes_narrow_kernels(x):
+            return False
+        return mlp.is_contraction(x.numel() // x.shape[1] * mlp.fc1.out_features)
+
+    @torch.jit.ignore
+    def add_and_norm(self, x: Tensor, y: Tensor, norm: LayerNorm2d, with_sum: bool) -> tuple[Tensor | None, Tensor]:
+        stream, normed = x, None
+        if self.norms_first() and is_plain(self.ls1, nn.Identity) and is_plain(self.norm2, LayerNorm2d):
+            branch, normed = self.mixer.mix_and_norm(y, stream, self.norm2)
+        else:
+            branch = self.ls1(self.mix(y))
+        if normed is None:
+            x, normed = self.join(stream, branch)
+            # A compiler does not write the sum of the halves, of which there was only the norm to make.
+            if not torch.compiler.is_compiling():
+                stream, branch = x, None
+        return self.mlp.add_and_norm(normed, stream, branch, norm, with_sum)
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.jit.is_scripting():

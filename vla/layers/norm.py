@@ -11,7 +11,16 @@ from .. import ops
 from ..ops import _ahead
 from .hooks import has_hooks
 
-__all__ = ["LayerNorm", "LayerNorm2d", "as_rows", "autocast_dtype", "narrow", "normalize", "takes_narrow_kernels"]
+__all__ = [
+    "LayerNorm",
+    "LayerNorm2d",
+    "as_rows",
+    "autocast_dtype",
+    "narrow",
+    "normalize",
+    "result_dtype",
+    "takes_narrow_kernels",
+]
 
 
 @torch.fx.wrap
@@ -66,7 +75,8 @@ def as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if torch.compiler.is_compiling() else x
 
 
-def _result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
+def result_dtype(x: Tensor, narrow: bool) -> torch.dtype:
+    """dtype of a norm of x, see `normalize`."""
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return x.dtype
@@ -120,7 +130,7 @@ def normalize(
     else:
         shape = x.shape
         x, gate = as_rows(x), None if gate is None else as_rows(gate)
-        dtype = _result_dtype(x, narrow)
+        dtype = result_dtype(x, narrow)
         if _uses_operator(x, composite=groups > 1 or gate is not None):
             y = ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
         else:
@@ -135,7 +145,7 @@ def add_normalize(
     """`x + branch`, and its `normalize`, of maps (B, C, H, W)."""
     if _uses_operator(x, composite=torch.compiler.is_compiling() and x.shape[1] > FEW_CHANNELS):
         x, branch = x.permute(0, 2, 3, 1), branch.permute(0, 2, 3, 1)
-        dtype = _result_dtype(x, narrow)
+        dtype = result_dtype(x, narrow)
         total, y = ops.add_layer_norm(as_rows(x), as_rows(branch), weight, bias, eps=eps, dtype=dtype)
         total, y = (t if t.shape == x.shape else t.view(x.shape) for t in (total, y))
         total = total.permute(0, 3, 1, 2)

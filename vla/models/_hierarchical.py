@@ -36,7 +36,11 @@ class Stage(nn.Module):
         return run_blocks(self.blocks, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.run_blocks(self.downsample(x)))
+        x = self.downsample(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if not self.grad_checkpointing:
+                return run_blocks(self.blocks, x, self.norm)
+        return self.norm(self.run_blocks(x))
 
 
 class HierarchicalBackbone(Backbone, Repeated):

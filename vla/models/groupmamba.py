@@ -16,12 +16,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .. import ops
+from ..layers.aligned import is_worth_launches
 from ..layers.block import DEFAULT_NORM
 from ..layers.downsample import ConvDownsample
-from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer, is_worth_launches
+from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
 from ..layers.hooks import is_plain
 from ..layers.layout import channels_last
-from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
+from ..layers.norm import LayerNorm2d, autocast_dtype, narrow, result_dtype
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
@@ -88,12 +89,18 @@ class ImageConv2d(nn.Conv2d):
         return convolve_images(x, self.weight)
 
 
+def dtype_of_inference(x: Tensor) -> torch.dtype | None:
+    """16 bits in which a GPU takes x without a gradient, None for anything else."""
+    # Tracing by torch.fx hands proxies through, and what is traced must not depend on whether gradients are on.
+    if not isinstance(x, Tensor) or not x.is_cuda or torch.jit.is_tracing() or torch.is_grad_enabled():
+        return None
+    dtype = autocast_dtype(x) or x.dtype
+    return dtype if dtype.itemsize == 2 else None
+
+
 def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> torch.dtype | None:
     """dtype in which `vla.ops.conv_norm_relu` does what three modules would, None where it doesn't."""
-    # Tracing by torch.fx hands proxies through, and what is traced must not depend on whether gradients are on.
-    if not isinstance(x, Tensor) or not x.is_cuda or torch.jit.is_tracing():
-        return None
-    if torch.is_grad_enabled() or norm.training:
+    if norm.training:
         return None
     if not is_plain(conv, nn.Conv2d) and not is_plain(conv, ImageConv2d):
         return None
@@ -101,8 +108,7 @@ def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tenso
         return None
     if norm.running_mean is None or norm.weight is None:
         return None
-    dtype = autocast_dtype(x) or x.dtype
-    return dtype if dtype.itemsize == 2 else None
+    return dtype_of_inference(x)
 
 
 def in_one_pass(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, padding: tuple[int, int]) -> Tensor:
@@ -110,6 +116,10 @@ def in_one_pass(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, padding: tuple[
     return ops.conv_norm_relu(
         x, weight, norm.running_mean, norm.running_var, norm.weight, norm.bias, *padding, norm.eps
     )
+
+
+# Channels before and behind a convolution that is faster if it does the layer norm too.
+FEW_CHANNELS = range(16, 33), range(16, 65)
 
 
 class Stem(nn.Module):
@@ -139,6 +149,7 @@ class Stem(nn.Module):
             x = self.convolve1(x)
             x = self.convolve(self.conv2, self.norm2, self.act2, x)
             x = self.convolve(self.conv3, self.norm3, self.act3, x)
+            return self.embed(x)
         return self.norm4(self.conv4(x))
 
     @torch.jit.ignore
@@ -155,6 +166,19 @@ class Stem(nn.Module):
         if dtype is None:
             return act(norm(conv(x)))
         return in_one_pass(x.to(dtype), conv.weight, norm, padding=(1, 1))
+
+    @torch.jit.ignore
+    def embed(self, x: Tensor) -> Tensor:
+        conv, norm, dtype = self.conv4, self.norm4, dtype_of_inference(x)
+        if dtype is None or not is_plain(conv, nn.Conv2d) or not is_plain(norm, LayerNorm2d):
+            return norm(conv(x))
+        if conv.in_channels not in FEW_CHANNELS[0] or conv.out_channels not in FEW_CHANNELS[1]:
+            return norm(conv(x))
+        # The same products as those of the convolution alone, which has both its operands in 16 bits.
+        x, weight, (stride, _), (padding, _) = x.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding
+        return ops.conv_layer_norm(
+            x, weight, conv.bias, norm.weight, norm.bias, stride, padding, norm.eps, dtype=result_dtype(x, norm.narrow)
+        )
 
 
 class ClassBlock(nn.Module):
@@ -178,7 +202,8 @@ class ClassBlock(nn.Module):
 class GroupMamba(HierarchicalBackbone):
     """GroupMamba backbone and classifier, for images of any size.
 
-    Features are the stages' outputs, normalised but for the last one, whose norm acts behind the class block.
+    Features are the stages' outputs, normalised but for the last one, whose norm acts behind the class block. Under
+    autocast those that are have its dtype.
 
     Args:
         in_chans: Channels of the image.
@@ -230,7 +255,7 @@ class GroupMamba(HierarchicalBackbone):
                 Stage(
                     ConvDownsample(dims[i - 1], dims[i], DEFAULT_NORM, kernel_size=3) if i > 0 else nn.Identity(),
                     [GroupMambaBlock(dims[i], mlp_ratios[i], rate, norm_layer=norm_layer) for rate in rates],
-                    norm_layer(dims[i]) if i < last else None,
+                    narrow(norm_layer(dims[i])) if i < last else None,
                 )
             )
 
