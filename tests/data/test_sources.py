@@ -68,6 +68,18 @@ def test_one_folder_is_split_by_class(tmp_path):
     assert {again.name(i) for i in range(len(again))} == names[1]
 
 
+def test_formats_in_a_folder(tmp_path):
+    formats = ("png", "JPG", "jpeg", "webp", "bmp", "tif", "gif", "ppm")
+    (tmp_path / "train/a").mkdir(parents=True)
+    for extension in formats:
+        Image.new("RGB", (4, 4)).save(tmp_path / f"train/a/0.{extension}")
+    (tmp_path / "train/a/notes.txt").write_text("no picture")
+    train = open_pictures(str(tmp_path / "train"), "train", holdout=1e-9)
+    validation = open_pictures(str(tmp_path / "train"), "validation", holdout=1e-9)
+    assert len(train) + len(validation) == len(formats)
+    assert all(pictures[i][0].size == (4, 4) for pictures in (train, validation) for i in range(len(pictures)))
+
+
 def test_a_class_with_one_picture_is_trained_on(tmp_path):
     write_pictures(tmp_path, ["a"], count=10)
     write_pictures(tmp_path / "more", ["b"], count=1)

@@ -20,6 +20,9 @@ Mode = Literal["RGB", "L"]
 # What PIL and the file system raise for a picture that cannot be read.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
+# What counts as a picture in a folder. timm's own list would leave out all but the first three without a word.
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
 _TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -123,7 +126,7 @@ class FolderPictures(Pictures):
 
     def __init__(self, path: Path, mode: Mode = "RGB", class_to_idx: dict[str, int] | None = None):
         try:
-            self.reader = create_reader("", root=str(path), class_map=class_to_idx)
+            self.reader = create_reader("", root=str(path), class_map=class_to_idx, input_key=";".join(_PICTURES))
         except (RuntimeError, ValueError, OSError):
             raise UserError(f"data: no pictures in {path}; wanted {path}/<class>/<picture>") from None
         self.class_to_idx: dict[str, int] = self.reader.class_to_idx
