@@ -46,6 +46,15 @@ def test_digits_are_the_scans(mode, channels):
     assert np.abs(small - scan).mean() < 10
 
 
+@pytest.mark.parametrize(
+    "options, name",
+    [({"root": "x"}, "data_root"), ({"split_name": "x"}, "val_split"), ({"options": {"x": 1}}, "data_kwargs")],
+)
+def test_digits_have_no_options(options, name):
+    with pytest.raises(UserError, match=f"^{name}: digits comes with the library"):
+        open_pictures("digits", "validation", **options)
+
+
 def test_folder_with_splits(tmp_path):
     write_pictures(tmp_path / "train", ["cat", "dog"])
     write_pictures(tmp_path / "val", ["dog"], count=2)

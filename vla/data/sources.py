@@ -228,6 +228,10 @@ def open_pictures(
         UserError: When the source cannot be opened or holds no classes.
     """
     if data in BUILTIN:
+        splits = "train_split" if split == "train" else "val_split"
+        for name, value in {"data_root": root, splits: split_name, "data_kwargs": options}.items():
+            if value:
+                raise UserError(f"{name}: {data} comes with the library and has no such option")
         return BUILTIN[data](split, mode)
     prefix = data.partition("/")[0].lower()
     if "/" not in data or prefix not in _TIMM_PREFIXES:
