@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The map itself if the channels of a pixel are neighbours in memory, else a channels-last copy."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
 def pixels(x: Tensor) -> Tensor:
     """A map (B, D, H, W) as (B H W, D), a view if it is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)

@@ -169,6 +169,25 @@ def reciprocal(x):
 
 
 @triton.jit
+def sigmoid(x):
+    return reciprocal(1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def mean_of_rows(tiles, SIZE: tl.constexpr):
+    """Means (M, 1) of rows of SIZE numbers, which are tiles side by side, (M, ..), and zeros."""
+    total = tl.sum(tiles[0], 1)
+    for i in tl.static_range(1, len(tiles)):
+        total += tl.sum(tiles[i], 1)
+    # A product with a rounded reciprocal, or a division which is not exact, gives a row of equal numbers a variance.
+    if SIZE & (SIZE - 1) == 0:
+        total *= 1.0 / SIZE
+    else:
+        total = tl.div_rn(total, SIZE)
+    return total[:, None]
+
+
+@triton.jit
 def softplus2(s):
     """`log2(1 + 2^s)`: softplus with the factor log2(e) on both sides, for the GPU's own exponential.
 
@@ -308,6 +327,8 @@ def last_first():
 # Columns of the narrowest product: 8 as tensor cores have them, which Triton before 3.6 does not multiply.
 NARROWEST = tl.constexpr(8 if triton_version() >= (3, 6) else 16)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# dtypes of 16 bits as kernels have them.
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Whether kernels may name NVIDIA's instructions.
 PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED.value)
 

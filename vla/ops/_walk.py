@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import cdiv, dot_add, lead_and_rest, next_power_of_2, tile_columns
+from ._maps import channels_last
+from ._triton import DTYPES, cdiv, dot_add, lead_and_rest, next_power_of_2, tile_columns
 
 # Pixels and channels of a program, and processors of a GPU, which have two or three programs at once.
 BLOCK_P = 64
@@ -35,6 +36,20 @@ def load_taps(weight, d, D: tl.constexpr, KH: tl.constexpr, SIZE: tl.constexpr, 
         for i in tl.static_range(KH):
             taps = taps + (tl.load(weight + (i * SIZE + k) * D + d[None, :], (k < SIZE) & (d < D)[None, :], 0.0),)
     return taps
+
+
+@triton.jit
+def place(
+    program, columns, out_width, chunks, rows,
+    STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Pictures and columns of a program's pixels, and which of them exist, (BLOCK_P,); the first of its rows; and the
+    columns and the row where their windows begin."""
+    column, first = program // chunks, program % chunks * rows
+    column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = column < columns
+    image, column = column // out_width, (column % out_width).to(tl.int32)
+    return image, column, exists, first, column * STRIDE - LEFT, first * STRIDE - TOP
 
 
 @triton.jit
@@ -116,7 +131,7 @@ def suits(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether maps (B, C, H, W) and weights (D, C, KH, KW) are such that a program can keep what it walks with."""
     out, channels, kh, kw = weight.shape
     sums = cdiv(kh, stride) * _width(out)
-    return x.dtype in _DTYPES and channels * kw <= WIDEST and sums <= MOST_SUMS
+    return x.dtype in DTYPES and channels * kw <= WIDEST and sums <= MOST_SUMS
 
 
 def _width(channels: int) -> int:
@@ -129,7 +144,7 @@ def windows(x: Tensor, bits: bool) -> Tensor:
     As integers, the numbers' `bits`: what is no load's direct result goes into a product from registers, which read it
     from shared memory once instead of for every product.
     """
-    x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     return x.view(torch.int16) if bits else x
 
 
@@ -137,9 +152,6 @@ def matrices(x: Tensor, weight: Tensor) -> Tensor:
     """Weights (D, C, KH, KW) as (KH, KW, C, D) in the dtype of x."""
     out, channels, kh, kw = weight.shape
     return x.new_empty(kh, kw, channels, out).copy_(weight.permute(2, 3, 1, 0))
-
-
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @cache
@@ -181,7 +193,7 @@ def launch(
         REST=rest,
         WIDTH=_width(out),
         BLOCK_P=BLOCK_P,
-        DTYPE=_DTYPES[dtype],
+        DTYPE=DTYPES[dtype],
         num_warps=4,
         num_stages=3,
     )

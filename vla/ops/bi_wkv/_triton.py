@@ -20,7 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import state_dtype
-from .._triton import LOG2E, at_most, cdiv, kernel, load_apart, next_power_of_2, store_apart, sum_parts
+from .._triton import (
+    LOG2E,
+    at_most,
+    cdiv,
+    kernel,
+    load_apart,
+    next_power_of_2,
+    reciprocal,
+    sigmoid,
+    store_apart,
+    sum_parts,
+)
 from . import _torch
 
 # Exponent of an empty sum: vanishes beside any other, finite so that differences are.
@@ -153,19 +164,6 @@ def _is_near(program, w_ptr, u_ptr, scale, length, channels, SPAN: tl.constexpr,
     channel = tl.minimum(first, channels - BLOCK) + tl.arange(0, BLOCK)
     w, u = load_apart(w_ptr + channel).to(tl.float32) * scale, load_apart(u_ptr + channel).to(tl.float32) * scale
     return tl.max(tl.maximum(tl.abs(w) * tl.minimum(length, SPAN), tl.abs(u))) <= NEAR_LIMIT
-
-
-@triton.jit
-def _inverse(x):
-    """`1 / x` of a positive number."""
-    # By a square root: a division takes four times the instructions.
-    root = tl.rsqrt(x)
-    return root * root
-
-
-@triton.jit
-def _sigmoid(x):
-    return _inverse(1.0 + tl.exp2(x * -LOG2E))
 
 
 # Near.
@@ -338,9 +336,9 @@ def _near_outputs(
         fn, fd = fn * decay + weight * values[L - 1 - i], fd * decay + weight
     for t in tl.static_range(L):
         weighted = weights[t] * values[t]
-        y = (pn + (ns[t] + bonus * weighted)) * _inverse(pd + (ds[t] + bonus * weights[t])) + centre
+        y = (pn + (ns[t] + bonus * weighted)) * reciprocal(pd + (ds[t] + bonus * weights[t])) + centre
         if GATED:
-            y *= _sigmoid(gates[t].to(tl.float32))
+            y *= sigmoid(gates[t].to(tl.float32))
         store_apart(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask & (t >= extra))
         pn, pd = pn * decay + weighted, pd * decay + weights[t]
 
@@ -381,11 +379,11 @@ def _near_gradients(
     gw, gu, px, py = zero, zero, zero, zero
     for t in tl.static_range(L):
         weighted = weights[t] * values[t]
-        inverse = _inverse(pd + (ds[t] + bonus * weights[t]))
+        inverse = reciprocal(pd + (ds[t] + bonus * weights[t]))
         y = (pn + (ns[t] + bonus * weighted)) * inverse
         gy = gys[t]
         if GATED:
-            s = _sigmoid(gates[t].to(tl.float32))
+            s = sigmoid(gates[t].to(tl.float32))
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)
@@ -638,7 +636,7 @@ def _far_outputs(
         y, inverse, top, apart = _far_attend(states, k, v, u)
         y += centre
         if GATED:
-            y *= _sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
+            y *= sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
         store_apart(y_ptr + t * stride_yt, y.to(y_ptr.dtype.element_ty), mask & (t >= extra))
 
 
@@ -666,7 +664,7 @@ def _far_gradients(
         y, inverse, top, apart = _far_attend(states, k, v, u)
         gy = load_apart(gy_ptr + t * stride_gyt).to(tl.float32)
         if GATED:
-            s = _sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
+            s = sigmoid(load_apart(gate_ptr + t * stride_gt).to(tl.float32))
             if STORE:
                 ggate = gy * (y + centre) * (s * (1.0 - s))
                 ggate = ggate.to(ggate_ptr.dtype.element_ty)

@@ -14,6 +14,7 @@ from .._triton import (
     kernel,
     lead_and_rest,
     load_apart,
+    mean_of_rows,
     repeat,
     starts_at_pair,
     tile_columns,
@@ -146,15 +147,6 @@ def add_streams(
             tl.store(total + at, out.reshape(at.shape), valid)
         sums = sums + (out.to(tl.float32),)
     return sums
-
-
-@triton.jit
-def mean_of_rows(tiles, D: tl.constexpr):
-    total = tl.sum(tiles[0], 1)
-    for i in tl.static_range(1, len(tiles)):
-        total += tl.sum(tiles[i], 1)
-    # A product with a rounded reciprocal, or a division which is not exact, gives a row of equal numbers a variance.
-    return (total * (1.0 / D) if D & (D - 1) == 0 else tl.div_rn(total, D))[:, None]
 
 
 @triton.jit

@@ -8,8 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._checks import convolved_size
-from .._triton import cdiv, gelu, gelu_slope, kernel, next_power_of_2, sum_parts
-from .._walk import CHANNELS, add_rows, find_windows, launch, load_rows, load_taps, matrices, no_sums, suits, windows
+from .._triton import DTYPES, cdiv, gelu, gelu_slope, kernel, mean_of_rows, next_power_of_2, sum_parts
+from .._walk import (
+    CHANNELS,
+    add_rows,
+    find_windows,
+    launch,
+    load_rows,
+    load_taps,
+    matrices,
+    no_sums,
+    place,
+    suits,
+    windows,
+)
 
 # The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
 
@@ -91,18 +103,6 @@ def _vector(pointer, i, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _mean(chunks, D: tl.constexpr):
-    total = tl.sum(chunks[0], 1)
-    for i in tl.static_range(1, len(chunks)):
-        total += tl.sum(chunks[i], 1)
-    if D & (D - 1) == 0:  # the product is exact
-        total *= 1.0 / D
-    else:
-        total = tl.div_rn(total, D)
-    return total[:, None]
-
-
-@triton.jit
 def _convolve(patches, weights):
     chunks = ()
     for i in tl.static_range(0, len(weights)):
@@ -113,7 +113,7 @@ def _convolve(patches, weights):
 @triton.jit
 def _normal(chunks, inside, eps, D: tl.constexpr, WIDTH: tl.constexpr):
     """The convolution with mean 0 and variance 1, and the inverse of its standard deviation, (BLOCK_P, 1)."""
-    mean = _mean(chunks, D)
+    mean = mean_of_rows(chunks, D)
     centred = ()
     squares = ()
     for i in tl.static_range(0, len(chunks)):
@@ -122,7 +122,7 @@ def _normal(chunks, inside, eps, D: tl.constexpr, WIDTH: tl.constexpr):
             part = tl.where(i * WIDTH + tl.arange(0, WIDTH)[None, :] < D, part, 0.0)
         centred = centred + (part,)
         squares = squares + (part * part,)
-    inverse = tl.where(inside, tl.rsqrt(_mean(squares, D) + eps), 0.0)
+    inverse = tl.where(inside, tl.rsqrt(mean_of_rows(squares, D) + eps), 0.0)
     normal = ()
     for i in tl.static_range(0, len(chunks)):
         normal = normal + (centred[i] * inverse,)
@@ -249,11 +249,9 @@ def conv_layer_norm_walk_kernel(
     DTYPE: tl.constexpr,
 ):
     """`rows` rows of BLOCK_P columns of y (B, H', W', D), from x (B, H, W, C) and weight (KH, SIZE, D)."""
-    column, first = tl.program_id(0) // chunks, tl.program_id(0) % chunks * rows
-    column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = column < columns
-    image, column = column // out_width, (column % out_width).to(tl.int32)
-    left, top = column * STRIDE - LEFT, first * STRIDE - TOP
+    image, column, inside, first, left, top = place(
+        tl.program_id(0), columns, out_width, chunks, rows, STRIDE, TOP, LEFT, BLOCK_P
+    )
     taps = load_taps(weight, tl.arange(0, WIDTH), D, KH, SIZE, LEAD, REST)
     offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
     inside, d = inside[:, None], tl.arange(0, WIDTH // 2)[None, :]
@@ -379,8 +377,8 @@ def conv_layer_norm_bwd_kernel(
             products = products + (of_y * normal[i],)
         of_shift = shifts
         of_scale = scales
-        mean = _mean(of_normal, D)
-        slope = _mean(products, D)
+        mean = mean_of_rows(of_normal, D)
+        slope = mean_of_rows(products, D)
         updated = ()
         for i in tl.static_range(0, len(normal)):
             of_convolution = inverse * (of_normal[i] - mean - normal[i] * slope)
@@ -406,7 +404,6 @@ _FORWARD_PROGRAMS = 4224
 _BACKWARD_PROGRAMS = 1056
 # Channels from which on a row of a window is long enough for a product.
 _MANY = 16
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @cache
@@ -419,7 +416,7 @@ def _constants(channels: int, out: int, rows: int, columns: int, dtype: torch.dt
         KW=columns,
         TAPS=max(16, next_power_of_2(rows * columns * channels + 1)),
         WIDTH=min(64, lowest) if lowest >= 16 else max(16, next_power_of_2(out)),
-        DTYPE=_DTYPES.get(dtype, tl.float32),
+        DTYPE=DTYPES.get(dtype, tl.float32),
         num_warps=1,
         num_stages=1,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _ahead
 from .._checks import convolved_size
 from .._triton import cdiv, kernel, next_power_of_2, product, product_precision
-from .._walk import add_rows, find_windows, launch, load_rows, load_taps, matrices, no_sums, suits, windows
+from .._walk import add_rows, find_windows, launch, load_rows, load_taps, matrices, no_sums, place, suits, windows
 
 BLOCK_P = 128
 # Channels of maps up to which programs walk, and from which on cuDNN's kernel is faster than those that do not.
@@ -68,11 +68,9 @@ def conv_norm_relu_walk_kernel(
     """`rows` rows of BLOCK_P columns and WIDTH channels of y (B, H', W', D), from x and weight (KH, SIZE, D)."""
     BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
     d = tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)
-    column, first = tl.program_id(0) // BLOCKS // chunks, tl.program_id(0) // BLOCKS % chunks * rows
-    column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = column < columns
-    image, column = column // out_width, (column % out_width).to(tl.int32)
-    left, top = column * STRIDE - LEFT, first * STRIDE - TOP
+    image, column, inside, first, left, top = place(
+        tl.program_id(0) // BLOCKS, columns, out_width, chunks, rows, STRIDE, TOP, LEFT, BLOCK_P
+    )
     taps = load_taps(weight, d, D, KH, SIZE, LEAD, REST)
     offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
     scale, shift = _norm(mean, var, norm_weight, norm_bias, eps, d, d < D, NORMED)
@@ -227,7 +225,7 @@ def forward(
             maps, matrices(x, weight), *norm, y, eps, *numbers, NORMED=len(mean), **constants
         )
         return y.permute(0, 3, 1, 2)
-    x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    x = windows(x, bits=False)
     pixels = y.numel() // out_channels
     conv_norm_relu_fwd_kernel[(cdiv(pixels, BLOCK_P),)](
         x,

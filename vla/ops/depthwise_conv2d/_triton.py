@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._maps import channels_last
 from . import _triton_strips as strips
 from . import _triton_tiles as tiles
 
@@ -20,7 +21,7 @@ def _convolved(
     batch, channels, height, width = x.shape
     y = x.new_empty(batch, height, width, channels + zeros, dtype=dtype).permute(0, 3, 1, 2)
     if y.numel() > 0:
-        x = strips.last(x)
+        x = channels_last(x)
         kernels = tiles if zeros == 0 and tiles.suits(x, weight, y.dtype) else strips
         kernels.convolve(x, weight, bias, act, flip, y)
     return y
@@ -44,7 +45,7 @@ def backward(
     g = grads[0][:, : x.shape[1]]
     if g.numel() == 0:
         return [None if t is None else torch.zeros_like(t) for t in (x, weight, bias)]
-    g, x = strips.last(g), strips.last(x)
+    g, x = channels_last(g), channels_last(x)
     if act is None and bias is None and tiles.suits(x, weight, g.dtype) and tiles.suits(g, weight, x.dtype):
         gx, g_weight, g_bias = None, tiles.kernels_gradient(g, x, weight), None
     else:

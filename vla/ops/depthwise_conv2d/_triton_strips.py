@@ -10,15 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import (
-    LOG2E,
+    DTYPES,
     cdiv,
     gelu,
     gelu_slope,
     kernel,
     last_first,
     load_apart,
-    reciprocal,
     repeat,
+    sigmoid,
     starts_at_pair,
     store_apart,
     sum_parts,
@@ -31,13 +31,12 @@ SMALL = 9
 WIDE = 28
 # Of an H100; decides how many partial sums a gradient of the kernels is made of.
 MULTIPROCESSORS = 132
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
 def activation(s, ACT: tl.constexpr):
     if ACT == "silu":
-        return s * reciprocal(1.0 + tl.exp2(s * -LOG2E))
+        return s * sigmoid(s)
     elif ACT == "gelu":
         return gelu(s)
     else:
@@ -47,7 +46,7 @@ def activation(s, ACT: tl.constexpr):
 @triton.jit
 def derivative(s, ACT: tl.constexpr):
     if ACT == "silu":
-        p = reciprocal(1.0 + tl.exp2(s * -LOG2E))
+        p = sigmoid(s)
         return p + p * s * (1.0 - p)
     else:
         return gelu_slope(s)
@@ -410,11 +409,6 @@ def depthwise_conv2d_bwd_kernel(
         parts += part * channels * TAPS
     for t in tl.static_range(TAPS):
         store_apart(parts + channel * TAPS + t, tl.sum(g_taps[t], 0), exists)
-
-
-def last(x: Tensor) -> Tensor:
-    """The map itself if the channels of a pixel are neighbours in memory, else a channels-last copy."""
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
 def vec_of(*maps: Tensor) -> int:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import LOG2E, as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sum_parts
+from .._triton import as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sigmoid, sum_parts
 from ..grouped_linear import _triton as grouped_linear
 from ..layer_norm import _triton as layer_norm
 from ..modulated_layer_norm import _triton as modulated_layer_norm
@@ -31,13 +31,6 @@ def normalize(rows, eps, inside, SIZE: tl.constexpr):
     centred = tl.where(inside, rows - mean, 0.0)
     variance = tl.sum(centred * centred, 1)[:, None] / SIZE
     return tl.where(inside, centred * tl.rsqrt(variance + eps), rows)
-
-
-@triton.jit
-def sigmoid(x):
-    # 1 / x by a square root: a division takes four times the instructions.
-    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
-    return root * root
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import LOG2E, as_rows, cdiv, kernel, last_first, next_power_of_2, reciprocal, sum_parts
+from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sigmoid, sum_parts
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -112,7 +112,7 @@ def _standardize(row, inside, eps, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
 def _times_silu(row, gate):
     chunks = ()
     for i in tl.static_range(0, len(row)):
-        chunks = chunks + (row[i] * (gate[i] * reciprocal(1.0 + tl.exp2(gate[i] * -LOG2E))),)
+        chunks = chunks + (row[i] * (gate[i] * sigmoid(gate[i])),)
     return chunks
 
 
