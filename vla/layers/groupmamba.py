@@ -52,13 +52,18 @@ def infers(x: Tensor) -> bool:
     return is_narrow(x) and not torch.is_grad_enabled()
 
 
+def is_short_product(weight: Tensor) -> bool:
+    """Whether groups' products with such weights, of few results, are fastest by a kernel for groups."""
+    _, results, width = weight.shape
+    return results <= FEW_RESULTS and width <= TOGETHER
+
+
 def has_grouped_kernels(x: Tensor, weight: Tensor) -> bool:
     """Whether `vla.ops.grouped_linear` with such weights is faster than one product with a block-diagonal matrix."""
     # A compiler makes few launches of what it takes to have that aligned, which is as fast without gradients, but for
     # products with few results.
     if infers(x):
-        _, results, width = weight.shape
-        return not torch.compiler.is_compiling() or (results <= FEW_RESULTS and width <= TOGETHER)
+        return not torch.compiler.is_compiling() or is_short_product(weight)
     return is_narrow(x) and max(weight.shape[1:]) <= TOGETHER
 
 
@@ -74,15 +79,35 @@ def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     return function(*maps)
 
 
-def added_columns(weight: Tensor, bias: Tensor | None) -> int:
+def added_columns(in_features: int, out_features: int, bias: bool) -> int:
     """Columns that `aligned_linear` puts behind those of a map: zeros, but for ones in the first, for the bias."""
-    out_features, in_features = weight.shape
     # A product with fewer rows takes hardly longer than the copy that x may have to be.
     columns = -in_features % ALIGNMENT if out_features >= in_features else 0
     trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
-    if bias is not None and columns == 0 and out_features > in_features and trains:
+    if bias and columns == 0 and out_features > in_features and trains:
         columns = ALIGNMENT
     return columns
+
+
+def aligned_matrix(weight: Tensor, bias: Tensor | None, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias for a map with so many columns: with rows behind the features, and the bias as a column."""
+    rows = -weight.shape[0] % ALIGNMENT
+    if columns > 0:
+        if bias is not None:
+            weight, columns = torch.cat([weight, bias[:, None]], dim=1), columns - 1
+        return F.pad(weight, (0, columns, 0, rows)), None
+    if torch.compiler.is_compiling() and len(weight) > COMPILER_PADS:
+        rows = -len(weight) % COMPILER_ALIGNMENT
+    if rows > 0:
+        weight = F.pad(weight, (0, 0, 0, rows))
+        bias = None if bias is None else F.pad(bias, (0, rows))
+    return weight, bias
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """The linear layer of an `aligned_matrix`, for a map with its columns."""
+    y = F.linear(x, weight, bias)
+    return y if len(weight) == out_features else y[..., :out_features]
 
 
 def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -95,25 +120,19 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     out_features, in_features = weight.shape
     columns = x.shape[-1] - in_features
     if columns == 0:
-        columns = added_columns(weight, bias)
+        columns = added_columns(in_features, out_features, bias is not None)
         # Concatenated, not padded: a compiler then lets what computes x write right into the wider rows.
         x = with_columns(x, columns)
     # Cast first: gradients are then what is cast of parts of a wider matrix, not parts of one, to be copied once more.
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if columns > 0:
-        if bias is not None:
-            weight = torch.cat([weight, bias[:, None]], dim=1)
-        weight = F.pad(weight, (0, x.shape[-1] - weight.shape[1], 0, -out_features % ALIGNMENT))
-        return F.linear(x, weight)[..., :out_features]
-    rows = -out_features % ALIGNMENT
-    if torch.compiler.is_compiling() and out_features > COMPILER_PADS:
-        rows = -out_features % COMPILER_ALIGNMENT
-    if rows == 0:
-        return F.linear(x, weight, bias)
-    if bias is not None:
-        bias = F.pad(bias, (0, rows))
-    return F.linear(x, F.pad(weight, (0, 0, 0, rows)), bias)[..., :out_features]
+    return multiply(x, *aligned_matrix(weight, bias, columns), out_features)
+
+
+def ready_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """`aligned_linear` of an `aligned_matrix`, where x may lack its columns."""
+    x = with_columns(x.to(weight.dtype), weight.shape[1] - x.shape[-1])
+    return multiply(x, weight, bias, out_features)
 
 
 @torch.fx.wrap
@@ -129,7 +148,23 @@ class Linear(nn.Linear):
     """`nn.Linear`, in 16 bits at a GPU's full speed for any numbers of features."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if torch.compiler.is_compiling() and self.weight.shape != (self.out_features, self.in_features):
+                bias = self.bias if self.weight.shape[1] == self.in_features else None
+                return ready_linear(x, self.weight, bias, self.out_features)
         return linear(x, self.weight, self.bias)
+
+    @torch.jit.ignore
+    def added_columns(self) -> int:
+        return added_columns(self.in_features, self.out_features, self.bias is not None)
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        if self.weight.dtype.itemsize == 2:
+            return {}
+        weight, bias = aligned_matrix(self.weight, self.bias, self.added_columns())
+        return {"weight": weight, "bias": bias}
 
 
 def block_diagonal(weights: list[Tensor], zeros: int = 0) -> Tensor:
@@ -178,6 +213,18 @@ def normalize_wider(
     return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
 
 
+def split_groups(y: Tensor, x: Tensor, outs: int, zeros: int) -> list[Tensor]:
+    """Rows of results, with zeros behind `outs` of each of several matrices, as maps with the pixels of x."""
+    batch, _, height, width = x.shape
+    parts = y.split(outs + zeros, dim=-1)
+    return [part[..., :outs].view(batch, height, width, outs).permute(0, 3, 1, 2) for part in parts]
+
+
+def zeros_behind(outs: int, parts: int) -> int:
+    """Zeros with which all parts of a product start at multiples of 16 bytes."""
+    return -outs % ALIGNMENT if parts > 1 else 0
+
+
 @torch.fx.wrap
 def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """Every group of channels through its own matrix.
@@ -201,14 +248,31 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         rows, outs = as_rows(x.permute(0, 2, 3, 1)), weights[0].shape[0] * weights[0].shape[1]
         zeros = 0
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            # All parts start at multiples of 16 bytes, which a compiler's one launch for the matrix brings about.
-            if len(weights) > 1 and torch.compiler.is_compiling() and is_narrow(x):
-                zeros = -outs % ALIGNMENT
-        parts = linear(rows, block_diagonal(weights, zeros)).split(outs + zeros, dim=-1)
-        batch, _, height, width = x.shape
-        return [part[..., :outs].view(batch, height, width, outs).permute(0, 3, 1, 2) for part in parts]
+            # A compiler's one launch for the matrix brings it about.
+            if torch.compiler.is_compiling() and is_narrow(x):
+                zeros = zeros_behind(outs, len(weights))
+        return split_groups(linear(rows, block_diagonal(weights, zeros)), x, outs, zeros)
     # A convolution reads and writes channels-last maps in place, where a batched product would permute both.
     return [F.conv2d(x, w.flatten(0, 1)[:, :, None, None], groups=w.shape[0]) for w in weights]
+
+
+# A compiled network has the matrices of large products from the weights of its groups at once, see `product_weights`.
+
+
+def grouped_matrix(weights: list[Tensor]) -> Tensor | None:
+    """The matrix that `grouped_linear` makes of weights in a compiled network, None where it takes them as they are."""
+    if weights[0].dtype.itemsize == 2 or is_short_product(weights[0]):
+        return None
+    groups, results, width = weights[0].shape
+    matrix = block_diagonal(weights, zeros_behind(groups * results, len(weights)))
+    return aligned_matrix(matrix, None, -(groups * width) % ALIGNMENT)[0]
+
+
+def multiply_groups(x: Tensor, matrix: Tensor, outs: int, parts: int) -> list[Tensor]:
+    """`grouped_linear` of a `grouped_matrix` for `parts` maps of `outs` channels; x may have columns."""
+    zeros = zeros_behind(outs, parts)
+    rows = as_rows(x.permute(0, 2, 3, 1))
+    return split_groups(ready_linear(rows, matrix, None, parts * (outs + zeros)), x, outs, zeros)
 
 
 class GroupedLinear(nn.Module):
@@ -222,11 +286,25 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, groups: int, in_features: int, out_features: int):
         super().__init__()
+        self.groups = groups
+        self.in_features = in_features
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if torch.compiler.is_compiling() and self.weight.dim() == 2:
+                return multiply_groups(x, self.weight, self.groups * self.out_features, 1)[0]
         return grouped_linear(x, [self.weight])[0]
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}"
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"weight": grouped_matrix([self.weight])}
 
 
 class GroupedLayerNorm(nn.Module):
@@ -264,7 +342,7 @@ class GroupedScan2d(SelectiveScan2d):
     def scan(self, x: Tensor, wide: Tensor) -> Tensor:
         """The scan of x with projections of `wide`: of x, which may have zeros behind its channels there."""
         k, n = len(self.directions), self.d_state
-        projected = grouped_linear(wide, [self.x_proj_weight])[0].unflatten(1, (k, self.dt_rank + 2 * n))
+        projected = self.project(wide).unflatten(1, (k, self.dt_rank + 2 * n))
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
         return ops.scan2d(
             x,
@@ -278,6 +356,18 @@ class GroupedScan2d(SelectiveScan2d):
             self.dt_proj_bias,
             grouped=True,
         )
+
+    def project(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if torch.compiler.is_compiling() and self.x_proj_weight.dim() == 2:
+                outs = len(self.directions) * (self.dt_rank + 2 * self.d_state)
+                return multiply_groups(x, self.x_proj_weight, outs, 1)[0]
+        return grouped_linear(x, [self.x_proj_weight])[0]
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"x_proj_weight": grouped_matrix([self.x_proj_weight])}
 
 
 class GroupedSS2D(nn.Module):
@@ -325,11 +415,27 @@ class GroupedSS2D(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
                 return self.scan(self.conv(self.in_proj(x))), self.gate_proj(x)
-        x, z = grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
+        x, z = self.project(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.conv_writes_zeros(x):
                 return self.convolve_and_scan(x), z
         return self.scan(self.conv(x)), z
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if torch.compiler.is_compiling() and self.in_proj.weight.dim() == 2:
+                return multiply_groups(x, self.in_proj.weight, self.in_proj.groups * self.in_proj.out_features, 2)
+        return grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
+            return {}
+        return {
+            "in_proj.weight": grouped_matrix([self.in_proj.weight, self.gate_proj.weight]),
+            "gate_proj.weight": None,
+        }
 
     @torch.jit.ignore
     def conv_writes_zeros(self, x: Tensor) -> bool:
@@ -338,8 +444,7 @@ class GroupedSS2D(nn.Module):
         if not writes_columns(x) or not is_plain(conv, DepthwiseConv2d) or not is_plain(conv.act, nn.Identity):
             return False
         # Kernels of narrower groups need no zeros.
-        wide = scan.x_proj_weight.shape[2] > TOGETHER and x.shape[1] % ALIGNMENT > 0
-        return is_plain(scan, GroupedScan2d) and wide
+        return is_plain(scan, GroupedScan2d) and scan.D.shape[1] > TOGETHER and x.shape[1] % ALIGNMENT > 0
 
     @torch.jit.ignore
     def convolve_and_scan(self, x: Tensor) -> Tensor:
@@ -359,9 +464,9 @@ class GroupedSS2D(nn.Module):
         """Whether the norm writes columns for the last projection."""
         if not writes_columns(y) or not is_plain(self.out_norm, GroupedLayerNorm):
             return False
-        groups, _, width = self.out_proj.weight.shape
         # Kernels of narrower groups need no columns.
-        return is_plain(self.out_proj, GroupedLinear) and width > TOGETHER and groups * width % ALIGNMENT > 0
+        out_proj = self.out_proj
+        return is_plain(out_proj, GroupedLinear) and out_proj.in_features > TOGETHER and y.shape[1] % ALIGNMENT > 0
 
     @torch.jit.ignore
     def close_with_columns(self, y: Tensor, z: Tensor) -> Tensor:
@@ -370,7 +475,7 @@ class GroupedSS2D(nn.Module):
         dtype, vectors = autocast_dtype(y) or y.dtype, (norm.weight.flatten(), norm.bias.flatten())
         rows = ops.layer_norm(as_rows(y), *vectors, as_rows(z), norm.groups, norm.eps, dtype, columns)
         rows = rows.view(*y.shape[:3], y.shape[3] + columns).permute(0, 3, 1, 2)
-        return grouped_linear(rows, [self.out_proj.weight])[0]
+        return self.out_proj(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         y, z = self.scan_and_gate(x)
@@ -438,6 +543,18 @@ class GroupMambaMixer(nn.Module):
             return self.modulate_at_once(y, z, n, gate, stream, norm)
         return recomputed(self.close_and_modulate, y, z, n, gate), None
 
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        # Of the gate's layers there is no product.
+        weights = {f"{layer}.{name}": None for layer in ("fc1", "fc2") for name in ("weight", "bias")}
+        if self.dim <= WHOLE and is_plain(self.ssm, GroupedSS2D) and self.has_plain_end():
+            # `vla.ops.group_modulation` aligns them itself.
+            weights["ssm.out_proj.weight"] = self.ssm.out_proj.weight
+            weights["proj.weight"] = self.proj.weight
+            weights["proj.bias"] = None
+        return weights
+
     def gate_of(self, n: Tensor) -> Tensor:
         # Over the map with its channels last, so that its gradient is laid out like the others that are added to it.
         return self.gate(n.permute(0, 2, 3, 1).mean((1, 2)))
@@ -461,7 +578,7 @@ class GroupMambaMixer(nn.Module):
     def modulate_in_one_pass(self, y: Tensor, n: Tensor, gate: Tensor) -> Tensor:
         """`modulate`, whose products and norm are one pass over memory, which leaves rows that `proj` takes."""
         norm, proj = self.norm, self.proj
-        columns = added_columns(proj.weight, proj.bias) if is_worth_launches(y) else 0
+        columns = proj.added_columns() if is_worth_launches(y) else 0
         y, n = y.permute(0, 2, 3, 1), n.permute(0, 2, 3, 1)
         rows = ops.modulated_layer_norm(y, n, gate, norm.weight, norm.bias, columns, norm.eps)
         return proj(as_rows(rows)).view(y.shape).permute(0, 3, 1, 2)
@@ -479,6 +596,11 @@ class GroupMambaMixer(nn.Module):
         # has kernels for gradients only where it needs but one.
         if y.shape[1] > WHOLE and (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             return False
+        return self.has_plain_end()
+
+    @torch.jit.ignore
+    def has_plain_end(self) -> bool:
+        """Whether what follows the scan is what `vla.ops.group_modulation` does."""
         parts = (
             (self.ssm.out_norm, GroupedLayerNorm),
             (self.ssm.out_proj, GroupedLinear),
@@ -551,6 +673,12 @@ class ConvMlp(nn.Module):
                 conv, fc2 = self.conv, self.fc2
                 return ops.conv_gelu_linear(x.permute(0, 2, 3, 1), conv.weight, conv.bias, fc2.weight, fc2.bias)
         return self.fc2(self.drop1(self.conv(x)).permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        # `vla.ops.conv_gelu_linear` takes the bias as it is.
+        return {"fc2.weight": self.fc2.weight, "fc2.bias": None} if self.is_contraction(BUSY) else {}
 
     @torch.jit.ignore
     def contracts_at_once(self, x: Tensor) -> bool:
@@ -700,7 +828,7 @@ class GroupMambaBlock(ResidualBlock):
         if not is_plain(ssm.in_proj, GroupedLinear) or not is_plain(ssm.gate_proj, GroupedLinear):
             return 0
         # Kernels of narrower groups need no columns.
-        if ssm.in_proj.weight.shape[2] <= TOGETHER:
+        if ssm.in_proj.in_features <= TOGETHER:
             return 0
         return -x.shape[1] % ALIGNMENT
 
@@ -710,7 +838,7 @@ class GroupMambaBlock(ResidualBlock):
         mlp = self.mlp
         if not writes_columns(x) or not is_plain(self.norm2, LayerNorm2d) or not is_plain(mlp, ConvMlp):
             return 0
-        return added_columns(mlp.fc1.weight, mlp.fc1.bias) if is_plain(mlp.fc1, Linear) else 0
+        return mlp.fc1.added_columns() if is_plain(mlp.fc1, Linear) else 0
 
     @torch.jit.ignore
     def norms_first(self) -> bool:

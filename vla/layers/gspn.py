@@ -176,6 +176,11 @@ class GSPNMixer(nn.Module):
         return self.out_proj(self.normalize(x))
 
     @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"out_proj.weight": None}  # whose rows the norms' operator scales first
+
+    @torch.jit.ignore
     def projects_at_once(self, x: Tensor) -> bool:
         """Whether the norms' operator has the last linear layer."""
         # PyTorch's own layers know best about float32 and CPUs, and a graph of torch.fx has the layer as a module.

@@ -112,6 +112,11 @@ class MambaVisionMixer(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(inverse_softplus(dt) / self.dt_bias_scale)
 
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"dt_proj.weight": None}  # which the scan expands time steps with
+
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         x = self.in_proj(x.flatten(2).transpose(1, 2))

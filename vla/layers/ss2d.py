@@ -126,6 +126,11 @@ class SelectiveScan2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.scan(x, self.parameter_groups(), self.directions, False)
 
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"x_proj_weight": self.x_proj_weight}
+
 
 class CascadeScan2d(SelectiveScan2d):
     """Scans every row in both directions, then every column of the result, each line from a zero state.
@@ -149,6 +154,11 @@ class CascadeScan2d(SelectiveScan2d):
         super().__init__(dim, dt_rank, d_state, directions, init)
         self.dim = dim
         self.aligned = aligned
+
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {}  # norms of float32 are what is projected
 
     def scan_lines(self, x: Tensor, first: int, axis: int) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), [self.dim]).permute(0, 3, 1, 2)

@@ -287,6 +287,11 @@ class SpatialMix6(nn.Module):
         y = self.wkv_norm(wkv6(self.receptance(r), self.key(k), self.value(v), w, self.bonus))
         return to_map(self.output(self.normalize(y, self.gate(g))), x.shape[2], x.shape[3])
 
+    @torch.jit.ignore
+    def product_weights(self) -> dict[str, Tensor | None]:
+        """See `vla.layers.weights.product_weights`."""
+        return {"mix_down": self.mix_down, "decay_down": self.decay_down, "decay_up": self.decay_up}
+
     def normalize(self, y: Tensor, gate: Tensor) -> Tensor:
         """Norm of the heads and the gate's SiLU, (B, T, C)."""
         norm = self.group_norm

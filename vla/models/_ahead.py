@@ -12,9 +12,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..layers.hooks import hooks_of
+from ..layers.norm import autocast_dtype
+from ..layers.weights import product_weights
 from ..ops import _ahead
 
 _logger = logging.getLogger(__name__)
@@ -28,10 +31,15 @@ class Backbone(nn.Module):
     Triton compiles a kernel when it is first launched, one after the other. When the first call of a kind meets a
     kernel that is not in Triton's cache on disk, it is followed through with fake tensors, and its backward if
     gradients are on; see `vla.ops._ahead`.
+
+    Compiled for inference under autocast, it casts the weights of its products at once, see `vla.layers.weights`.
     """
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
+            weights = product_weights(self, autocast_dtype(args[0])) if _casts_on_gpu(args) else {}
+            if weights:
+                return functional_call(self, weights, args, kwargs, tie_weights=False)
             return super().__call__(*args, **kwargs)
         _expect(self, args, kwargs)
         try:
@@ -40,6 +48,19 @@ class Backbone(nn.Module):
             # Otherwise its backward may be the first to compile.
             if not torch.is_grad_enabled():
                 _ahead.at_compilation(None)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. PyTorch 2.11's own `is_exporting` is true in every compilation."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def _casts_on_gpu(args: tuple) -> bool:
+    """Whether a compiled call without gradients is one in whose course autocast has a GPU cast every weight."""
+    if torch.is_grad_enabled() or is_exporting() or not args or not isinstance(args[0], Tensor) or not args[0].is_cuda:
+        return False
+    dtype = autocast_dtype(args[0])
+    return dtype is not None and dtype.itemsize == 2
 
 
 def _expect(model: nn.Module, args: tuple, kwargs: Mapping) -> None:

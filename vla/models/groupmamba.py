@@ -23,15 +23,11 @@ from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
 from ..layers.hooks import is_plain
 from ..layers.layout import channels_last
 from ..layers.norm import LayerNorm2d, autocast_dtype, narrow, result_dtype
+from ._ahead import is_exporting
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["GroupMamba"]
-
-
-def is_exporting() -> bool:
-    """Whether `torch.export` traces. PyTorch 2.11's own `is_exporting` is true in every compilation."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 # cuDNN has no fast convolution of three channels with 7 x 7 kernels, stride 2 and padding 3. Of a block of 2 x 4 pixels

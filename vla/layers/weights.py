@@ -1,0 +1,48 @@
+"""Weights in 16 bits, which a compiled network has from its parameters by one launch."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["product_weights"]
+
+
+def _forms(module: nn.Module) -> dict[str, Tensor | None]:
+    """`product_weights` of one module, before they are cast, with None for parameters that no product takes.
+
+    Modules that don't say what they need have a method of that name for it.
+    """
+    if hasattr(module, "product_weights"):
+        return module.product_weights()
+    return {"weight": module.weight} if type(module) is nn.Linear else {}
+
+
+def product_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What linear layers take in the place of their parameters in float32, by the parameters' names.
+
+    A compiler has one launch for every weight to be cast, laid out or padded. Here there is one for all.
+
+    Args:
+        network: Linear layers are taken as they are. Modules with a method `product_weights` return a dictionary:
+            tensors by the names of parameters in them, in any shape that their `forward` takes in the place of the
+            parameter, or None where it takes nothing but the parameter. It counts for the modules in them, too.
+        dtype: dtype of 16 bits.
+
+    Returns:
+        Tensors for `torch.func.functional_call`.
+    """
+    forms: dict[str, Tensor | None] = {}
+    for path, module in network.named_modules():
+        for name, form in _forms(module).items():
+            forms.setdefault(f"{path}.{name}" if path else name, form)
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    names, sources = [], []
+    for name, form in forms.items():
+        # Neither what is parametrised nor what is a tensor of another kind.
+        known = name in parameters and type(parameters[name]) is nn.Parameter
+        if form is not None and known and form.dtype == torch.float32:
+            names.append(name)
+            sources.append(form)
+    results = [source.new_empty(source.shape, dtype=dtype) for source in sources]
+    if results:
+        torch._foreach_copy_(results, sources)
+    return dict(zip(names, results, strict=True))
