@@ -28,11 +28,13 @@ from vla.layers.groupmamba import (
     aligned_linear,
     block_diagonal,
     grouped_linear,
+    normalize_wider,
 )
 from vla.layers.repeat import Repeated
 from vla.models._hierarchical import Stage
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import (
+    add_layer_norm,
     conv_gelu_linear,
     conv_gelu_linear_add_norm,
     conv_layer_norm,
@@ -515,20 +517,8 @@ def drop_every_second(x, rate, training=True, scale_by_keep=True):
     return x * factors
 
 
-@pytest.mark.parametrize("dim, wide", [(12, (16, 16, 16)), (16, (16, 16, 24))])
-def test_norms_write_columns(monkeypatch, dim, wide):
-    """How GPUs compute a training step of blocks: with columns for alignment, and for the bias of the first layer.
-
-    Stochastic depth leaves out half of the pictures, or has them twice.
-    """
-    monkeypatch.setattr("timm.layers.drop.drop_path", drop_every_second)
-    blocks = nn.Sequential(*(GroupMambaBlock(dim, drop_path=0.5) for _ in range(2))).double()
-    x = torch.randn(2, dim, 4, 3, dtype=torch.float64, requires_grad=True)
-    leaves = [x, *blocks.parameters()]
-    for leaf in leaves:
-        if leaf.dim() == 1:
-            nn.init.normal_(leaf)
-    expected = torch.autograd.grad(blocks(x).square().sum(), leaves)
+def write_columns(monkeypatch, dim: int) -> list:
+    """Has blocks computed as on GPUs in compiled graphs, and returns a list of widths of maps to be multiplied."""
     seen = []
 
     def aligned(x, weight, bias=None):
@@ -547,6 +537,28 @@ def test_norms_write_columns(monkeypatch, dim, wide):
     monkeypatch.setattr(groupmamba, "linear", aligned)
     monkeypatch.setattr(groupmamba, "grouped_linear", grouped)
     monkeypatch.setattr(GroupMambaMixer, "ends_at_once", lambda self, y, n: False)
+    return seen
+
+
+def randomize_vectors(leaves) -> None:
+    for leaf in leaves:
+        if leaf.dim() == 1:
+            nn.init.normal_(leaf)
+
+
+@pytest.mark.parametrize("dim, wide", [(12, (16, 16, 16)), (16, (16, 16, 24))])
+def test_norms_write_columns(monkeypatch, dim, wide):
+    """How GPUs compute a training step of blocks: with columns for alignment, and for the bias of the first layer.
+
+    Stochastic depth leaves out half of the pictures, or has them twice.
+    """
+    monkeypatch.setattr("timm.layers.drop.drop_path", drop_every_second)
+    blocks = nn.Sequential(*(GroupMambaBlock(dim, drop_path=0.5) for _ in range(2))).double()
+    x = torch.randn(2, dim, 4, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *blocks.parameters()]
+    randomize_vectors(leaves)
+    expected = torch.autograd.grad(blocks(x).square().sum(), leaves)
+    seen = write_columns(monkeypatch, dim)
     y = run_blocks(blocks, x)
     # Gate, both projections in front of the scan, time steps, the end of the scan and of the mixer, the MLP.
     assert seen == 2 * [dim, wide[0], wide[0], wide[0], wide[1], wide[2], 4 * dim]
@@ -610,9 +622,7 @@ def blocks_at_once(monkeypatch) -> tuple[nn.Sequential, torch.Tensor, list]:
     monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear_add_norm", called)
     # As for large maps; a GPU repeats blocks for small ones.
     monkeypatch.setattr(Repeated, "LIMIT", 0)
-    for leaf in blocks.parameters():
-        if leaf.dim() == 1:
-            nn.init.normal_(leaf)
+    randomize_vectors(blocks.parameters())
     return blocks, torch.randn(2, 16, 5, 6, dtype=torch.float64), calls
 
 
@@ -684,6 +694,72 @@ def test_mlps_that_do_not_add(monkeypatch):
     for block in (*others, GroupMambaBlock(16, mlp_ratio=0.0)):
         run_blocks(nn.Sequential(block.double(), blocks[1]), x)
     assert calls == []
+
+
+def blocks_that_add_last(monkeypatch, dim: int) -> tuple[nn.Sequential, nn.Module, torch.Tensor, torch.Tensor, list]:
+    """Wide blocks as compiled graphs evaluate them, a norm behind them, a map, and what comes of that.
+
+    Of every addition the number of columns, whether there are two branches, and whether the sum is written, will be in
+    a list.
+    """
+    blocks = nn.Sequential(*(GroupMambaBlock(dim, drop_path=0.5) for _ in range(3))).double().eval()
+    norm, x = DEFAULT_NORM(dim).double(), torch.randn(2, dim, 4, 3, dtype=torch.float64)
+    randomize_vectors([*blocks.parameters(), *norm.parameters()])
+    expected, calls = norm(blocks(x)), []
+
+    def called(*args, columns=0, second=None, with_sum=True, **kwargs):
+        calls.append((columns, second is not None, with_sum))
+        return add_layer_norm(*args, columns=columns, second=second, with_sum=with_sum, **kwargs)
+
+    monkeypatch.setattr(groupmamba, "FEW_CHANNELS", 0)
+    monkeypatch.setattr(groupmamba, "takes_narrow_kernels", lambda x: True)
+    monkeypatch.setattr(groupmamba.ops, "add_layer_norm", called)
+    monkeypatch.setattr(Repeated, "LIMIT", 0)
+    write_columns(monkeypatch, dim)
+    return blocks, norm, x, expected, calls
+
+
+@pytest.mark.parametrize("dim, columns", [(12, 4), (16, 0)])
+@torch.no_grad()
+def test_halves_without_a_sum(monkeypatch, dim, columns):
+    """A block's first norm leaves both summands to the second one, which is that of the next block or of the stage."""
+    blocks, norm, x, expected, calls = blocks_that_add_last(monkeypatch, dim)
+    assert_close("output", run_blocks(blocks, x, norm), expected)
+    assert calls == [
+        *(2 * [(columns, False, False), (columns, True, True)]),
+        (columns, False, False),
+        (0, True, False),
+    ]
+    compiled = torch.compile(run_blocks, fullgraph=True, backend="aot_eager")
+    assert_close("compiled", compiled(blocks, x, norm), expected)
+    # Without a norm behind it, the last block writes all of its sums.
+    calls.clear()
+    assert_close("without a norm", norm(run_blocks(blocks, x)), expected)
+    assert [call for call in calls if call[1]] == 2 * [(columns, True, True)]
+
+
+@pytest.mark.parametrize(
+    "name", ["0.norm2", "0.drop_path1", "0.ls2", "0.drop_path2", "0.mlp", "0.mlp.fc1", "1.mixer", "1.mixer.norm", "1"]
+)
+@torch.no_grad()
+def test_halves_without_a_sum_of_plain_modules(monkeypatch, name):
+    """Whoever waits for a module that is left out is heard."""
+    blocks, norm, x, expected, calls = blocks_that_add_last(monkeypatch, 12)
+    seen = []
+    blocks.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_close("output", run_blocks(blocks, x, norm), expected)
+    assert seen and sum(second for _, second, _ in calls) == (1 if name == "1" else 2)
+
+
+@torch.no_grad()
+def test_wide_norms_dtype():
+    """Autocast's, but that of a sum where a sum follows."""
+    x, branch = torch.randn(1, 12, 2, 3), torch.randn(1, 12, 2, 3).bfloat16()
+    for norm, dtype in ((DEFAULT_NORM(12), torch.float32), (DEFAULT_NORM(12, narrow=True), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            total, y = normalize_wider(norm, x, branch, 4, second=branch)
+        assert total.dtype is torch.float32 and y.dtype is dtype
+        assert torch.equal(total, x + branch + branch) and y.shape == (1, 16, 2, 3)
 
 
 @pytest.mark.parametrize(

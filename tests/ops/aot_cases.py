@@ -293,6 +293,9 @@ def _layer_norm() -> Iterator[Case]:
     yield Case(
         "groupmamba stage 3", f, arguments(128, 14, 14, 348, branch=BF16, columns=4, factor=weight(128)), (FP32,)
     )
+    two = dict(branch=BF16, second=rows(BF16, 128, 14, 14, 348), columns=4)
+    yield Case("two branches, groupmamba stage 3", f, arguments(128, 14, 14, 348, **two), (FP32,))
+    yield Case("no sum", f, arguments(128, 14, 14, 348, branch=BF16, columns=4, with_sum=False), (FP32,))
     yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 

@@ -82,6 +82,7 @@ CASES: dict[str, Case] = {
     "layer_norm": norm(layer_norm, (2, 200, 96)),
     "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
+    "add_layer_norm two branches": norm(add_layer_norm, (2, 197, 348), branch=True, second=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
     "layer_norm_grn linear": (
         layer_norm_grn,

@@ -191,6 +191,7 @@ CASES: dict[str, Case] = {
     "layer_norm": norm(layer_norm, (8, 3136, 96)),
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
+    "add_layer_norm two branches": norm(add_layer_norm, (64, 197, 348), branch=True, second=True),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
     "layer_norm_grn linear": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56), features=96), {}),
     "layer_norm_grn linear 288": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 288, 28, 28), features=192), {}),

@@ -14,7 +14,7 @@ from vla.ops import add_layer_norm, layer_norm, use_backend
 BACKENDS = ["torch", "triton"]
 
 
-def make(shape, dtype=torch.float64, branch=False, weight=True, bias=True, gate=False):
+def make(shape, dtype=torch.float64, branch=False, weight=True, bias=True, gate=False, second=False):
     """Tensor arguments by name."""
     normal = randn(0)
     tensors = {"x": 2 * normal(*shape) + 1}
@@ -26,6 +26,8 @@ def make(shape, dtype=torch.float64, branch=False, weight=True, bias=True, gate=
         tensors["bias"] = normal(shape[-1])
     if gate:
         tensors["gate"] = normal(*shape)
+    if second:
+        tensors["second"] = normal(*shape)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
@@ -69,6 +71,62 @@ def test_factor(backend, shape, parts, options, dtype):
     """Stochastic depth: some pictures' branches are left out, the others' are larger."""
     factor = torch.tensor([1.25, 0.0, 1.25])[:parts]
     compare(backend, add_layer_norm, make(shape, dtype, branch=True), factor=factor, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape, kinds, options",
+    [
+        ((2, 3, 5, 20), {}, dict(columns=4)),
+        ((5, 348), dict(second=False), dict(with_sum=False, columns=4)),
+        ((5, 348), dict(bias=False), dict(with_sum=False)),
+        ((2, 3, 33), dict(weight=False, bias=False), dict(factor=torch.tensor([1.25, 0.0]))),
+        ((9, 60), dict(gate=True), dict(groups=3, with_sum=False)),
+        ((33,), dict(gate=True), dict(groups=3)),
+        ((2, 0, 8), {}, dict(with_sum=False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_branch(backend, shape, kinds, options, dtype):
+    """Two residual connections at once, as where the first one's sum has not been written."""
+    compare(backend, add_layer_norm, make(shape, dtype, **(dict(branch=True, second=True) | kinds)), **options)
+
+
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_sum_of_three(backend):
+    """It is rounded once, to what PyTorch gives a sum; without it the norm is the same.
+
+    Of float16, as the interpreter cuts bfloat16 off.
+    """
+    tensors = make((37, 60), torch.float16, branch=True, second=True)
+    exact = sum(tensors[name].float() for name in ("x", "branch", "second"))
+    with use_backend(backend):
+        total, y = add_layer_norm(**tensors)
+        assert torch.equal(total, exact.half())
+        nothing, alone = add_layer_norm(**tensors, with_sum=False)
+        assert nothing.shape == (0,) and nothing.dtype is total.dtype and torch.equal(alone, y)
+        # The bits of one after the other, if the stream is wide.
+        tensors["x"] = tensors["x"].float()
+        first, _ = add_layer_norm(tensors["x"], tensors["branch"])
+        for name in ("branch", "second"):
+            total, y = add_layer_norm(**tensors | {name: tensors[name].float()}, dtype=torch.float16)
+            assert total.dtype is torch.float32 and y.dtype is torch.float16
+            assert torch.equal(total, first + tensors["second"])
+        assert add_layer_norm(**tensors | dict(second=tensors["second"].double()))[1].dtype is torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_sum", [False, True])
+def test_gradients_of_summands(backend, with_sum):
+    """Every one is that of the stream, rounded to the dtype of its own summand."""
+    for wide, narrow in (("branch", "second"), ("second", "branch")):
+        tensors = make((37, 60), torch.float32, branch=True, second=True)
+        tensors[narrow] = tensors[narrow].half()
+        results = run(backend, add_layer_norm, tensors, with_sum=with_sum)
+        assert torch.equal(results[f"grad of {wide}"], results["grad of x"])
+        assert torch.equal(results[f"grad of {narrow}"], results["grad of x"].half())
+        compare(backend, add_layer_norm, tensors, with_sum=with_sum)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,10 +215,12 @@ def _odd_slice(tensor):
 
 
 @pytest.mark.parametrize("layout", [_map, _crop, _slice, _odd_slice], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("function, branch", [(layer_norm, False), (add_layer_norm, True)])
-def test_strides(layout, function, branch):
+@pytest.mark.parametrize(
+    "function, kinds", [(layer_norm, {}), (add_layer_norm, dict(branch=True, second=True))], ids=["norm", "add"]
+)
+def test_strides(layout, function, kinds):
     shape = (2, 3, 4, 24)
-    tensors = make(shape, torch.float32, branch=branch, gate=True)
+    tensors = make(shape, torch.float32, gate=True, **kinds)
     expected = run("triton", function, tensors, groups=2)
 
     def of_views(**tensors):
@@ -198,6 +258,18 @@ def test_gradcheck(function, branch):
         assert torch.autograd.gradcheck(partial(function, groups=2), [t.requires_grad_() for t in tensors.values()])
 
 
+@pytest.mark.parametrize("with_sum", [False, True])
+def test_gradcheck_of_a_second_branch(with_sum):
+    tensors = make((3, 12), branch=True, second=True)
+
+    def function(*leaves):
+        results = add_layer_norm(**dict(zip(tensors, leaves, strict=True)), with_sum=with_sum)
+        return results if with_sum else results[1]
+
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
 class Norm(nn.Module):
     def forward(self, x, weight, bias, gate):
         return layer_norm(x, weight, bias, gate, 2, 1e-5)
@@ -209,13 +281,25 @@ class AddNorm(nn.Module):
         return total + y
 
 
+class AddTwo(nn.Module):
+    def forward(self, x, branch, weight, bias, second):
+        return add_layer_norm(x, branch, weight, bias, second=second, with_sum=False)[1]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
-@pytest.mark.parametrize("module, branch, gate", [(Norm(), False, True), (AddNorm(), True, False)])
-def test_machinery(module, branch, gate):
-    tensors = make((2, 3, 12), branch=branch, gate=gate)
-    leaves = [t.clone().requires_grad_() for t in tensors.values()]
-    arguments = (leaves[0], leaves[1] if branch else None, *leaves[1 + branch : 3 + branch])
-    arguments += (leaves[-1] if gate else None, 2, 1e-5, None, 0, None)
+@pytest.mark.parametrize(
+    "module, kinds, with_sum",
+    [
+        (Norm(), dict(gate=True), False),
+        (AddNorm(), dict(branch=True), True),
+        (AddTwo(), dict(branch=True, second=True), False),
+    ],
+)
+def test_machinery(module, kinds, with_sum):
+    tensors = make((2, 3, 12), **kinds)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    arguments = (*(leaves.get(name) for name in ("x", "branch", "weight", "bias", "gate")), 2, 1e-5, None, 0, None)
+    arguments += (leaves.get("second"), with_sum)
     check_machinery(module, tuple(tensors.values()), torch.ops.vla.layer_norm.default, arguments)
 
 
@@ -241,6 +325,7 @@ def test_tracers_and_transforms_see_the_operator():
     [
         ({"x": torch.ones(())}, r"x has shape \(\), expected \(..., C\)"),
         ({"branch": torch.ones(2, 8)}, r"branch has shape \(2, 8\), expected that of x = \(3, 8\)"),
+        ({"second": torch.ones(3, 1)}, r"second has shape \(3, 1\), expected that of x = \(3, 8\)"),
         ({"weight": torch.ones(7)}, r"weight has shape \(7,\), expected \(C,\) = \(8,\)"),
         ({"bias": torch.ones(1, 8)}, "bias has shape"),
         ({"gate": torch.ones(3, 4)}, "gate has shape"),

@@ -311,6 +311,7 @@ def test_hooks_see_every_launch(monkeypatch):
     [
         (squared_relu, lambda: dict(x=torch.randn(3, 5)), {}),
         (add_layer_norm, lambda: test_layer_norm.make((2, 5), branch=True, weight=True, bias=True), {}),
+        (add_layer_norm, lambda: test_layer_norm.make((2, 5), branch=True, second=True), dict(with_sum=False)),
         (depthwise_conv2d, lambda: test_depthwise_conv2d.make((1, 3, 4, 5), (3, 3), True), dict(act="silu")),
         (scan2d, lambda: test_scan2d.make((1, 2, 2, 3), 1, 2), dict(directions=test_scan2d.CROSS)),
         (

@@ -113,23 +113,26 @@ class ResidualBlock(Repeated):
         return x, x if self.post_norm else self.norm1(x)
 
     @torch.jit.ignore
-    def first_norm(self) -> nn.Module | None:
-        """The norm of its sum that `begin` returns, if that is all it does."""
-        return None if self.post_norm else self.norm1
+    def first_norm(self, x: Tensor) -> tuple[nn.Module | None, int]:
+        """The norm of sums like x that `begin` returns, if that is all it does, and columns behind its channels."""
+        return (None if self.post_norm else self.norm1), 0
 
     @torch.jit.ignore
-    def adds_and_norms(self, x: Tensor) -> bool:
-        """Whether there is an `add_and_norm` for maps like x, which a family's MLP may have a kernel for."""
+    def adds_and_norms(self, x: Tensor, columns: int) -> bool:
+        """Whether there is an `add_and_norm` for maps like x and so many columns, as a family may have kernels for."""
         return False
 
     @torch.jit.ignore
-    def add_and_norm(self, x: Tensor, y: Tensor, norm: LayerNorm2d, with_sum: bool) -> tuple[Tensor | None, Tensor]:
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, norm: LayerNorm2d, columns: int, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """The block from what `begin` returns on, its last sum, and a norm of that.
 
         Args:
             x: The residual stream.
             y: The input of the first half's mixer.
             norm: The norm.
+            columns: Columns behind its channels.
             with_sum: Whether somebody needs the sum; else it is None.
         """
         raise NotImplementedError
@@ -180,12 +183,12 @@ def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None) 
             x, y = block(x if y is None else x + y), None
             continue
         x, y = (x, y) if is_normed else block.begin(x, y)
-        next_norm = norm
+        next_norm, columns = norm, 0
         if following is not None:
-            next_norm = following.first_norm() if _is_plain(following) else None
-        is_normed = is_plain(next_norm, LayerNorm2d) and block.adds_and_norms(x)
+            next_norm, columns = following.first_norm(x) if _is_plain(following) else (None, 0)
+        is_normed = is_plain(next_norm, LayerNorm2d) and block.adds_and_norms(x, columns)
         if is_normed:
-            x, y = block.add_and_norm(x, y, next_norm, with_sum=following is not None)
+            x, y = block.add_and_norm(x, y, next_norm, columns, with_sum=following is not None)
         else:
             x, y = block.halves(x, y)
     if is_normed:

@@ -20,7 +20,17 @@ from .aligned import ALIGNMENT, is_worth_launches
 from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
-from .norm import LARGE, LayerNorm2d, as_rows, autocast_dtype, narrow, normalize, result_dtype, takes_narrow_kernels
+from .norm import (
+    FEW_CHANNELS,
+    LARGE,
+    LayerNorm2d,
+    as_rows,
+    autocast_dtype,
+    narrow,
+    normalize,
+    result_dtype,
+    takes_narrow_kernels,
+)
 from .ss2d import SelectiveScan2d
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
@@ -190,8 +200,14 @@ def writes_columns(x: Tensor) -> bool:
 
 
 def normalize_wider(
-    norm: LayerNorm2d, x: Tensor, branch: Tensor | None, columns: int, factor: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    norm: LayerNorm2d,
+    x: Tensor,
+    branch: Tensor | None,
+    columns: int,
+    factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
+) -> tuple[Tensor | None, Tensor]:
     """The sum and its norm with columns behind its channels, of maps (B, C, H, W) and to such.
 
     Args:
@@ -200,16 +216,20 @@ def normalize_wider(
         branch: Second summand, if there is one.
         columns: How many columns.
         factor: Factors of the pictures in the branch, (B,).
+        second: Third summand, if there is one.
+        with_sum: Whether somebody needs the sum; else it is None.
     """
-    shape, dtype = x.permute(0, 2, 3, 1).shape, autocast_dtype(x) or x.dtype
+    shape = x.permute(0, 2, 3, 1).shape
+    dtype = autocast_dtype(x) or x.dtype if norm.narrow else result_dtype(x, False)
     options = dict(eps=norm.eps, dtype=dtype, columns=columns)
     rows = as_rows(x.permute(0, 2, 3, 1))
     if branch is None:
         y = ops.layer_norm(rows, norm.weight, norm.bias, **options)
     else:
-        branch = as_rows(branch.permute(0, 2, 3, 1))
-        total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, factor=factor, **options)
-        x = total.view(shape).permute(0, 3, 1, 2)
+        branch, second = (None if t is None else as_rows(t.permute(0, 2, 3, 1)) for t in (branch, second))
+        options |= dict(factor=factor, second=second, with_sum=with_sum)
+        total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, **options)
+        x = total.view(shape).permute(0, 3, 1, 2) if with_sum else None
     return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
 
 
@@ -768,24 +788,44 @@ class GroupMambaBlock(ResidualBlock):
         return x, self.norm1(x)
 
     @torch.jit.ignore
-    def first_norm(self) -> nn.Module | None:
-        return self.mixer.norm if self.norms_first() else None
+    def first_norm(self, x: Tensor) -> tuple[nn.Module | None, int]:
+        return (self.mixer.norm, self.columns_of_mixer(x)) if self.norms_first() else (None, 0)
 
     @torch.jit.ignore
-    def adds_and_norms(self, x: Tensor) -> bool:
+    def adds_and_norms(self, x: Tensor, columns: int) -> bool:
         mlp = self.mlp
         if not is_plain(mlp, ConvMlp) or not is_plain(mlp.fc1, Linear) or not is_plain(mlp.drop2, nn.Identity):
             return False
         for module in (self.drop_path1, self.ls2, self.drop_path2):
             if not is_plain(module, nn.Identity) and (not is_plain(module, DropPath) or module.training):
                 return False
-        # Norms of more channels may have columns to write.
-        if self.columns_of_mixer(x) > 0 or torch.is_grad_enabled() or not takes_narrow_kernels(x):
+        if torch.is_grad_enabled() or not takes_narrow_kernels(x):
             return False
-        return mlp.is_contraction(x.numel() // x.shape[1] * mlp.fc1.out_features)
+        return self.ends_with_mlp(x, columns) or self.adds_last(x)
 
     @torch.jit.ignore
-    def add_and_norm(self, x: Tensor, y: Tensor, norm: LayerNorm2d, with_sum: bool) -> tuple[Tensor | None, Tensor]:
+    def ends_with_mlp(self, x: Tensor, columns: int) -> bool:
+        """Whether the MLP has a kernel that adds to the stream and norms the sum."""
+        mlp = self.mlp
+        return columns == 0 and mlp.is_contraction(x.numel() // x.shape[1] * mlp.fc1.out_features)
+
+    @torch.jit.ignore
+    def adds_last(self, x: Tensor) -> bool:
+        """Whether the sum of the halves' stream is better not written, but added anew behind the MLP.
+
+        A compiler's own norms of fewer channels do so anyway.
+        """
+        return x.shape[1] > FEW_CHANNELS and writes_columns(x) and is_plain(self.norm2, LayerNorm2d)
+
+    @torch.jit.ignore
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, norm: LayerNorm2d, columns: int, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        if not self.ends_with_mlp(x, columns):
+            branch = self.ls1(self.mix(y))
+            _, normed = normalize_wider(self.norm2, x, branch, self.columns_of_mlp(x), with_sum=False)
+            second = self.mlp(normed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return normalize_wider(norm, x, branch, columns, second=second, with_sum=with_sum)
         stream, normed = x, None
         if self.norms_first() and is_plain(self.ls1, nn.Identity) and is_plain(self.norm2, LayerNorm2d):
             branch, normed = self.mixer.mix_and_norm(y, stream, self.norm2)

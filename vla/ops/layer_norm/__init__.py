@@ -1,5 +1,7 @@
 """Layer norm over channels, with the addition before it and the gate after it: https://arxiv.org/abs/1607.06450."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def _check(
     dtype: torch.dtype | None,
     columns: int,
     factor: Tensor | None,
+    second: Tensor | None,
 ) -> None:
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x has shape (), expected (..., C)")
@@ -30,6 +33,7 @@ def _check(
         raise ValueError(f"{_OP}: groups is {groups}, expected a divisor of the {channels} channels")
     for name, tensor, shape, pattern in (
         ("branch", branch, x.shape, "that of x"),
+        ("second", second, x.shape, "that of x"),
         ("weight", weight, (channels,), "(C,)"),
         ("bias", bias, (channels,), "(C,)"),
         ("gate", gate, x.shape, "that of x"),
@@ -42,7 +46,7 @@ def _check(
         raise ValueError(
             f"{_OP}: factor has shape {tuple(factor.shape)}, expected (P,) for a branch, with P a divisor of the tokens"
         )
-    check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate, factor=factor)
+    check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate, factor=factor, second=second)
     check_result_dtype(_OP, dtype)
 
 
@@ -61,25 +65,38 @@ def _infer(
     dtype: torch.dtype | None,
     columns: int,
     factor: Tensor | None,
+    second: Tensor | None,
+    with_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
-    shape = (*x.shape[:-1], x.shape[-1] + columns)
-    if branch is None:
-        return x.new_empty(shape, dtype=dtype), x.new_empty(0)
-    total_dtype = torch.promote_types(x.dtype, branch.dtype)
-    return x.new_empty(shape, dtype=dtype or total_dtype), x.new_empty(x.shape, dtype=total_dtype)
+    _check(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second)
+    return empty_results(x, branch, dtype, columns, second, with_sum)
 
 
-def _flops(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor) -> int:
+def sum_dtype(*summands: Tensor | None) -> torch.dtype:
+    """The dtype that PyTorch gives a sum."""
+    return reduce(torch.promote_types, (x.dtype for x in summands if x is not None))
+
+
+def empty_results(
+    x: Tensor, branch: Tensor | None, dtype: torch.dtype | None, columns: int, second: Tensor | None, with_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """The norm, and the sum, which is empty where there is none or nobody wants it."""
+    shape, total = (*x.shape[:-1], x.shape[-1] + columns), sum_dtype(x, branch, second)
+    size = x.shape if branch is not None and with_sum else 0
+    return x.new_empty(shape, dtype=dtype or total), x.new_empty(size, dtype=total)
+
+
+def _flops(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum) -> int:
     # Two sums, a difference and a product, and one operation for each of the optional arguments; a SiLU counts as four.
-    per_entry = 5 + sum(size is not None for size in (branch, weight, bias, factor)) + (0 if gate is None else 5)
+    optional = (branch, second, weight, bias, factor)
+    per_entry = 5 + sum(size is not None for size in optional) + (0 if gate is None else 5)
     return per_entry * x.numel()
 
 
 operator = Operator(
     _OP,
     "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gate, int groups, float eps, ScalarType? dtype,"
-    " int columns, Tensor? factor) -> (Tensor, Tensor)",
+    " int columns, Tensor? factor, Tensor? second, bool with_sum) -> (Tensor, Tensor)",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -125,10 +142,10 @@ def layer_norm(
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype, columns, None)
+        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False)
         return y
     else:
-        return operator(x, None, weight, bias, gate, groups, eps, dtype, columns, None)[0]
+        return operator(x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False)[0]
 
 
 def add_layer_norm(
@@ -142,6 +159,8 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
     columns: int = 0,
     factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """A residual connection and the norm that follows it, in one pass over memory.
 
@@ -157,18 +176,22 @@ def add_layer_norm(
         columns: Columns behind the norm's channels.
         factor: Factors of the branch, (P,), the first for the first of P equally many tokens and so on: those of a
             batch's pictures under stochastic depth. No gradient.
+        second: One more summand, (..., C): that of the residual connection before, if only its norm was written.
+        with_sum: Return the sum; without it there is less to write.
 
     Returns:
-        `x + factor * branch` in the dtype that PyTorch gives the sum, (..., C), and its norm, (..., C + columns), both
-        contiguous.
+        `x + factor * branch + second` in the dtype that PyTorch gives the sum, to which it is rounded once, (..., C),
+        and its norm, (..., C + columns), both contiguous. Without `with_sum` the first is empty, (0,).
 
     Raises:
         ValueError: For a shape, device or option that does not fit, naming the argument.
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        y, total = torch.ops.vla.layer_norm(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
+        y, total = torch.ops.vla.layer_norm(
+            x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum
+        )
         return total, y
     else:
-        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor)
+        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum)
         return total, y

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._checks import state_dtype
 from .._maps import with_columns
-from .naive import scaled
+from .naive import added, scaled
 
 
 def forward(
@@ -20,8 +20,10 @@ def forward(
     dtype: torch.dtype | None,
     columns: int = 0,
     factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    total = x if branch is None else x + scaled(branch, factor)
+    total = x if branch is None else added(x, branch, factor, second)
     state = state_dtype(x, branch, weight, bias, gate)
     weight, bias = (None if t is None else t.to(state) for t in (weight, bias))
     if groups == 1:
@@ -34,7 +36,7 @@ def forward(
     if gate is not None:
         y = y * F.silu(gate.to(state))
     y = with_columns(y.to(dtype or total.dtype).contiguous(), columns)
-    return y, (x.new_empty(0) if branch is None else total.contiguous())
+    return y, (total.contiguous() if branch is not None and with_sum else total.new_empty(0))
 
 
 def backward(
@@ -49,9 +51,11 @@ def backward(
     dtype: torch.dtype | None,
     columns: int = 0,
     factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
 ) -> list[Tensor | None]:
     state = state_dtype(x, branch, weight, bias, gate)
-    total = x if branch is None else x + scaled(branch, factor)
+    total = x if branch is None else added(x, branch, factor, second)
     rows = total.to(state).contiguous().unflatten(-1, (groups, -1))
     normal, mean, inverse = torch.native_layer_norm(rows, rows.shape[-1:], None, None, eps)
     flat = normal.flatten(-2)
@@ -74,6 +78,8 @@ def backward(
     )
     gx = gx.flatten(-2)
     if branch is None:
-        return [gx, None, g_weight, g_bias, g_gate, None]
-    gx = gx + grads[1]
-    return [gx.to(x.dtype), scaled(gx, factor).to(branch.dtype, copy=True), g_weight, g_bias, g_gate, None]
+        return [gx, None, g_weight, g_bias, g_gate, None, None]
+    gx = gx + grads[1] if with_sum else gx
+    g_branch = scaled(gx, factor).to(branch.dtype, copy=True)
+    g_second = None if second is None else gx.to(second.dtype, copy=True)
+    return [gx.to(x.dtype), g_branch, g_weight, g_bias, g_gate, None, g_second]

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import as_rows, cdiv, kernel, last_first, next_power_of_2, sigmoid, sum_parts
+from .._triton import DTYPES, as_rows, cdiv, kernel, last_first, next_power_of_2, sigmoid, sum_parts
+from . import empty_results, sum_dtype
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
 # chunk has a mask along the channels. Entries outside are zero.
@@ -213,6 +214,7 @@ def _first_channel(program, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_
 def layer_norm_fwd_kernel(
     x,
     branch,
+    second,
     weight,
     bias,
     gate,
@@ -224,7 +226,9 @@ def layer_norm_fwd_kernel(
     eps,
     x_token: tl.constexpr,
     branch_token: tl.constexpr,
+    second_token: tl.constexpr,
     gate_token: tl.constexpr,
+    SUM: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -237,7 +241,7 @@ def layer_norm_fwd_kernel(
     """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
 
     A row may be INNER groups. Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a
-    factor. Rows of gate start at multiples of EVEN bytes, see `_load`.
+    factor. Sums are rounded to SUM. Rows of gate start at multiples of EVEN bytes, see `_load`.
     """
     program = last_first()
     channel = _first_channel(program, CHANNELS, GROUPS, BLOCK_R)
@@ -248,8 +252,12 @@ def layer_norm_fwd_kernel(
         added = _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH)
         if factor is not None:
             added = _scale(added, tl.load(factor + token // tokens, inside, 0.0).to(tl.float32))
-        row = _round(_add(row, added), total.dtype.element_ty)
-        _store(total + start, row, inside, CHANNELS, WIDTH)
+        row = _add(row, added)
+        if second is not None:
+            row = _add(row, _load(second + token * second_token + channel, inside, CHANNELS, WIDTH))
+        row = _round(row, SUM)
+        if total is not None:
+            _store(total + start, row, inside, CHANNELS, WIDTH)
     if gate is not None:
         z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH, EVEN)
     if INNER > 1:
@@ -275,12 +283,14 @@ def layer_norm_bwd_kernel(
     g_total,
     x,
     branch,
+    second,
     weight,
     bias,
     gate,
     factor,
     gx,
     g_branch,
+    g_second,
     g_gate,
     parts,
     rows,
@@ -290,7 +300,9 @@ def layer_norm_bwd_kernel(
     g_total_token: tl.constexpr,
     x_token: tl.constexpr,
     branch_token: tl.constexpr,
+    second_token: tl.constexpr,
     gate_token: tl.constexpr,
+    SUM: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     SUMS: tl.constexpr,
@@ -317,8 +329,12 @@ def layer_norm_bwd_kernel(
             if factor is not None:
                 share = tl.load(factor + token // tokens, inside, 0.0).to(tl.float32)
                 added = _scale(added, share)
-            row = _round(_add(row, added), g_total.dtype.element_ty)
-            direct = _load(g_total + token * g_total_token + channel, inside, CHANNELS, WIDTH)
+            row = _add(row, added)
+            if second is not None:
+                row = _add(row, _load(second + token * second_token + channel, inside, CHANNELS, WIDTH))
+            row = _round(row, SUM)
+            if g_total is not None:
+                direct = _load(g_total + token * g_total_token + channel, inside, CHANNELS, WIDTH)
         of_out = _load(g + token * g_token + channel, inside, CHANNELS, WIDTH)
         if gate is not None:
             z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH)
@@ -338,10 +354,13 @@ def layer_norm_bwd_kernel(
         of_row = ()
         for i in tl.static_range(0, len(normal)):
             of_row = of_row + (inverse * (of_out[i] - mean - normal[i] * slope),)
-        if branch is not None:
+        if g_total is not None:
             of_row = _add(of_row, direct)
+        if branch is not None:
             of_branch = of_row if factor is None else _scale(of_row, share)
             _store(g_branch + start, of_branch, inside, CHANNELS, WIDTH)
+        if second is not None:
+            _store(g_second + start, of_row, inside, CHANNELS, WIDTH)
         _store(gx + start, of_row, inside, CHANNELS, WIDTH)
     if parts is not None:
         row = tl.program_id(0) * SUMS + tl.arange(0, SUMS)[:, None]
@@ -406,8 +425,8 @@ def _evenness(x: Tensor | None, distance: int) -> int:
     return 0 if start == 0 else math.gcd(16, start, distance * x.element_size())
 
 
-def _empty(like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if like is None else torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+def _empty(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -431,37 +450,39 @@ def forward(
     dtype: torch.dtype | None,
     columns: int = 0,
     factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    total = None if branch is None else _empty(x, sum_dtype)
-    y = x.new_empty((*x.shape[:-1], x.shape[-1] + columns), dtype=dtype or sum_dtype)
+    y, total = empty_results(x, branch, dtype, columns, second, with_sum)
     if x.numel() > 0:
         inner = _inner(x.shape[-1] // groups, groups)
         groups //= inner
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
         constants = _config(channels, groups)[0] if inner == 1 else _whole(channels)
-        (x, branch, gate), distances = _tokens(x, branch, gate)
+        (x, branch, second, gate), distances = _tokens(x, branch, second, gate)
         layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
             x,
             branch,
+            second,
             _contiguous(weight),
             _contiguous(bias),
             gate,
             _contiguous(factor),
             y,
-            total,
+            total if branch is not None and with_sum else None,
             rows,
             1 if factor is None else rows // groups // len(factor),
             eps,
             *distances,
+            SUM=DTYPES.get(total.dtype, tl.float32),
             **constants,
             COLUMNS=columns,
             TAIL=next_power_of_2(columns),
             INNER=inner,
-            EVEN=_evenness(gate, distances[2]) if inner > 1 else 0,
+            EVEN=_evenness(gate, distances[3]) if inner > 1 else 0,
         )
-    return y, x.new_empty(0) if total is None else total
+    return y, total
 
 
 def backward(
@@ -476,39 +497,44 @@ def backward(
     dtype: torch.dtype | None,
     columns: int = 0,
     factor: Tensor | None = None,
+    second: Tensor | None = None,
+    with_sum: bool = True,
 ) -> list[Tensor | None]:
     if x.numel() == 0:
-        return [None] * 6
-    g, g_total = grads[0], None if branch is None else grads[1]
-    width = x.shape[-1]
+        return [None] * 7
+    g, g_total = grads[0], grads[1] if branch is not None and with_sum else None
+    width, total_dtype = x.shape[-1], sum_dtype(x, branch, second)
     channels = width // groups
     rows = x.numel() // channels
     constants, sums_of_program, period = _config(channels, groups)
     tiles = cdiv(rows, constants["BLOCK_R"])
     limit = 2 * _PROGRAMS if width <= 128 else _PROGRAMS
     programs = min(cdiv(tiles, period), max(1, limit // period)) * period
-    gx, g_branch, g_gate = _empty(x), _empty(branch), _empty(gate)
+    gx, g_branch, g_second, g_gate = _empty(x), _empty(branch), _empty(second), _empty(gate)
     parts = g_weight = g_bias = None
     if weight is not None or bias is not None:
         parts = x.new_empty(programs * sums_of_program // groups, 2 * width, dtype=torch.float32)
-    (g, g_total, x, branch, gate), distances = _tokens(g, g_total, x, branch, gate)
+    (g, g_total, x, branch, second, gate), distances = _tokens(g, g_total, x, branch, second, gate)
     layer_norm_bwd_kernel[(programs,)](
         g,
         g_total,
         x,
         branch,
+        second,
         _contiguous(weight),
         _contiguous(bias),
         gate,
         _contiguous(factor),
         gx,
         g_branch,
+        g_second,
         g_gate,
         parts,
         rows,
         1 if factor is None else rows // groups // len(factor),
         eps,
         *distances,
+        SUM=DTYPES.get(total_dtype, tl.float32),
         SUMS=sums_of_program,
         **constants,
     )
@@ -516,4 +542,4 @@ def backward(
         sums = sum_parts(parts)
         g_weight = None if weight is None else sums[:width]
         g_bias = None if bias is None else sums[width:]
-    return [gx, g_branch, g_weight, g_bias, g_gate, None]
+    return [gx, g_branch, g_weight, g_bias, g_gate, None, g_second]

@@ -122,7 +122,7 @@ def backward(grads: list[Tensor], *args, saved: Sequence[Tensor] = ()) -> list[T
     g_norm: list[Tensor | None] = [None, None]
     if norm_weight is not None:
         total = scan.forward(*arguments) if total is None else total
-        g_y, _, *g_norm, _, _ = layer_norm.backward([grads[0].permute(0, 2, 3, 1), None], *norm_arguments(total, args))
+        g_y, _, *g_norm = layer_norm.backward([grads[0].permute(0, 2, 3, 1), None], *norm_arguments(total, args))[:4]
         grads = [g_y.permute(0, 3, 1, 2)]
     g_rows, gx_rows = torch.empty_like(projected), torch.empty_like(x_rows)
     gx = as_map(gx_rows, x)

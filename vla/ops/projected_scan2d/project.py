@@ -47,7 +47,7 @@ def backward(scan: ModuleType, grads: list[Tensor], args: tuple) -> list[Tensor 
     g_norm: list[Tensor | None] = [None, None]
     if norm_weight is not None:
         g_rows = [g.permute(0, 2, 3, 1) for g in grads]
-        g_y, _, *g_norm, _, _ = layer_norm.backward(g_rows, *norm_arguments(scan.forward(*arguments), args))
+        g_y, _, *g_norm = layer_norm.backward(g_rows, *norm_arguments(scan.forward(*arguments), args))[:4]
         grads = [g_y.permute(0, 3, 1, 2)]
     gx, g_dt, g_A, g_B, g_C, *g_parameters = scan.backward(grads, *arguments)
     g_rows = torch.cat([g.permute(0, 3, 4, 1, 2) for g in (g_dt, g_B, g_C)], dim=-1)
