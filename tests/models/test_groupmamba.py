@@ -756,7 +756,7 @@ def test_wide_norms_dtype():
     """Autocast's, but that of a sum where a sum follows."""
     x, branch = torch.randn(1, 12, 2, 3), torch.randn(1, 12, 2, 3).bfloat16()
     for norm, dtype in ((DEFAULT_NORM(12), torch.float32), (DEFAULT_NORM(12, narrow=True), torch.bfloat16)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             total, y = normalize_wider(norm, x, branch, 4, second=branch)
         assert total.dtype is torch.float32 and y.dtype is dtype
         assert torch.equal(total, x + branch + branch) and y.shape == (1, 16, 2, 3)

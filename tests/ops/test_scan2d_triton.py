@@ -1,6 +1,7 @@
 """The directional scan's Triton kernels, interpreted on the CPU, against the definition in float64."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -386,6 +387,34 @@ def test_runs_of_the_forward_that_hand_on(directions, grouped, channels, group, 
     with torch.no_grad(), use_backend("triton"):
         first, second = (scan2d(**tensors, directions=directions, grouped=grouped) for _ in range(2))
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_pictures_that_are_walked_at_once(grouped, monkeypatch):
+    chained = kernels.Config(4, 16, 2, 1, tiles=1, columns=True, apart=True, chained=True, group=2)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: chained)
+    tensors = {n: t.bfloat16() for n, t in make((3, 18, 5, 19), 1, 2, directions=CROSS, grouped=grouped).items()}
+    results = []
+    with torch.no_grad(), use_backend("triton"):
+        for pictures in (3, 2, 1):
+            monkeypatch.setattr(kernels, "_pictures_at_once", lambda problem, x, pictures=pictures: pictures)
+            results.append(scan2d(**tensors, directions=CROSS, grouped=grouped))
+    assert all(torch.equal(y, results[0]) for y in results)
+    with torch.no_grad(), use_backend("naive"):
+        assert_close("y", results[0], scan2d(**tensors, directions=CROSS, grouped=grouped))
+
+
+def test_pictures_that_a_cache_holds():
+    def pictures(shape, grouped):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return kernels._pictures_at_once(SimpleNamespace(grouped=grouped, batch=shape[0]), x)
+
+    assert pictures((8, 64, 256, 256), True) == 2
+    assert pictures((8, 64, 512, 512), True) == 2
+    assert pictures((8, 348, 64, 64), True) == 6
+    assert pictures((1, 64, 512, 512), True) == 1
+    assert pictures((8, 64, 56, 56), True) == 8
+    assert pictures((8, 96, 256, 256), False) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -561,8 +561,8 @@ def _hand_on(words_ptr, decay, state, run, runs, BLOCK_D: tl.constexpr, GROUP: t
 @kernel
 def scan2d_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, words_ptr, border_ptr, partial_ptr,
-    y_ptr, borders, walks, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
-    xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_p, ys_k,
+    y_ptr, borders, walks, at_once, chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs,
+    tiles, xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, ys_b, ys_p, ys_k,
     N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK_D: tl.constexpr, N_PAD: tl.constexpr,
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
     GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
@@ -575,7 +575,8 @@ def scan2d_fwd_kernel(
 
     With `words_ptr`, numbers that are 0 at first, runs of a tile and one state hand on what they do to it, see
     `_hand_on`. The first of the numbers counts the programs that have started, which it gives runs in their order: what
-    a run waits for has started.
+    a run waits for has started. A run of each of `at_once` walks comes before their next ones, and all of theirs before
+    those of others.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
@@ -585,8 +586,11 @@ def scan2d_fwd_kernel(
     index = tl.program_id(0)
     if CHAINED:
         program = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
-        pixel_run = program // walks
-        index = program % walks
+        first_walk = program // (at_once * runs) * at_once
+        program -= first_walk * runs
+        at_once = tl.minimum(at_once, walks - first_walk)
+        pixel_run = program // at_once
+        index = first_walk + program % at_once
     block = index % blocks
     begin = 0
     end = 2 * K
@@ -1118,6 +1122,10 @@ BACKWARD = {
 SHORT_RANKS = range(1, 4)
 # Programs of one warp with all registers that an H100's 132 multiprocessors run at once.
 AT_ONCE = 8 * 132
+# Bytes of maps that an H100's second-level cache, of 50 MB, keeps while they are walked; and pictures that are walked
+# at once even if they are larger, for while one waits another goes on.
+CACHE = 34 * 2**20
+FEWEST = 2
 
 
 def _fwd_config(problem: "_Sizes") -> Config:
@@ -1163,6 +1171,16 @@ def _chained(problem: "_Sizes") -> str:
     # Where few sequences are long, how often they wait for each other is what takes time.
     sequences = problem.programs * (1 if problem.grouped else problem.count)
     return "few chained" if sequences <= 16 and problem.length >= 1024 else "chained"
+
+
+def _pictures_at_once(problem: "_Sizes", x: Tensor) -> int:
+    """Pictures that runs which hand on are of at the same time.
+
+    Groups read and write parts of the same lines of memory, each in its own order: as many pictures as a cache holds
+    with their results. Directions that write maps of their own don't.
+    """
+    fitting = CACHE // (2 * x[0].numel() * x.element_size())
+    return min(problem.batch, max(FEWEST, fitting)) if problem.grouped else problem.batch
 
 
 def _narrow_groups(problem: "_Sizes") -> str:
@@ -1498,7 +1516,8 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
         count, border = borders.shape[2] * borders.shape[3], backward_config.T * backward_config.S
     maps = problem.maps(out) if apart else out
     partial = maps if apart else problem.sums(out)
-    tensors = (x, *problem.parameters(), entries, words, borders, partial, maps, count, walks)
+    at_once = walks // problem.batch * _pictures_at_once(problem, x)
+    tensors = (x, *problem.parameters(), entries, words, borders, partial, maps, count, walks, at_once)
     strides = (*_map_strides(x), *problem.strides(), *_map_strides(out), maps.stride(0))
     problem.launch(
         scan2d_fwd_kernel, config, tensors, strides, x, out,
