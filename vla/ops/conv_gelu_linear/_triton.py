@@ -12,6 +12,7 @@ from .._triton import (
     dot_add,
     gelu,
     kernel,
+    last_first,
     lead_and_rest,
     load_apart,
     mean_of_rows,
@@ -210,7 +211,8 @@ def conv_gelu_linear_fwd_kernel(
     x is of pairs of channels, as are its strides. EVEN: Strips divide the map, so that of a strip's rows and columns
     only those around it may be beside the map. AHEAD: Rows of the next channels that are loaded before the product.
     """
-    strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+    program = last_first()
+    strip = program * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     # Instead of one that does not exist the last one again, which is not stored.
     strip = tl.minimum(strip, strips - 1)
     line = strip // strips_of_row
@@ -271,7 +273,7 @@ def conv_gelu_linear_fwd_kernel(
             rest = dot_add(hidden, block.trans(), rest)
 
     # Rows of the product by strip, row and column: of one number, the compiler would find the rows of the weight in it.
-    strip = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
+    strip = program * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
     line = strip // strips_of_row
     row_of_strip = tl.arange(0, PIXELS // COLUMNS)[None, :, None, None]
     row = line % segments * ROWS + row_of_strip

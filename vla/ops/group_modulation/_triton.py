@@ -119,8 +119,10 @@ def group_modulation_fwd_kernel(
     if KEPT:
         block = load_groups(out_proj, channel, lane, within, SIZE, dtype)
         matrix = load_whole(proj, channel, exists, CHANNELS, dtype)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_R), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    tiles = tl.cdiv(count, BLOCK_R)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # The last rows first, which are in the cache still, see `last_first`.
+        row = tl.cast(tiles - 1 - tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < count) & exists
         rows = tl.load(y + row * y_row + channel, inside, 0.0)  # (BLOCK_R, WIDTH)
         gates = tl.load(z + row * z_row + channel, inside, 0.0)

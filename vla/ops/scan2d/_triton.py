@@ -576,7 +576,7 @@ def scan2d_fwd_kernel(
     With `words_ptr`, numbers that are 0 at first, runs of a tile and one state hand on what they do to it, see
     `_hand_on`. The first of the numbers counts the programs that have started, which it gives runs in their order: what
     a run waits for has started. A run of each of `at_once` walks comes before their next ones, and all of theirs before
-    those of others.
+    those of others; the last walks come first, see `last_first`.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
@@ -590,7 +590,7 @@ def scan2d_fwd_kernel(
         program -= first_walk * runs
         at_once = tl.minimum(at_once, walks - first_walk)
         pixel_run = program // at_once
-        index = first_walk + program % at_once
+        index = walks - 1 - (first_walk + program % at_once)
     block = index % blocks
     begin = 0
     end = 2 * K
