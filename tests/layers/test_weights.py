@@ -128,18 +128,24 @@ def test_what_is_replaced():
     assert product_weights(nn.Identity(), torch.float16) == {}
 
 
-def test_outer_modules_know_better():
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kept = nn.Linear(4, 3)
-            self.padded = nn.Linear(4, 3)
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept = nn.Linear(4, 3)
+        self.padded = nn.Sequential(nn.Linear(4, 3))
 
-        def product_weights(self):
-            return {"kept.weight": None, "padded.weight": nn.functional.pad(self.padded.weight, (0, 0, 0, 5))}
+    def product_weights(self):
+        return {"kept.weight": None, "padded.0.weight": nn.functional.pad(self.padded[0].weight, (0, 0, 0, 5))}
 
+
+def test_outer_modules_know_better(monkeypatch):
+    monkeypatch.setattr(Outer, "__module__", "vla.layers.outer")
     weights = product_weights(nn.Sequential(Outer()), torch.bfloat16)
-    assert {name: weight.shape for name, weight in weights.items()} == {"0.padded.weight": (8, 4)}
+    assert {name: weight.shape for name, weight in weights.items()} == {"0.padded.0.weight": (8, 4)}
+
+
+def test_modules_of_others_keep_theirs():
+    assert set(product_weights(nn.Sequential(Outer(), nn.Linear(4, 3)), torch.bfloat16)) == {"1.weight"}
 
 
 def test_where_weights_are_cast_at_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""Whoever wants to know of a module's calls."""
+"""Whoever wants to know of a module's calls, and whose modules are known."""
 
 from torch import nn
 from torch.nn.modules.module import (
@@ -8,6 +8,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+# Packages whose modules' results depend on attributes, parameters and inputs alone.
+PACKAGES = ("vla.layers.", "vla.models.", "timm.layers.", "torch.nn.modules.")
 _OF_ALL_MODULES = (
     _global_forward_pre_hooks,
     _global_forward_hooks,

@@ -12,14 +12,12 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from ..ops import _bound, _registry, _replay
-from .hooks import has_global_hooks, hooks_of
+from .hooks import PACKAGES, has_global_hooks, hooks_of
 
 __all__ = ["Repeated", "is_repeated"]
 
 # Types of arguments beside the map.
 _CONSTANTS = (tuple, type(None))
-# Packages whose modules' results depend on attributes, parameters and inputs alone.
-_PACKAGES = ("vla.layers.", "vla.models.", "timm.layers.", "torch.nn.modules.")
 
 
 class _Snapshot:
@@ -45,7 +43,7 @@ class _Snapshot:
 
     def _are_plain(self, modules: list[nn.Module]) -> Iterator[bool]:
         for m in modules:
-            yield type(m).__module__.startswith(_PACKAGES) and m._compiled_call_impl is None
+            yield type(m).__module__.startswith(PACKAGES) and m._compiled_call_impl is None
             # A method of one's own, or a compiled one, in the place of the class's.
             yield not any(callable(getattr(type(m), name, None)) for name in m.__dict__)
         for t in self.tensors:

@@ -3,17 +3,23 @@
 import torch
 from torch import Tensor, nn
 
+from .hooks import PACKAGES
+
 __all__ = ["product_weights"]
 
 
-def _forms(module: nn.Module) -> dict[str, Tensor | None]:
-    """`product_weights` of one module, before they are cast, with None for parameters that no product takes.
-
-    Modules that don't say what they need have a method of that name for it.
-    """
+def _collect(module: nn.Module, path: str, forms: dict[str, Tensor | None]) -> None:
+    """Adds what a module and those in it want; what one outside of it has said stays."""
+    # Modules of other packages may do anything with the weights of theirs.
+    if not type(module).__module__.startswith(PACKAGES):
+        return
     if hasattr(module, "product_weights"):
-        return module.product_weights()
-    return {"weight": module.weight} if type(module) is nn.Linear else {}
+        for name, form in module.product_weights().items():
+            forms.setdefault(path + name, form)
+    elif type(module) is nn.Linear:
+        forms.setdefault(path + "weight", module.weight)
+    for name, child in module.named_children():
+        _collect(child, f"{path}{name}.", forms)
 
 
 def product_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -31,9 +37,7 @@ def product_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
         Tensors for `torch.func.functional_call`.
     """
     forms: dict[str, Tensor | None] = {}
-    for path, module in network.named_modules():
-        for name, form in _forms(module).items():
-            forms.setdefault(f"{path}.{name}" if path else name, form)
+    _collect(network, "", forms)
     parameters = dict(network.named_parameters(remove_duplicate=False))
     names, sources = [], []
     for name, form in forms.items():
