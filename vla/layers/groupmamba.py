@@ -227,8 +227,9 @@ def normalize_wider(
         y = ops.layer_norm(rows, norm.weight, norm.bias, **options)
     else:
         branch, second = (None if t is None else as_rows(t.permute(0, 2, 3, 1)) for t in (branch, second))
-        options |= dict(factor=factor, second=second, with_sum=with_sum)
-        total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, **options)
+        total, y = ops.add_layer_norm(
+            rows, branch, norm.weight, norm.bias, factor=factor, second=second, with_sum=with_sum, **options
+        )
         x = total.view(shape).permute(0, 3, 1, 2) if with_sum else None
     return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
 
