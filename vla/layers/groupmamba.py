@@ -289,11 +289,17 @@ def grouped_matrix(weights: list[Tensor]) -> Tensor | None:
     return aligned_matrix(matrix, None, -(groups * width) % ALIGNMENT)[0]
 
 
-def multiply_groups(x: Tensor, matrix: Tensor, outs: int, parts: int) -> list[Tensor]:
-    """`grouped_linear` of a `grouped_matrix` for `parts` maps of `outs` channels; x may have columns."""
-    zeros = zeros_behind(outs, parts)
-    rows = as_rows(x.permute(0, 2, 3, 1))
-    return split_groups(ready_linear(rows, matrix, None, parts * (outs + zeros)), x, outs, zeros)
+def multiply_groups(x: Tensor, weights: list[Tensor], outs: int) -> list[Tensor]:
+    """`grouped_linear` for maps of `outs` channels, where the first of the weights may be their `grouped_matrix`.
+
+    x may have columns then.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+        if torch.compiler.is_compiling() and weights[0].dim() == 2:
+            zeros, rows = zeros_behind(outs, len(weights)), as_rows(x.permute(0, 2, 3, 1))
+            y = ready_linear(rows, weights[0], None, len(weights) * (outs + zeros))
+            return split_groups(y, x, outs, zeros)
+    return grouped_linear(x, weights)
 
 
 class GroupedLinear(nn.Module):
@@ -314,10 +320,7 @@ class GroupedLinear(nn.Module):
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if torch.compiler.is_compiling() and self.weight.dim() == 2:
-                return multiply_groups(x, self.weight, self.groups * self.out_features, 1)[0]
-        return grouped_linear(x, [self.weight])[0]
+        return multiply_groups(x, [self.weight], self.groups * self.out_features)[0]
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}"
@@ -363,7 +366,8 @@ class GroupedScan2d(SelectiveScan2d):
     def scan(self, x: Tensor, wide: Tensor) -> Tensor:
         """The scan of x with projections of `wide`: of x, which may have zeros behind its channels there."""
         k, n = len(self.directions), self.d_state
-        projected = self.project(wide).unflatten(1, (k, self.dt_rank + 2 * n))
+        width = self.dt_rank + 2 * n
+        projected = multiply_groups(wide, [self.x_proj_weight], k * width)[0].unflatten(1, (k, width))
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
         return ops.scan2d(
             x,
@@ -377,13 +381,6 @@ class GroupedScan2d(SelectiveScan2d):
             self.dt_proj_bias,
             grouped=True,
         )
-
-    def project(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if torch.compiler.is_compiling() and self.x_proj_weight.dim() == 2:
-                outs = len(self.directions) * (self.dt_rank + 2 * self.d_state)
-                return multiply_groups(x, self.x_proj_weight, outs, 1)[0]
-        return grouped_linear(x, [self.x_proj_weight])[0]
 
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Tensor | None]:
@@ -436,17 +433,13 @@ class GroupedSS2D(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
                 return self.scan(self.conv(self.in_proj(x))), self.gate_proj(x)
-        x, z = self.project(x)
+        in_proj = self.in_proj
+        outs = in_proj.groups * in_proj.out_features
+        x, z = multiply_groups(x, [in_proj.weight, self.gate_proj.weight], outs)
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.conv_writes_zeros(x):
                 return self.convolve_and_scan(x), z
         return self.scan(self.conv(x)), z
-
-    def project(self, x: Tensor) -> list[Tensor]:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if torch.compiler.is_compiling() and self.in_proj.weight.dim() == 2:
-                return multiply_groups(x, self.in_proj.weight, self.in_proj.groups * self.in_proj.out_features, 2)
-        return grouped_linear(x, [self.in_proj.weight, self.gate_proj.weight])
 
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Tensor | None]:

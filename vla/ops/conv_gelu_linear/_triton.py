@@ -334,9 +334,9 @@ def forward(
     out = out_weight.shape[0]
     if stream is not None and out > WIDEST:
         y, _ = forward(x, weight, bias, out_weight, out_bias, None, None, None, None, eps, None, False)
-        stream = stream if branch is None else stream + branch
-        y, total = layer_norm.forward(stream, y, norm_weight, norm_bias, None, 1, eps, dtype)
-        return y, total if with_sum else total.new_empty(0)
+        branch, second = (y, None) if branch is None else (branch, y)
+        options = dict(second=second, with_sum=with_sum)
+        return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)
     y, total = empty_results(x, out, stream, branch, dtype, with_sum)
     if y.numel() == 0:
         return y, total

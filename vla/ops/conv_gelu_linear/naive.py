@@ -27,6 +27,6 @@ def forward(
     y = (hidden @ out_weight.to(x.dtype).to(state).T + out_bias.to(state)).to(x.dtype)
     if stream is None:
         return y, x[..., :0].flatten().clone()
-    stream = stream if branch is None else stream + branch
-    y, total = layer_norm.forward(stream, y, norm_weight, norm_bias, None, 1, eps, dtype)
-    return y, total if with_sum else total.flatten()[:0].clone()
+    branch, second = (y, None) if branch is None else (branch, y)
+    options = dict(second=second, with_sum=with_sum)
+    return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)

@@ -40,5 +40,6 @@ def forward(
     out = (F.linear(a.to(factor), proj.to(factor)).to(state) + proj_bias.to(state)).to(dtype or factor)
     if stream is None:
         return out, out.flatten()[:0].clone()
-    norm, _ = layer_norm.forward(stream, out, stream_norm_weight, stream_norm_bias, None, 1, stream_eps, norm_dtype)
+    vectors = (stream_norm_weight, stream_norm_bias)
+    norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
     return out, norm

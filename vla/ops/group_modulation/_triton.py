@@ -531,7 +531,7 @@ def forward(
         nothing = (None, None, None)
         out, _ = forward(y, z, n, gate, *vectors, *nothing, out_eps, eps, 0.0, dtype, None)
         vectors = (stream_norm_weight, stream_norm_bias)
-        norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype)
+        norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
         return out, norm
     out, norm = empty_results(y, stream, dtype, norm_dtype)
     if out.numel() == 0:
