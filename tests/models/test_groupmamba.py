@@ -35,9 +35,9 @@ from vla.models._hierarchical import Stage
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import (
     add_layer_norm,
-    conv_gelu_linear,
-    conv_gelu_linear_add_norm,
     conv_layer_norm,
+    conv_mlp,
+    conv_mlp_add_norm,
     cross_merge,
     cross_scan,
     group_modulation_add_norm,
@@ -589,20 +589,20 @@ def test_one_kernel_is_for_plain_modules(name):
         assert not mixer.ends_at_once(y, y)
 
 
-def test_contraction_at_once(monkeypatch):
+def test_mlp_at_once(monkeypatch):
     """How GPUs evaluate the MLP of a large map."""
     mlp, x = ConvMlp(16, 40).double().eval(), torch.randn(2, 5, 6, 16, dtype=torch.float64)
     calls = []
 
     def called(*args):
         calls.append(args)
-        return conv_gelu_linear(*args)
+        return conv_mlp(*args)
 
     with torch.no_grad():
         expected = mlp(x)
         monkeypatch.setattr(groupmamba, "infers", lambda x: True)
         monkeypatch.setattr(groupmamba, "BUSY", 1)
-        monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear", called)
+        monkeypatch.setattr(groupmamba.ops, "conv_mlp", called)
         assert_close("output", mlp(x), expected)
     assert len(calls) == 1
 
@@ -614,12 +614,12 @@ def blocks_at_once(monkeypatch) -> tuple[nn.Sequential, torch.Tensor, list]:
 
     def called(*args):
         calls.append(args)
-        return conv_gelu_linear_add_norm(*args)
+        return conv_mlp_add_norm(*args)
 
     monkeypatch.setattr(groupmamba, "BUSY", 1)
     monkeypatch.setattr(groupmamba, "infers", lambda x: True)
     monkeypatch.setattr(groupmamba, "takes_narrow_kernels", lambda x: True)
-    monkeypatch.setattr(groupmamba.ops, "conv_gelu_linear_add_norm", called)
+    monkeypatch.setattr(groupmamba.ops, "conv_mlp_add_norm", called)
     # As for large maps; a GPU repeats blocks for small ones.
     monkeypatch.setattr(Repeated, "LIMIT", 0)
     randomize_vectors(blocks.parameters())
@@ -637,7 +637,7 @@ def test_mlps_add_and_norm(monkeypatch, compiled):
     if not compiled:
         assert len(calls) == 2
         # The first half's sum, which there is already, is all that is added to; and the stream goes on.
-        assert all(args[8] is None and args[11] for args in calls)
+        assert all(args[10] is None and args[13] for args in calls)
 
 
 @torch.no_grad()
@@ -648,7 +648,7 @@ def test_last_mlp_norms_for_the_stage(monkeypatch):
     nn.init.normal_(norm.weight)
     stage = Stage(nn.Identity(), list(blocks), norm)
     assert_close("output", stage(x), norm(blocks(x)))
-    assert [args[11] for args in calls] == [True, True, False]
+    assert [args[13] for args in calls] == [True, True, False]
     seen = []
     norm.register_forward_hook(lambda module, args, y: seen.append(y))
     assert torch.equal(stage(x), seen[0]) and len(calls) == 5
@@ -665,8 +665,8 @@ def test_mlps_add_and_norm_in_compiled_graphs(monkeypatch):
 
     with torch.no_grad():
         torch.compile(run_blocks, fullgraph=True, backend=backend)(blocks, x)
-    operators = [node for node in graphs[0].graph.nodes if node.target is torch.ops.vla.conv_gelu_linear.default]
-    assert [node.args[6] is not None for node in operators] == [True, True, False]
+    operators = [node for node in graphs[0].graph.nodes if node.target is torch.ops.vla.conv_mlp.default]
+    assert [node.args[8] is not None for node in operators] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -801,32 +801,33 @@ def test_norms_between_stages_are_narrow():
     assert [f.dtype for f in features] == 3 * [torch.bfloat16] + [torch.float32]
 
 
-@pytest.mark.parametrize("name", ["conv", "conv.act", "drop1", "fc2"])
-def test_contraction_is_of_plain_modules(name):
+@pytest.mark.parametrize("name", ["fc1", "conv", "conv.act", "drop1", "fc2"])
+def test_one_operator_is_of_plain_modules(name):
     """Whatever took a module's place is called, and so is a module that somebody waits for."""
     mlp = ConvMlp(16, 512).eval()
     module = mlp.get_submodule(name)
     with FakeTensorMode(), torch.no_grad():
-        x = torch.empty(16, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
-        assert mlp.contracts_at_once(x)
+        x = torch.empty(16, 32, 32, 16, dtype=torch.bfloat16, device="cuda")
+        assert mlp.runs_at_once(x)
         handle = module.register_forward_hook(lambda module, args, y: None)
-        assert not mlp.contracts_at_once(x)
+        assert not mlp.runs_at_once(x)
         handle.remove()
         module.__class__ = type("Adapted", (type(module),), {})
-        assert not mlp.contracts_at_once(x)
+        assert not mlp.runs_at_once(x)
 
 
-def test_contraction_of_what_else():
+def test_one_operator_of_what_else():
     """Gradients, dropout, other activations, small maps and many features have no such kernel."""
     with FakeTensorMode():
-        x = torch.empty(16, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
-        small = torch.empty(4, 512, 32, 32, dtype=torch.bfloat16, device="cuda")
-        wide = torch.empty(16, 512, 32, 32, device="cuda")
-        assert not ConvMlp(16, 512).eval().contracts_at_once(x)
+        x = torch.empty(16, 32, 32, 16, dtype=torch.bfloat16, device="cuda")
+        small = torch.empty(4, 32, 32, 16, dtype=torch.bfloat16, device="cuda")
+        wide = torch.empty(16, 32, 32, 16, device="cuda")
+        assert not ConvMlp(16, 512).eval().runs_at_once(x)
         with torch.no_grad():
-            assert ConvMlp(16, 512).eval().contracts_at_once(x)
-            assert not ConvMlp(16, 512).contracts_at_once(x)
-            assert not ConvMlp(16, 512, nn.SiLU).eval().contracts_at_once(x)
-            assert not ConvMlp(348, 512).eval().contracts_at_once(x)
-            assert not ConvMlp(16, 512).eval().contracts_at_once(small)
-            assert not ConvMlp(16, 512).eval().contracts_at_once(wide)
+            assert ConvMlp(16, 512).eval().runs_at_once(x)
+            assert not ConvMlp(16, 512).runs_at_once(x)
+            assert not ConvMlp(16, 512, nn.SiLU).eval().runs_at_once(x)
+            many = torch.empty(16, 32, 32, 348, dtype=torch.bfloat16, device="cuda")
+            assert not ConvMlp(348, 512).eval().runs_at_once(many)
+            assert not ConvMlp(16, 512).eval().runs_at_once(small)
+            assert not ConvMlp(16, 512).eval().runs_at_once(wide)

@@ -427,7 +427,6 @@ def _conv_gelu_linear() -> Iterator[Case]:
         return make
 
     f = ops.conv_gelu_linear
-    yield Case("groupmamba stage 1", f, arguments(512, (56, 56), 64), (BF16,))
     yield Case("groupmamba stage 2", f, arguments(1024, (28, 28), 128), (BF16,))
     yield Case("groupmamba base stage 1", f, arguments(768, (56, 56), 96), (BF16,))
     yield Case("groupmamba base stage 2", f, arguments(1536, (28, 28), 192), (BF16,))
@@ -442,14 +441,43 @@ def _conv_gelu_linear() -> Iterator[Case]:
         return make
 
     f = ops.conv_gelu_linear_add_norm
-    yield Case("norm, groupmamba stage 1", f, streams(512, (56, 56), 64), (BF16,))
-    yield Case("norm, groupmamba stage 1, branch", f, streams(512, (56, 56), 64, branch=True), (BF16,))
-    yield Case("norm, groupmamba stage 1, last", f, streams(512, (56, 56), 64, branch=True, with_sum=False), (BF16,))
-    yield Case("norm, groupmamba stage 2", f, streams(1024, (28, 28), 128), (BF16,))
+    yield Case("norm, few columns", f, streams(512, (56, 56), 64), (BF16,))
     yield Case("norm, groupmamba stage 2, branch", f, streams(1024, (28, 28), 128, branch=True), (BF16,))
+    yield Case("norm, groupmamba stage 2, last", f, streams(1024, (28, 28), 128, branch=True, with_sum=False), (BF16,))
     yield Case("norm, groupmamba base stage 1", f, streams(768, (56, 56), 96), (BF16,))
     yield Case("norm, odd", f, streams(33, (9, 7), 130, FP16, branch=True), (FP16,))
     yield Case("norm, wide", f, streams(33, (9, 7), 300), (FP16,))
+
+
+def _conv_mlp() -> Iterator[Case]:
+    def arguments(channels, features, size, out=None, batch=128):
+        def make(dtype: torch.dtype) -> dict:
+            width = out or channels
+            tensors = dict(x=rows(dtype, batch, *size, channels))
+            tensors |= dict(in_weight=weight(features, channels), in_bias=weight(features))
+            tensors |= dict(weight=weight(features, 1, 3, 3), bias=weight(features))
+            return tensors | dict(out_weight=weight(width, features), out_bias=weight(width))
+
+        return make
+
+    f = ops.conv_mlp
+    yield Case("groupmamba stage 1", f, arguments(64, 512, (56, 56)), (BF16, FP16))
+    yield Case("odd", f, arguments(20, 33, (9, 7), 40), (FP16,))
+
+    def streams(channels, features, size, stream=torch.float32, branch=False, with_sum=True, out=None):
+        def make(dtype: torch.dtype) -> dict:
+            width = out or channels
+            norm = dict(stream=rows(stream, 128, *size, width), norm_weight=weight(width), norm_bias=weight(width))
+            norm |= dict(branch=rows(dtype, 128, *size, width)) if branch else {}
+            return arguments(channels, features, size, out)(dtype) | norm | dict(dtype=dtype, with_sum=with_sum)
+
+        return make
+
+    f = ops.conv_mlp_add_norm
+    yield Case("norm, groupmamba stage 1", f, streams(64, 512, (56, 56)), (BF16,))
+    yield Case("norm, groupmamba stage 1, branch", f, streams(64, 512, (56, 56), branch=True), (BF16,))
+    yield Case("norm, groupmamba stage 1, last", f, streams(64, 512, (56, 56), branch=True, with_sum=False), (BF16,))
+    yield Case("norm, odd", f, streams(20, 33, (9, 7), FP16, branch=True), (FP16,))
 
 
 def _mlp() -> Iterator[Case]:
@@ -594,6 +622,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "channel_gate": tuple(_channel_gate()),
     "conv_norm_relu": tuple(_conv_norm_relu()),
     "conv_gelu_linear": tuple(_conv_gelu_linear()),
+    "conv_mlp": tuple(_conv_mlp()),
     "mlp": tuple(_mlp()),
     "line_scan": tuple(_line_scan()),
 }

@@ -13,7 +13,7 @@ from tests.device import use
 use("cuda")
 
 # They look at the default device.
-from tests.ops import test_channel_gate, test_conv_gelu_linear, test_conv_norm_relu, test_gpu  # noqa: E402
+from tests.ops import test_channel_gate, test_conv_gelu_linear, test_conv_mlp, test_conv_norm_relu, test_gpu  # noqa: E402
 from tests.ops.harness import run  # noqa: E402
 from tests.ops.test_gpu import (  # noqa: E402
     CROSS,
@@ -42,7 +42,14 @@ from tests.ops.test_gpu import (  # noqa: E402
     two_layers,
     wkv6,
 )
-from vla.ops import channel_gate, conv_gelu_linear, conv_gelu_linear_add_norm, conv_norm_relu  # noqa: E402
+from vla.ops import (  # noqa: E402
+    channel_gate,
+    conv_gelu_linear,
+    conv_gelu_linear_add_norm,
+    conv_mlp,
+    conv_mlp_add_norm,
+    conv_norm_relu,
+)
 
 CASES: dict[str, Case] = {
     "selective_scan": scan(2, 37, 197, 1),
@@ -122,10 +129,16 @@ CASES: dict[str, Case] = {
         lambda: test_conv_gelu_linear.make_all((3, 16, 8, 256), 64),
         {},
     ),
+    "conv_mlp": (conv_mlp, lambda: test_conv_mlp.make((3, 9, 11, 35), 67, 33), {}),
+    "conv_mlp norm": (conv_mlp_add_norm, lambda: test_conv_mlp.make_all((3, 16, 20, 48), 128, 64), {}),
     "mlp": two_layers((3, 67, 33), 100, out=20),
     "mlp wide": two_layers((3, 67, 100), 130, out=20),
     "mlp wider": two_layers((3, 67, 403), 130, out=20),
 }
+
+
+# Have kernels for 16 bits only.
+NARROW = (conv_gelu_linear, conv_gelu_linear_add_norm, conv_mlp, conv_mlp_add_norm, mlp)
 
 
 def main(names: list[str]) -> None:
@@ -133,8 +146,8 @@ def main(names: list[str]) -> None:
         if names and name.split()[0] not in names:
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            if function in (conv_gelu_linear, conv_gelu_linear_add_norm, mlp) and dtype == torch.float32:
-                continue  # has kernels for 16 bits only
+            if function in NARROW and dtype == torch.float32:
+                continue
             run("triton", function, {n: t if t is None else t.to(dtype) for n, t in make().items()}, **options)
             torch.cuda.synchronize()
             sys.stdout.write(f"{name} {dtype}\n")

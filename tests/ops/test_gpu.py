@@ -15,6 +15,7 @@ from tests.ops import (
     test_bias_gelu,
     test_conv_gelu_linear,
     test_conv_layer_norm,
+    test_conv_mlp,
     test_depthwise_conv2d,
     test_group_modulation,
     test_grouped_linear,
@@ -39,6 +40,8 @@ from vla.ops import (
     conv_gelu_linear,
     conv_gelu_linear_add_norm,
     conv_layer_norm,
+    conv_mlp,
+    conv_mlp_add_norm,
     depthwise_conv2d,
     group_modulation,
     grouped_linear_pair,
@@ -273,6 +276,38 @@ def test_convolution_to_norm(shape, out, branch, dtype):
         results, again = (conv_gelu_linear_add_norm(**tensors, dtype=dtype) for _ in range(2))
         _, norm = conv_gelu_linear_add_norm(**tensors, dtype=dtype, with_sum=False)
     assert all(map(torch.equal, results, again)) and torch.equal(norm, results[1])
+    # What is added has the map's precision.
+    assert_close("sum", results[0], expected[0], RELATIVE[dtype])
+    assert_close("norm", results[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("branch", [False, True], ids=["stream", "branch"])
+@pytest.mark.parametrize(
+    "shape, features, out",
+    [
+        ((9, 56, 56, 64), 512, 64),
+        ((2, 64, 64, 64), 512, 64),
+        ((3, 28, 28, 128), 1024, 128),
+        ((5, 57, 31, 48), 256, 64),
+        ((5, 16, 20, 48), 200, 24),
+        ((2, 19, 9, 20), 90, 50),
+    ],
+    ids=str,
+)
+def test_whole_mlp(shape, features, out, branch, dtype):
+    """Alone, and with a stream in float32 and the norm behind it."""
+    tensors = test_conv_mlp.make_all(shape, features, out, dtype, torch.float32, branch)
+    layers = {n: tensors[n] for n in test_conv_mlp.make((1, 1, 1, 1), 1, 1)}
+    with use_backend("torch"):
+        alone = conv_mlp(**{n: t.double() for n, t in layers.items()})
+        expected = conv_mlp_add_norm(**{n: t.double() for n, t in tensors.items()})
+    with torch.no_grad(), use_backend("triton"):
+        y, same = conv_mlp(**layers), conv_mlp(**layers)
+        results, again = (conv_mlp_add_norm(**tensors, dtype=dtype) for _ in range(2))
+        _, norm = conv_mlp_add_norm(**tensors, dtype=dtype, with_sum=False)
+    assert torch.equal(y, same) and all(map(torch.equal, results, again)) and torch.equal(norm, results[1])
+    assert_close("output", y, alone)
     # What is added has the map's precision.
     assert_close("sum", results[0], expected[0], RELATIVE[dtype])
     assert_close("norm", results[1], expected[1])

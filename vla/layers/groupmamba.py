@@ -43,8 +43,8 @@ torch.fx.wrap("normalize")
 # rows further apart than they are long, a library adds no bias: that would be a copy to all rows before the product.
 COMPILER_ALIGNMENT = 64
 COMPILER_PADS = 1024
-# Features up to which `vla.ops.conv_gelu_linear` has registers for their sums, and numbers of a hidden map from which
-# on it keeps a GPU busy.
+# Features up to which `vla.ops.conv_mlp` has registers for their sums, and numbers of a hidden map from which on it
+# keeps a GPU busy.
 SUMMED = 128
 BUSY = 2**22
 # Results of a group up to which a kernel that reads groups' matrices as they are is faster than a library's product.
@@ -675,6 +675,9 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.runs_at_once(x):
+                return self.drop2(ops.conv_mlp(x, *self.layers()))
         x = self.fc1(x).permute(0, 3, 1, 2)
         if torch.jit.is_scripting():
             return self.drop2(self.contract(x))
@@ -682,47 +685,56 @@ class ConvMlp(nn.Module):
             return self.drop2(recomputed(self.contract, x))
 
     def contract(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if self.contracts_at_once(x):
-                conv, fc2 = self.conv, self.fc2
-                return ops.conv_gelu_linear(x.permute(0, 2, 3, 1), conv.weight, conv.bias, fc2.weight, fc2.bias)
         return self.fc2(self.drop1(self.conv(x)).permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def layers(self) -> tuple[Tensor, ...]:
+        """Weights and biases in the order of `vla.ops.conv_mlp`."""
+        fc1, conv, fc2 = self.fc1, self.conv, self.fc2
+        return fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias
 
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Tensor | None]:
         """See `vla.layers.weights.product_weights`."""
-        # `vla.ops.conv_gelu_linear` takes the bias as it is.
-        return {"fc2.weight": self.fc2.weight, "fc2.bias": None} if self.is_contraction(BUSY) else {}
+        if not self.is_one_operator(BUSY):
+            return {}
+        # As they are, where a product by itself would have them padded; the operator takes the last bias as it is.
+        fc1, fc2 = self.fc1, self.fc2
+        return {"fc1.weight": fc1.weight, "fc1.bias": fc1.bias, "fc2.weight": fc2.weight, "fc2.bias": None}
 
     @torch.jit.ignore
-    def contracts_at_once(self, x: Tensor) -> bool:
-        """Whether `vla.ops.conv_gelu_linear` does what follows the first layer."""
-        return infers(x) and autocast_dtype(x) in (None, x.dtype) and self.is_contraction(x.numel())
+    def runs_at_once(self, x: Tensor) -> bool:
+        """Whether `vla.ops.conv_mlp` does what the layers do."""
+        if not infers(x) or autocast_dtype(x) not in (None, x.dtype):
+            return False
+        return self.is_one_operator(x.numel() // x.shape[-1] * self.fc1.out_features)
 
     @torch.jit.ignore
-    def is_contraction(self, size: int) -> bool:
-        """Whether that is what the operator does, and as fast, of a hidden map of so many numbers."""
+    def is_one_operator(self, size: int) -> bool:
+        """Whether that is what the operator does, and faster, with a hidden map of so many numbers."""
         conv, drop, fc2 = self.conv, self.drop1, self.fc2
         if size < BUSY or fc2.out_features > SUMMED or conv.fused_act != "gelu" or drop.training:
             return False
-        parts = ((conv, DepthwiseConv2d), (conv.act, nn.Identity), (drop, nn.Dropout), (fc2, Linear))
+        parts = (
+            (self.fc1, Linear),
+            (conv, DepthwiseConv2d),
+            (conv.act, nn.Identity),
+            (drop, nn.Dropout),
+            (fc2, Linear),
+        )
         return all(is_plain(module, kind) for module, kind in parts)
 
     @torch.jit.ignore
     def add_and_norm(
         self, x: Tensor, stream: Tensor, branch: Tensor | None, norm: LayerNorm2d, with_sum: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """The MLP of x, where that `is_contraction`, added to one or two maps, and the norm of the sum.
+        """The MLP of x, where that `is_one_operator`, added to one or two maps, and the norm of the sum.
 
         All are (B, C, H, W).
         """
-        conv, fc2 = self.conv, self.fc2
-        total, y = ops.conv_gelu_linear_add_norm(
-            self.fc1(x.permute(0, 2, 3, 1)),
-            conv.weight,
-            conv.bias,
-            fc2.weight,
-            fc2.bias,
+        total, y = ops.conv_mlp_add_norm(
+            x.permute(0, 2, 3, 1),
+            *self.layers(),
             stream.permute(0, 2, 3, 1),
             norm.weight,
             norm.bias,
@@ -801,7 +813,7 @@ class GroupMambaBlock(ResidualBlock):
     def ends_with_mlp(self, x: Tensor, columns: int) -> bool:
         """Whether the MLP has a kernel that adds to the stream and norms the sum."""
         mlp = self.mlp
-        return columns == 0 and mlp.is_contraction(x.numel() // x.shape[1] * mlp.fc1.out_features)
+        return columns == 0 and mlp.is_one_operator(x.numel() // x.shape[1] * mlp.fc1.out_features)
 
     @torch.jit.ignore
     def adds_last(self, x: Tensor) -> bool:

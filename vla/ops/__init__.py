@@ -6,6 +6,7 @@ from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
 from .conv_gelu_linear import conv_gelu_linear, conv_gelu_linear_add_norm
 from .conv_layer_norm import conv_layer_norm
+from .conv_mlp import conv_mlp, conv_mlp_add_norm
 from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation, group_modulation_add_norm
@@ -32,6 +33,8 @@ __all__ = [
     "channel_gate",
     "conv_gelu_linear",
     "conv_gelu_linear_add_norm",
+    "conv_mlp",
+    "conv_mlp_add_norm",
     "conv_layer_norm",
     "conv_norm_relu",
     "cross_merge",

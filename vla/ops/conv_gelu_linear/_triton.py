@@ -295,7 +295,7 @@ def conv_gelu_linear_fwd_kernel(
         tl.store(y + at, out[i].to(y.dtype.element_ty).reshape(at.shape), stored & (d < D))
 
 
-def _rows(height: int) -> int:
+def rows_of_strip(height: int) -> int:
     """Rows of a strip: the number that leaves fewer beside the map."""
     return min((8, 7), key=lambda rows: cdiv(height, rows) * rows)
 
@@ -340,7 +340,7 @@ def forward(
     y, total = empty_results(x, out, stream, branch, dtype, with_sum)
     if y.numel() == 0:
         return y, total
-    pairs, rows, widths = _pairs(x), _rows(height), lead_and_rest(min(out, WIDEST))
+    pairs, rows, widths = _pairs(x), rows_of_strip(height), lead_and_rest(min(out, WIDEST))
     segments, strips_of_row = cdiv(height, rows), cdiv(width, COLUMNS)
     strips = batch * segments * strips_of_row
     even, even_c = height % rows == 0 and width % COLUMNS == 0, channels % BLOCK_C == 0
