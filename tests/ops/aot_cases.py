@@ -450,10 +450,10 @@ def _conv_gelu_linear() -> Iterator[Case]:
 
 
 def _conv_mlp() -> Iterator[Case]:
-    def arguments(channels, features, size, out=None, batch=128):
+    def arguments(channels, features, size, out=None):
         def make(dtype: torch.dtype) -> dict:
             width = out or channels
-            tensors = dict(x=rows(dtype, batch, *size, channels))
+            tensors = dict(x=rows(dtype, 128, *size, channels))
             tensors |= dict(in_weight=weight(features, channels), in_bias=weight(features))
             tensors |= dict(weight=weight(features, 1, 3, 3), bias=weight(features))
             return tensors | dict(out_weight=weight(width, features), out_bias=weight(width))
@@ -464,12 +464,12 @@ def _conv_mlp() -> Iterator[Case]:
     yield Case("groupmamba stage 1", f, arguments(64, 512, (56, 56)), (BF16, FP16))
     yield Case("odd", f, arguments(20, 33, (9, 7), 40), (FP16,))
 
-    def streams(channels, features, size, stream=torch.float32, branch=False, with_sum=True, out=None):
+    def streams(channels, features, size, stream=torch.float32, branch=False, with_sum=True):
         def make(dtype: torch.dtype) -> dict:
-            width = out or channels
-            norm = dict(stream=rows(stream, 128, *size, width), norm_weight=weight(width), norm_bias=weight(width))
-            norm |= dict(branch=rows(dtype, 128, *size, width)) if branch else {}
-            return arguments(channels, features, size, out)(dtype) | norm | dict(dtype=dtype, with_sum=with_sum)
+            norm = dict(stream=rows(stream, 128, *size, channels))
+            norm |= dict(norm_weight=weight(channels), norm_bias=weight(channels))
+            norm |= dict(branch=rows(dtype, 128, *size, channels)) if branch else {}
+            return arguments(channels, features, size)(dtype) | norm | dict(dtype=dtype, with_sum=with_sum)
 
         return make
 
