@@ -45,7 +45,7 @@ def table_kernel(weight, bias, in_bias, table, F: tl.constexpr, BLOCK_F: tl.cons
         for j in tl.static_range(3):
             total = tl.zeros((BLOCK_F,), tl.float32)
             for t in tl.static_range(9):
-                # Nothing is above the first row, below the last, or beside the columns.
+                # Above the first row there is nothing, nor below the last one; so it is with columns.
                 if (t // 3 + i > 0) and (t // 3 + i < 4) and (t % 3 + j > 0) and (t % 3 + j < 4):
                     total += kernels[t]
             tl.store(table + (9 + i * 3 + j) * F + f, start + first * total, exists)
@@ -105,20 +105,13 @@ def load_starts(
     EVEN_F: tl.constexpr,
 ):
     """What sums of a strip's row i begin with."""
-    begin = ()
-    middle = ()
-    end = ()
-    for j in tl.static_range(3):
-        begin = begin + (load_features(table + (9 + j) * F, f, BLOCK_S, F, EVEN_F),)
-        middle = middle + (load_features(table + (12 + j) * F, f, BLOCK_S, F, EVEN_F),)
-        end = end + (load_features(table + (15 + j) * F, f, BLOCK_S, F, EVEN_F),)
     row = ()
     for j in tl.static_range(3):
-        value = middle[j]
+        value = load_features(table + (12 + j) * F, f, BLOCK_S, F, EVEN_F)
         if i == 0:
-            value = tl.where(up, begin[j], value)
+            value = tl.where(up, load_features(table + (9 + j) * F, f, BLOCK_S, F, EVEN_F), value)
         elif i == ROWS - 1:
-            value = tl.where(down, end[j], value)
+            value = tl.where(down, load_features(table + (15 + j) * F, f, BLOCK_S, F, EVEN_F), value)
         row = row + (value,)
     out = (tl.where(left, row[0], row[1]),)
     for _ in tl.static_range(COLUMNS - 2):
@@ -127,7 +120,7 @@ def load_starts(
 
 
 @triton.jit
-def on_map(pixels, bias, row, column, height, width):
+def add_bias(pixels, bias, row, column, height, width):
     """A row of the first product from `column` on with its bias, zeros beside the map."""
     out = ()
     for j in tl.static_range(len(pixels)):
@@ -225,7 +218,7 @@ def conv_mlp_fwd_kernel(
                 window = window + take_apart(dot(block, halves[1].trans()), BLOCK_F, BLOCK_S)
             current = window[i * (COLUMNS + 2) : (i + 1) * (COLUMNS + 2)]
             if not EVEN:
-                current = on_map(current, first, row + i, column, height, width)
+                current = add_bias(current, first, row + i, column, height, width)
             sums = correlate(sums, current, kernels, 3, 3)
             if i >= 2:
                 for j in tl.static_range(COLUMNS):
