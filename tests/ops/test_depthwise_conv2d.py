@@ -38,6 +38,9 @@ CASES = [
     # Widths that strips of 4 and of 7 columns divide.
     ((1, 20, 9, 14), (3, 3), True, True, "gelu"),
     ((2, 64, 3, 28), (3, 3), False, True, "silu"),
+]
+# Interpreted, these take as long as all others.
+LARGE = [
     # Many taps and many strips: in several blocks, as the channels are; of widths they divide or not; with segments.
     ((3, 20, 3, 24), (7, 7), False, True, None),
     ((2, 8, 10, 32), (7, 7), False, True, None),
@@ -53,6 +56,13 @@ CASES = [
 @pytest.mark.parametrize("shape, kernel, bias, channels_last, act", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_naive(backend, shape, kernel, bias, channels_last, act, dtype):
+    compare(backend, depthwise_conv2d, make(shape, kernel, bias, dtype, channels_last), act=act)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, kernel, bias, channels_last, act", LARGE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_against_naive(backend, shape, kernel, bias, channels_last, act, dtype):
     compare(backend, depthwise_conv2d, make(shape, kernel, bias, dtype, channels_last), act=act)
 
 
