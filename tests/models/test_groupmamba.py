@@ -814,6 +814,9 @@ def test_one_operator_is_of_plain_modules(name):
         handle.remove()
         module.__class__ = type("Adapted", (type(module),), {})
         assert not mlp.runs_at_once(x)
+        parent, _, leaf = name.rpartition(".")
+        setattr(mlp.get_submodule(parent), leaf, nn.Sequential(module))
+        assert not mlp.runs_at_once(x)
 
 
 def test_one_operator_of_what_else():

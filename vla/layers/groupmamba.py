@@ -707,22 +707,18 @@ class ConvMlp(nn.Module):
         """Whether `vla.ops.conv_mlp` does what the layers do."""
         if not infers(x) or autocast_dtype(x) not in (None, x.dtype):
             return False
-        return self.is_one_operator(x.numel() // x.shape[-1] * self.fc1.out_features)
+        return self.is_one_operator(x.numel() // x.shape[-1])
 
     @torch.jit.ignore
-    def is_one_operator(self, size: int) -> bool:
-        """Whether that is what the operator does, and faster, with a hidden map of so many numbers."""
-        conv, drop, fc2 = self.conv, self.drop1, self.fc2
-        if size < BUSY or fc2.out_features > SUMMED or conv.fused_act != "gelu" or drop.training:
+    def is_one_operator(self, pixels: int) -> bool:
+        """Whether that is what the operator does, and faster, with so many pixels."""
+        fc1, conv, drop, fc2 = self.fc1, self.conv, self.drop1, self.fc2
+        parts = ((fc1, Linear), (conv, DepthwiseConv2d), (drop, nn.Dropout), (fc2, Linear))
+        if not all(is_plain(module, kind) for module, kind in parts):
             return False
-        parts = (
-            (self.fc1, Linear),
-            (conv, DepthwiseConv2d),
-            (conv.act, nn.Identity),
-            (drop, nn.Dropout),
-            (fc2, Linear),
-        )
-        return all(is_plain(module, kind) for module, kind in parts)
+        if not is_plain(conv.act, nn.Identity) or conv.fused_act != "gelu" or drop.training:
+            return False
+        return fc2.out_features <= SUMMED and pixels * fc1.out_features >= BUSY
 
     @torch.jit.ignore
     def add_and_norm(
@@ -813,7 +809,7 @@ class GroupMambaBlock(ResidualBlock):
     def ends_with_mlp(self, x: Tensor, columns: int) -> bool:
         """Whether the MLP has a kernel that adds to the stream and norms the sum."""
         mlp = self.mlp
-        return columns == 0 and mlp.is_one_operator(x.numel() // x.shape[1] * mlp.fc1.out_features)
+        return columns == 0 and mlp.is_one_operator(x.numel() // x.shape[1])
 
     @torch.jit.ignore
     def adds_last(self, x: Tensor) -> bool:
