@@ -29,21 +29,43 @@ def _infer(
     channels = x.shape[3]
     if channels == 0:
         raise ValueError(f"{_OP}: x has shape {tuple(x.shape)}, expected (B, H, W, C) with C > 0")
-    check_shape(_OP, "weight", weight, (channels, 1, 3, 3), "(C, 1, 3, 3)")
-    check_shape(_OP, "bias", bias, (channels,), "(C,)")
-    if out_weight.dim() != 2 or out_weight.shape[1] != channels:
-        raise ValueError(f"{_OP}: out_weight has shape {tuple(out_weight.shape)}, expected (D, C) with C = {channels}")
+    layers = (weight, bias, out_weight, out_bias)
+    return infer_from_hidden(_OP, "C", channels, x, *layers, stream, branch, norm_weight, norm_bias, dtype, with_sum)
+
+
+def infer_from_hidden(
+    op: str,
+    letter: str,
+    features: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    stream: Tensor | None,
+    branch: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dtype: torch.dtype | None,
+    with_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks everything behind a hidden map of so many features, which `op` calls by a letter, and what is returned."""
+    check_shape(op, "weight", weight, (features, 1, 3, 3), f"({letter}, 1, 3, 3)")
+    check_shape(op, "bias", bias, (features,), f"({letter},)")
+    if out_weight.dim() != 2 or out_weight.shape[1] != features:
+        shape = tuple(out_weight.shape)
+        raise ValueError(f"{op}: out_weight has shape {shape}, expected (D, {letter}) with {letter} = {features}")
     out = out_weight.shape[0]
-    check_shape(_OP, "out_bias", out_bias, (out,), "(D,)")
+    check_shape(op, "out_bias", out_bias, (out,), "(D,)")
     for name, tensor in dict(stream=stream, branch=branch).items():
         if tensor is not None:
-            check_shape(_OP, name, tensor, (*x.shape[:3], out), "(B, H, W, D)")
+            check_shape(op, name, tensor, (*x.shape[:3], out), "(B, H, W, D)")
     for name, tensor in dict(norm_weight=norm_weight, norm_bias=norm_bias).items():
         if tensor is not None:
-            check_shape(_OP, name, tensor, (out,), "(D,)")
-    check_float(_OP, x=x, weight=weight, bias=bias, out_weight=out_weight, out_bias=out_bias)
-    check_float(_OP, stream=stream, branch=branch, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_result_dtype(_OP, dtype)
+            check_shape(op, name, tensor, (out,), "(D,)")
+    check_float(op, x=x, weight=weight, bias=bias, out_weight=out_weight, out_bias=out_bias)
+    check_float(op, stream=stream, branch=branch, norm_weight=norm_weight, norm_bias=norm_bias)
+    check_result_dtype(op, dtype)
     return empty_results(x, out, stream, branch, dtype, with_sum)
 
 
@@ -60,7 +82,7 @@ def empty_results(
     return x.new_empty(shape, dtype=dtype or total), x.new_empty(shape if with_sum else 0, dtype=total)
 
 
-def _flops(x, weight, bias, out_weight, out_bias, stream, branch, norm_weight, norm_bias, eps, dtype, with_sum) -> int:
+def count_flops(x, weight, bias, out_weight, out_bias, stream, branch, *others) -> int:
     # As in `add_layer_norm`, behind which is one more addition for a branch.
     per_entry = 0 if stream is None else 8 + (branch is not None)
     return x[0] * x[1] * x[2] * (2 * weight.numel() + 2 * out_weight.numel() + per_entry * out_weight[0])
@@ -73,7 +95,7 @@ operator = Operator(
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
-    flops=_flops,
+    flops=count_flops,
     exact_strides=False,
     # Tensor cores multiply.
     kernel_dtypes=(torch.bfloat16, torch.float16),

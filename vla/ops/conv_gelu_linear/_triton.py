@@ -61,11 +61,17 @@ def join_halves(tensors):
 
 
 @triton.jit
-def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """32 tensors (BLOCK_S, BLOCK_C) as one, (BLOCK_S * 32, BLOCK_C), of which every thread keeps what it has."""
+def join_all(tensors):
+    """32 tensors (M, N) as one, (M, N, 2, 2, 2, 2, 2), of which every thread keeps what it has."""
     for _ in tl.static_range(5):
         tensors = join_halves(tensors)
-    return tensors[0].permute(0, 2, 3, 4, 5, 6, 1).reshape(BLOCK_S * 32, BLOCK_C)
+    return tensors[0]
+
+
+@triton.jit
+def pile(tensors, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """32 tensors (BLOCK_S, BLOCK_C) as rows (BLOCK_S * 32, BLOCK_C)."""
+    return join_all(tensors).permute(0, 2, 3, 4, 5, 6, 1).reshape(BLOCK_S * 32, BLOCK_C)
 
 
 @triton.jit
@@ -167,6 +173,54 @@ def normalize(tiles, weight, bias, eps, D: tl.constexpr, WIDTH: tl.constexpr, RE
         d = columns_of(i, 0, WIDTH, REST)
         out = out + (centred[i] * inverse * load_vector(weight, d, D) + load_vector(bias, d, D),)
     return out
+
+
+@triton.jit
+def finish(
+    tiles,
+    program,
+    first_d,
+    out_bias,
+    stream,
+    branch,
+    norm_weight,
+    norm_bias,
+    total,
+    y,
+    height,
+    width,
+    strips,
+    strips_of_row,
+    segments,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+):
+    """Tiles of the product of a program's strips with all that is added, and normalised if there is a stream, as y."""
+    # Rows of the product by strip, row and column: of one number, the compiler would find the rows of the weight in it.
+    strip = program * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
+    line = strip // strips_of_row
+    row_of_strip = tl.arange(0, PIXELS // COLUMNS)[None, :, None, None]
+    row = line % segments * ROWS + row_of_strip
+    column = strip % strips_of_row * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
+    stored = (strip < strips) & (row_of_strip < ROWS) & (row < height) & (column < width)
+    pixel = ((line // segments).to(tl.int64) * height + row) * width + column
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out = out + (tiles[i] + load_vector(out_bias, columns_of(i, first_d, WIDTH, REST), D),)
+    if stream is not None:
+        out = add_streams(out, stream, branch, total, pixel, stored, D, WIDTH, REST, WITH_SUM)
+        out = normalize(out, norm_weight, norm_bias, eps, D, WIDTH, REST)
+    for i in tl.static_range(len(out)):
+        d = columns_of(i, first_d, WIDTH, REST)
+        at = pixel * D + d
+        tl.store(y + at, out[i].to(y.dtype.element_ty).reshape(at.shape), stored & (d < D))
 
 
 @kernel(do_not_specialize=["height", "width", "strips", "strips_of_row", "segments"])
@@ -272,27 +326,35 @@ def conv_gelu_linear_fwd_kernel(
             block = load_weight(weight, first_d + WIDTH, first_c, REST, BLOCK_C, C, D, EVEN_C, EVEN_D)
             rest = dot_add(hidden, block.trans(), rest)
 
-    # Rows of the product by strip, row and column: of one number, the compiler would find the rows of the weight in it.
-    strip = program * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
-    line = strip // strips_of_row
-    row_of_strip = tl.arange(0, PIXELS // COLUMNS)[None, :, None, None]
-    row = line % segments * ROWS + row_of_strip
-    column = strip % strips_of_row * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
-    stored = (strip < strips) & (row_of_strip < ROWS) & (row < height) & (column < width)
-    pixel = ((line // segments).to(tl.int64) * height + row) * width + column
     tiles = (lead,)
     if REST > 0:
         tiles = tiles + (rest,)
-    out = ()
-    for i in tl.static_range(len(tiles)):
-        out = out + (tiles[i] + load_vector(out_bias, columns_of(i, first_d, WIDTH, REST), D),)
-    if stream is not None:
-        out = add_streams(out, stream, branch, total, pixel, stored, D, WIDTH, REST, WITH_SUM)
-        out = normalize(out, norm_weight, norm_bias, eps, D, WIDTH, REST)
-    for i in tl.static_range(len(out)):
-        d = columns_of(i, first_d, WIDTH, REST)
-        at = pixel * D + d
-        tl.store(y + at, out[i].to(y.dtype.element_ty).reshape(at.shape), stored & (d < D))
+    finish(
+        tiles,
+        program,
+        first_d,
+        out_bias,
+        stream,
+        branch,
+        norm_weight,
+        norm_bias,
+        total,
+        y,
+        height,
+        width,
+        strips,
+        strips_of_row,
+        segments,
+        eps,
+        D,
+        ROWS,
+        COLUMNS,
+        PIXELS,
+        WIDTH,
+        REST,
+        BLOCK_S,
+        WITH_SUM,
+    )
 
 
 def rows_of_strip(height: int) -> int:

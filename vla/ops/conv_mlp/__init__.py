@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._checks import check_float, check_ndim, check_result_dtype, check_shape
+from .._checks import check_float, check_ndim, check_shape
 from .._registry import Operator
+from ..conv_gelu_linear import count_flops, infer_from_hidden
 
 __all__ = ["conv_mlp", "conv_mlp_add_norm"]
 
@@ -36,43 +37,14 @@ def _infer(
         raise ValueError(f"{_OP}: in_weight has shape {shape}, expected (F, C) with F > 0, C = {channels}")
     features = len(in_weight)
     check_shape(_OP, "in_bias", in_bias, (features,), "(F,)")
-    check_shape(_OP, "weight", weight, (features, 1, 3, 3), "(F, 1, 3, 3)")
-    check_shape(_OP, "bias", bias, (features,), "(F,)")
-    if out_weight.dim() != 2 or out_weight.shape[1] != features:
-        raise ValueError(f"{_OP}: out_weight has shape {tuple(out_weight.shape)}, expected (D, F) with F = {features}")
-    out = out_weight.shape[0]
-    check_shape(_OP, "out_bias", out_bias, (out,), "(D,)")
-    for name, tensor in dict(stream=stream, branch=branch).items():
-        if tensor is not None:
-            check_shape(_OP, name, tensor, (*x.shape[:3], out), "(B, H, W, D)")
-    for name, tensor in dict(norm_weight=norm_weight, norm_bias=norm_bias).items():
-        if tensor is not None:
-            check_shape(_OP, name, tensor, (out,), "(D,)")
-    check_float(_OP, x=x, in_weight=in_weight, in_bias=in_bias, weight=weight, bias=bias)
-    check_float(_OP, out_weight=out_weight, out_bias=out_bias)
-    check_float(_OP, stream=stream, branch=branch, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_result_dtype(_OP, dtype)
-    return empty_results(x, out, stream, branch, dtype, with_sum)
+    layers = (weight, bias, out_weight, out_bias)
+    results = infer_from_hidden(_OP, "F", features, x, *layers, stream, branch, norm_weight, norm_bias, dtype, with_sum)
+    check_float(_OP, in_weight=in_weight, in_bias=in_bias)
+    return results
 
 
-def empty_results(
-    x: Tensor, out: int, stream: Tensor | None, branch: Tensor | None, dtype: torch.dtype | None, with_sum: bool
-) -> tuple[Tensor, Tensor]:
-    """What is returned for `out` columns: the layers' result or the norm, and the sum, which may be empty."""
-    shape = (*x.shape[:3], out)
-    if stream is None:
-        return x.new_empty(shape), x.new_empty(0)
-    total = torch.promote_types(stream.dtype, x.dtype)
-    if branch is not None:
-        total = torch.promote_types(total, branch.dtype)
-    return x.new_empty(shape, dtype=dtype or total), x.new_empty(shape if with_sum else 0, dtype=total)
-
-
-def _flops(x, in_weight, in_bias, weight, bias, out_weight, out_bias, stream, branch, *others) -> int:
-    # As in `add_layer_norm`, behind which is one more addition for a branch.
-    per_entry = 0 if stream is None else 8 + (branch is not None)
-    products = in_weight.numel() + weight.numel() + out_weight.numel()
-    return x[0] * x[1] * x[2] * (2 * products + per_entry * out_weight[0])
+def _flops(x, in_weight, in_bias, *others) -> int:
+    return 2 * x[0] * x[1] * x[2] * in_weight.numel() + count_flops(x, *others)
 
 
 operator = Operator(

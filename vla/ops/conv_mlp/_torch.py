@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..depthwise_conv2d import _torch
-from ..layer_norm import _torch as layer_norm
+from ..conv_gelu_linear import _torch as conv_gelu_linear
 
 
 def forward(
@@ -25,10 +24,5 @@ def forward(
     with_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     hidden = F.linear(x, in_weight.to(x.dtype), in_bias.to(x.dtype))
-    hidden = _torch.forward(hidden.permute(0, 3, 1, 2), weight, bias, "gelu", None).permute(0, 2, 3, 1)
-    y = F.linear(hidden, out_weight.to(x.dtype), out_bias.to(x.dtype)).contiguous()
-    if stream is None:
-        return y, x[..., :0].flatten().clone()
-    branch, second = (y, None) if branch is None else (branch, y)
-    options = dict(second=second, with_sum=with_sum)
-    return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)
+    others = (stream, branch, norm_weight, norm_bias, eps, dtype, with_sum)
+    return conv_gelu_linear.forward(hidden, weight, bias, out_weight, out_bias, *others)

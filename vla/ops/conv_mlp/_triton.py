@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .._triton import cdiv, dot, dot_add, gelu, kernel, last_first, next_power_of_2, repeat
 from ..conv_gelu_linear import _triton as conv_gelu_linear
-from ..conv_gelu_linear._triton import add_streams, join_halves, load_vector, load_weight, normalize, rows_of_strip
+from ..conv_gelu_linear import empty_results
+from ..conv_gelu_linear._triton import finish, join_all, load_weight, rows_of_strip
 from ..depthwise_conv2d._triton_strips import correlate
-from . import empty_results
 
 COLUMNS = 4
 # Strips of a program: as many threads have neighbouring columns of a product.
@@ -71,14 +71,6 @@ def take_apart(tile, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr):
     for _ in tl.static_range(5):
         tensors = halves_of(tensors)
     return tensors
-
-
-@triton.jit
-def pile(tensors, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr):
-    """32 tensors (BLOCK_F, BLOCK_S) as rows (BLOCK_F, BLOCK_S * 32)."""
-    for _ in tl.static_range(5):
-        tensors = join_halves(tensors)
-    return tensors[0].reshape(BLOCK_F, BLOCK_S * 32)
 
 
 @triton.jit
@@ -232,23 +224,36 @@ def conv_mlp_fwd_kernel(
         next_f = tl.where(first_f + BLOCK_F < F, first_f + BLOCK_F, 0)
         block = load_weight(in_weight, next_f, 0, BLOCK_F, DEPTH, C, F, EVEN_C, EVEN_F)
         pixels = pixels + repeat(tl.zeros((BLOCK_F, BLOCK_S), dtype), PIXELS - ROWS * COLUMNS)
+        hidden = join_all(pixels).reshape(BLOCK_F, BLOCK_S * PIXELS)
         out_block = load_weight(weight, 0, first_f, WIDTH, BLOCK_F, F, D, EVEN_F, EVEN_D)
-        out = dot_add(pile(pixels, BLOCK_F, BLOCK_S).trans(), out_block.trans(), out)
+        out = dot_add(hidden.trans(), out_block.trans(), out)
 
-    strip = program * BLOCK_S + tl.arange(0, BLOCK_S)[:, None, None, None]
-    line = strip // strips_of_row
-    row_of_strip = tl.arange(0, PIXELS // COLUMNS)[None, :, None, None]
-    row = line % segments * ROWS + row_of_strip
-    column = strip % strips_of_row * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
-    stored = (strip < strips) & (row_of_strip < ROWS) & (row < height) & (column < width)
-    pixel = ((line // segments).to(tl.int64) * height + row) * width + column
-    d = tl.arange(0, WIDTH)[None, :]
-    out += load_vector(out_bias, d, D)
-    if stream is not None:
-        tiles = add_streams((out,), stream, branch, total, pixel, stored, D, WIDTH, 0, WITH_SUM)
-        out = normalize(tiles, norm_weight, norm_bias, eps, D, WIDTH, 0)[0]
-    at = pixel * D + d
-    tl.store(y + at, out.to(y.dtype.element_ty).reshape(at.shape), stored & (d < D))
+    finish(
+        (out,),
+        program,
+        0,
+        out_bias,
+        stream,
+        branch,
+        norm_weight,
+        norm_bias,
+        total,
+        y,
+        height,
+        width,
+        strips,
+        strips_of_row,
+        segments,
+        eps,
+        D,
+        ROWS,
+        COLUMNS,
+        PIXELS,
+        WIDTH,
+        0,
+        BLOCK_S,
+        WITH_SUM,
+    )
 
 
 def forward(
