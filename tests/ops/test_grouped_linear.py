@@ -1,11 +1,14 @@
 """Linear layers of groups: all backends against the definition in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
-from vla.ops import grouped_linear, grouped_linear_pair, use_backend
+from vla.ops import grouped_linear, grouped_linear_pair, grouped_linear_pair_mean, use_backend
+from vla.ops.grouped_linear._triton import PROGRAMS, _programs_of_picture
 
 BACKENDS = ["torch", "triton"]
 SHAPES = [
@@ -41,10 +44,28 @@ def test_against_naive(backend, shape, dtype, two):
     compare(backend, function(tensors), tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, ((3, 23, 17), 4, 16, 16), ((2, 65, 64), 4, 10, 3)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_means_against_naive(backend, shape, dtype):
+    """Of pictures whose pixels do and do not fill a program's tiles, in one of them and in several."""
+    compare(backend, grouped_linear_pair_mean, make(*shape, dtype))
+
+
+@pytest.mark.parametrize("pictures, blocks", [(1, 1), (8, 2), (128, 1), (200, 1), (256, 4), (1000, 1)])
+def test_programs_of_pictures(pictures, blocks):
+    """They keep most of a GPU busy in all rounds, but where a program has a single tile."""
+    programs = _programs_of_picture(pictures, 3136, {"BLOCKS": blocks, "BLOCK_R": 64})
+    assert 1 <= programs <= 49
+    rounds = pictures * blocks * programs / PROGRAMS
+    assert rounds / math.ceil(rounds) > 0.85 or programs == 49
+
+
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
 def test_empty_batch(backend):
-    results = run(backend, grouped_linear_pair, make((0, 3, 4), 4, 2, 3, torch.float32))
+    results = run(backend, grouped_linear_pair_mean, make((0, 3, 4), 4, 2, 3, torch.float32))
     assert results["output 0"].shape == results["output 1"].shape == (0, 3, 4, 12)
+    assert results["output 2"].shape == (0, 8)
 
 
 def test_weights_of_another_dtype():
@@ -71,14 +92,14 @@ def test_strides():
 class Layer(nn.Module):
     def forward(self, x, weight, weight2):
         y, z = grouped_linear_pair(x, weight, weight2)
-        return y + grouped_linear(x, weight2) * z
+        return (y + grouped_linear(x, weight2) * z).mean() + grouped_linear_pair_mean(x, weight, weight2)[2]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make((2, 3, 2), 4, 2, 3).values())
     arguments = tuple(t.clone().requires_grad_() for t in tensors)
-    check_machinery(Layer(), tensors, torch.ops.vla.grouped_linear.default, arguments)
+    check_machinery(Layer(), tensors, torch.ops.vla.grouped_linear.default, (*arguments, True))
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,6 @@ COMPILER_PADS = 1024
 # keeps a GPU busy.
 SUMMED = 128
 BUSY = 2**22
-# Results of a group up to which a kernel that reads groups' matrices as they are is faster than a library's product.
-FEW_RESULTS = 8
 
 
 def is_narrow(x: Tensor) -> bool:
@@ -62,19 +60,15 @@ def infers(x: Tensor) -> bool:
     return is_narrow(x) and not torch.is_grad_enabled()
 
 
-def is_short_product(weight: Tensor) -> bool:
-    """Whether groups' products with such weights, of few results, are fastest by a kernel for groups."""
-    _, results, width = weight.shape
-    return results <= FEW_RESULTS and width <= TOGETHER
+def are_narrow_groups(weight: Tensor) -> bool:
+    """Whether groups with such weights are of few channels, for which kernels read the weights as they are."""
+    return max(weight.shape[1:]) <= TOGETHER
 
 
 def has_grouped_kernels(x: Tensor, weight: Tensor) -> bool:
     """Whether `vla.ops.grouped_linear` with such weights is faster than one product with a block-diagonal matrix."""
-    # A compiler makes few launches of what it takes to have that aligned, which is as fast without gradients, but for
-    # products with few results.
-    if infers(x):
-        return not torch.compiler.is_compiling() or is_short_product(weight)
-    return is_narrow(x) and max(weight.shape[1:]) <= TOGETHER
+    # A compiler makes few launches of what it takes to have that aligned.
+    return is_narrow(x) if are_narrow_groups(weight) else infers(x) and not torch.compiler.is_compiling()
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
@@ -282,7 +276,7 @@ def grouped_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 
 def grouped_matrix(weights: list[Tensor]) -> Tensor | None:
     """The matrix that `grouped_linear` makes of weights in a compiled network, None where it takes them as they are."""
-    if weights[0].dtype.itemsize == 2 or is_short_product(weights[0]):
+    if weights[0].dtype.itemsize == 2 or are_narrow_groups(weights[0]):
         return None
     groups, results, width = weights[0].shape
     matrix = block_diagonal(weights, zeros_behind(groups * results, len(weights)))
@@ -430,21 +424,47 @@ class GroupedSS2D(nn.Module):
         self.out_proj = GroupedLinear(k, inner, width)
 
     def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, z = self.project(x)
+        return self.convolve_and_scan(x), z
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-            if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
-                return self.scan(self.conv(self.in_proj(x))), self.gate_proj(x)
+            if not self.has_plain_projections():
+                return self.in_proj(x), self.gate_proj(x)
         in_proj = self.in_proj
         outs = in_proj.groups * in_proj.out_features
         x, z = multiply_groups(x, [in_proj.weight, self.gate_proj.weight], outs)
+        return x, z
+
+    @torch.jit.ignore
+    def has_plain_projections(self) -> bool:
+        return is_plain(self.in_proj, GroupedLinear) and is_plain(self.gate_proj, GroupedLinear)
+
+    @torch.jit.ignore
+    def projects_with_mean(self, x: Tensor) -> bool:
+        """Whether there is a `project_with_mean` for a map like x."""
+        if not infers(x) or not self.has_plain_projections():
+            return False
+        weight = self.in_proj.weight
+        return x.shape[1] == weight.shape[0] * weight.shape[2] and has_grouped_kernels(x, weight)
+
+    @torch.jit.ignore
+    def project_with_mean(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`project`, and the mean of each channel over the pixels, (B, C)."""
+        weights = self.in_proj.weight, self.gate_proj.weight
+        y, z, mean = ops.grouped_linear_pair_mean(x.permute(0, 2, 3, 1), *weights)
+        return y.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), mean
+
+    def convolve_and_scan(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.conv_writes_zeros(x):
-                return self.convolve_and_scan(x), z
-        return self.scan(self.conv(x)), z
+                return self.scan_with_zeros(x)
+        return self.scan(self.conv(x))
 
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Tensor | None]:
         """See `vla.layers.weights.product_weights`."""
-        if not is_plain(self.in_proj, GroupedLinear) or not is_plain(self.gate_proj, GroupedLinear):
+        if not self.has_plain_projections():
             return {}
         return {
             "in_proj.weight": grouped_matrix([self.in_proj.weight, self.gate_proj.weight]),
@@ -461,7 +481,7 @@ class GroupedSS2D(nn.Module):
         return is_plain(scan, GroupedScan2d) and scan.D.shape[1] > TOGETHER and x.shape[1] % ALIGNMENT > 0
 
     @torch.jit.ignore
-    def convolve_and_scan(self, x: Tensor) -> Tensor:
+    def scan_with_zeros(self, x: Tensor) -> Tensor:
         conv, channels = self.conv, x.shape[1]
         zeros, dtype = -channels % ALIGNMENT, autocast_dtype(x)
         wide = ops.depthwise_conv2d(x, conv.weight, conv.bias, conv.fused_act, dtype, zeros)
@@ -549,10 +569,16 @@ class GroupMambaMixer(nn.Module):
         wide = n
         if is_narrow(n) and n.shape[1] > self.dim:
             n = n[:, : self.dim]
-        gate = self.gate_of(n)
-        if not is_plain(self.ssm, GroupedSS2D):
-            return self.modulate(self.ssm(n), n, gate), None
-        y, z = self.ssm.scan_and_gate(wide)
+        ssm = self.ssm
+        if not is_plain(ssm, GroupedSS2D):
+            return self.modulate(ssm(n), n, self.gate_of(n)), None
+        if ssm.projects_with_mean(wide):
+            x, z, mean = ssm.project_with_mean(wide)
+            gate = self.gate(mean)
+        else:
+            gate = self.gate_of(n)
+            x, z = ssm.project(wide)
+        y = ssm.convolve_and_scan(x)
         if self.ends_at_once(y, n):
             return self.modulate_at_once(y, z, n, gate, stream, norm)
         return recomputed(self.close_and_modulate, y, z, n, gate), None
@@ -867,7 +893,7 @@ class GroupMambaBlock(ResidualBlock):
         ssm = self.mixer.ssm
         if not writes_columns(x) or not is_plain(self.mixer.norm, LayerNorm2d) or not is_plain(ssm, GroupedSS2D):
             return 0
-        if not is_plain(ssm.in_proj, GroupedLinear) or not is_plain(ssm.gate_proj, GroupedLinear):
+        if not ssm.has_plain_projections():
             return 0
         # Kernels of narrower groups need no columns.
         if ssm.in_proj.in_features <= TOGETHER:

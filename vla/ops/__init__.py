@@ -10,7 +10,7 @@ from .conv_mlp import conv_mlp, conv_mlp_add_norm
 from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation, group_modulation_add_norm
-from .grouped_linear import grouped_linear, grouped_linear_pair
+from .grouped_linear import grouped_linear, grouped_linear_pair, grouped_linear_pair_mean
 from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
@@ -44,6 +44,7 @@ __all__ = [
     "group_modulation_add_norm",
     "grouped_linear",
     "grouped_linear_pair",
+    "grouped_linear_pair_mean",
     "layer_norm",
     "layer_norm_grn",
     "line_scan",

@@ -455,8 +455,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 @kernel(do_not_specialize=["count", "size"])
-def sum_parts_kernel(parts, sums, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums (..., size) of partial sums (..., count, size), in a fixed order."""
+def sum_parts_kernel(parts, sums, count, size, factor, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums (..., size) of partial sums (..., count, size), in a fixed order, times a factor."""
     blocks = tl.cdiv(size, BLOCK)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -467,15 +467,17 @@ def sum_parts_kernel(parts, sums, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.
         row = batch * count + part
         total += tl.load(parts + row * size + entry, (part < count) & (entry < size), 0.0)
     entry = block * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sums + batch * size + entry, tl.sum(total, 0), entry < size)
+    tl.store(sums + batch * size + entry, (tl.sum(total, 0) * factor).to(sums.dtype.element_ty), entry < size)
 
 
-def sum_parts(parts: Tensor) -> Tensor:
-    """Sums over the last but one dimension of float32 numbers."""
+def sum_parts(parts: Tensor, factor: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sums over the last but one dimension of float32 numbers, times a factor."""
     *batch, count, size = parts.shape
-    sums = parts.new_empty(*batch, size)
+    sums = parts.new_empty(*batch, size, dtype=dtype)
     block = 8 if size < 2**14 else 32  # neighbours in one sector of memory, or in one line of the cache
-    sum_parts_kernel[(math.prod(batch) * cdiv(size, block),)](parts, sums, count, size, BLOCK_P=128, BLOCK=block)
+    sum_parts_kernel[(math.prod(batch) * cdiv(size, block),)](
+        parts, sums, count, size, factor, BLOCK_P=128, BLOCK=block
+    )
     return sums
 
 

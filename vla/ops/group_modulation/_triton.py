@@ -541,7 +541,7 @@ def forward(
     norm_weight, norm_bias, proj_bias = norm_weight.contiguous(), norm_bias.contiguous(), proj_bias.contiguous()
     if channels > WHOLE and count >= MANY:
         gated, _ = layer_norm.forward(y, None, out_norm_weight, out_norm_bias, z, groups, out_eps, y.dtype)
-        a, _ = grouped_linear.forward(gated, out_proj, None)
+        a, *_ = grouped_linear.forward(gated, out_proj, None)
         _normalize_and_project(a, n, gate, norm_weight, norm_bias, proj, proj_bias, out, eps)
         return out, norm
     maps = [as_rows(x) for x in (y, z, n)]

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._checks import check_float, check_ndim, check_shape
 from .._registry import Operator
 
-__all__ = ["grouped_linear", "grouped_linear_pair"]
+__all__ = ["grouped_linear", "grouped_linear_pair", "grouped_linear_pair_mean"]
 
 _OP = "grouped_linear"
 # Channels that a program takes, several groups of them where they fit, so that its loads are wide. Up to so many in a
@@ -14,7 +14,7 @@ _OP = "grouped_linear"
 TOGETHER = 64
 
 
-def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
+def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     check_ndim(_OP, "x", x, (4,), "(B, H, W, K * I)")
     check_ndim(_OP, "weight", weight, (3,), "(K, O, I)")
     groups, outputs, width = weight.shape
@@ -24,16 +24,21 @@ def _infer(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, T
         check_shape(_OP, "weight2", weight2, weight.shape, "that of weight")
     check_float(_OP, x=x, weight=weight, weight2=weight2)
     size = (*x.shape[:3], groups * outputs)
-    return x.new_empty(size), x.new_empty(0 if weight2 is None else size)
+    return (
+        x.new_empty(size),
+        x.new_empty(0 if weight2 is None else size),
+        x.new_empty((x.shape[0], x.shape[3]) if with_mean else 0),
+    )
 
 
-def _flops(x, weight, weight2) -> int:
-    return 2 * x[0] * x[1] * x[2] * weight.numel() * (1 if weight2 is None else 2)
+def _flops(x, weight, weight2, with_mean) -> int:
+    pixels = x[0] * x[1] * x[2]
+    return 2 * pixels * weight.numel() * (1 if weight2 is None else 2) + (pixels * x[3] if with_mean else 0)
 
 
 operator = Operator(
     _OP,
-    "(Tensor x, Tensor weight, Tensor? weight2) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? weight2, bool with_mean) -> (Tensor, Tensor, Tensor)",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -62,9 +67,9 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.grouped_linear(x, weight, None)[0]
+        return torch.ops.vla.grouped_linear(x, weight, None, False)[0]
     else:
-        return operator(x, weight, None)[0]
+        return operator(x, weight, None, False)[0]
 
 
 def grouped_linear_pair(x: Tensor, weight: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +88,29 @@ def grouped_linear_pair(x: Tensor, weight: Tensor, weight2: Tensor) -> tuple[Ten
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.grouped_linear(x, weight, weight2)
+        return torch.ops.vla.grouped_linear(x, weight, weight2, False)[:2]
     else:
-        return operator(x, weight, weight2)
+        return operator(x, weight, weight2, False)[:2]
+
+
+def grouped_linear_pair_mean(x: Tensor, weight: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`grouped_linear_pair`, which reads all of x, and the mean of each channel over a picture's pixels.
+
+    Means are taken in float32 (float64 for float64 inputs). Gradients are by PyTorch's own operators.
+
+    Args:
+        x: Map, (B, H, W, K * I), fastest where its channels are next to each other in memory.
+        weight: Matrices of the groups, (K, O, I).
+        weight2: More of them, (K, O, I).
+
+    Returns:
+        The results of both, contiguous (B, H, W, K * O), and the means, (B, K * I).
+
+    Raises:
+        ValueError: For a shape or device that does not fit, naming the argument.
+        TypeError: For a dtype that is not real floating point.
+    """
+    if torch.jit.is_scripting():
+        return torch.ops.vla.grouped_linear(x, weight, weight2, True)
+    else:
+        return operator(x, weight, weight2, True)

@@ -9,6 +9,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x.permute(0, 3, 1, 2), kernels, groups=weight.shape[0]).permute(0, 2, 3, 1).contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
-    # An empty second result is one of x, as autograd takes no other.
-    return product(x, weight), x[:0].flatten().clone() if weight2 is None else product(x, weight2)
+def forward(
+    x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Empty results are ones of x, as autograd takes no other.
+    second = x[:0].flatten().clone() if weight2 is None else product(x, weight2)
+    return product(x, weight), second, x.mean((1, 2)) if with_mean else x[:0].flatten().clone()

@@ -30,6 +30,7 @@ def grouped_linear_fwd_kernel(
     weight2,
     out,
     out2,
+    sums,
     count,
     x_row,
     BLOCKS: tl.constexpr,
@@ -41,8 +42,12 @@ def grouped_linear_fwd_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One of BLOCKS times GROUPS groups of some of the `count` rows, by each of the weights (K, OUT_WIDTH, WIDTH)."""
+    """One of BLOCKS times GROUPS groups of some of a picture's `count` rows, by each of the weights (K, OUT_WIDTH, WIDTH).
+
+    `sums` over a program's rows of every picture are (programs, pictures, channels).
+    """
     first_group = tl.program_id(0) % BLOCKS * GROUPS
+    picture = tl.program_id(1).to(tl.int64)
     output = tl.arange(0, BLOCK_O)[None, :]
     channel = tl.arange(0, BLOCK_I)[None, :]
     factor = tl.arange(0, BLOCK_I)[:, None]
@@ -55,14 +60,24 @@ def grouped_linear_fwd_kernel(
     if weight2 is not None:
         weight2 += start * WIDTH
         block2 = load_block(weight2, output, factor, OUT_WIDTH, WIDTH, GROUPS, dtype)
-    for tile in range(tl.program_id(0) // BLOCKS, tl.cdiv(count, BLOCK_R), tl.num_programs(0) // BLOCKS):
-        row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        rows = tl.load(x + row * x_row, (row < count) & (channel < GROUPS * WIDTH), 0.0)  # (BLOCK_R, BLOCK_I)
+    if sums is not None:
+        total = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    program = tl.program_id(0) // BLOCKS
+    for tile in range(program, tl.cdiv(count, BLOCK_R), tl.num_programs(0) // BLOCKS):
+        index = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        row = picture * count + index
+        rows = tl.load(x + row * x_row, (index < count) & (channel < GROUPS * WIDTH), 0.0)  # (BLOCK_R, BLOCK_I)
         place = row * OUT_ROW + start + output
-        inside = (row < count) & (output < GROUPS * OUT_WIDTH)
+        inside = (index < count) & (output < GROUPS * OUT_WIDTH)
         tl.store(out + place, product(rows, block, PRECISION).to(dtype), inside)
         if weight2 is not None:
             tl.store(out2 + place, product(rows, block2, PRECISION).to(dtype), inside)
+        if sums is not None:
+            total += rows.to(tl.float32)
+    if sums is not None:
+        column = tl.arange(0, BLOCK_I)
+        sums += (program * tl.num_programs(1) + picture) * (BLOCKS * GROUPS * WIDTH) + first_group * WIDTH
+        tl.store(sums + column, tl.sum(total, 0), column < GROUPS * WIDTH)
 
 
 @kernel(do_not_specialize=["count"])
@@ -161,31 +176,50 @@ def _programs(count: int, constants: dict[str, int | str]) -> int:
     return min(cdiv(count, constants["BLOCK_R"]), cdiv(PROGRAMS, constants["BLOCKS"]))
 
 
-def forward(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not _is_served(x, weight, 128):
-        return _torch.forward(x, weight, weight2)
-    size = (*x.shape[:-1], weight.shape[0] * weight.shape[1])
-    out, out2 = x.new_empty(size), x.new_empty(0 if weight2 is None else size)
-    if out.numel() == 0:
-        return out, out2
-    x = as_rows(x)
-    count = x.shape[0]
-    constants = _constants(count, weight, x)
-    grouped_linear_fwd_kernel[(_programs(count, constants) * constants["BLOCKS"],)](
-        x,
+def _programs_of_picture(pictures: int, count: int, constants: dict[str, int | str]) -> int:
+    """How many programs share the rows of a picture: all are the fastest in as few rounds as they can be."""
+    blocks = pictures * constants["BLOCKS"]
+    most = min(cdiv(count, constants["BLOCK_R"]), max(8, PROGRAMS // blocks))
+    return min(range(1, most + 1), key=lambda n: (cdiv(n * blocks, PROGRAMS) / n, n))
+
+
+def forward(
+    x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    pictures, *size, channels = x.shape
+    if not _is_served(x, weight, 128) or x.numel() == 0 or weight.numel() == 0:
+        return _torch.forward(x, weight, weight2, with_mean)
+    out = x.new_empty(pictures, *size, weight.shape[0] * weight.shape[1])
+    out2, mean = x.new_empty(0 if weight2 is None else out.shape), x.new_empty(0)
+    rows = as_rows(x)
+    constants = _constants(len(rows), weight, x)
+    sums, count = None, len(rows)
+    if with_mean:
+        count //= pictures
+        programs = _programs_of_picture(pictures, count, constants)
+        sums = x.new_empty(programs, pictures * channels, dtype=torch.float32)
+    else:
+        pictures, programs = 1, _programs(count, constants)
+    grouped_linear_fwd_kernel[(programs * constants["BLOCKS"], pictures)](
+        rows,
         weight.contiguous(),
         None if weight2 is None else weight2.contiguous(),
         out,
         out2,
+        sums,
         count,
-        x.stride(0),
+        rows.stride(0),
         **constants,
     )
-    return out, out2
+    if with_mean:
+        mean = sum_parts(sums, 1 / count, x.dtype).view(pictures, channels)
+    return out, out2, mean
 
 
-def backward(grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | None) -> list[Tensor | None] | None:
-    if not _is_served(x, weight, TOGETHER) or grads[0].numel() == 0:
+def backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool = False
+) -> list[Tensor | None] | None:
+    if with_mean or not _is_served(x, weight, TOGETHER) or grads[0].numel() == 0:
         return None
     two, shape = weight2 is not None, x.shape
     g, x = as_rows(grads[0]), as_rows(x)
