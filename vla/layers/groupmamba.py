@@ -17,7 +17,7 @@ from ..ops.group_modulation import WHOLE
 from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
 from .aligned import ALIGNMENT, is_worth_launches
-from .block import DEFAULT_NORM, ResidualBlock
+from .block import DEFAULT_NORM, FirstNorm, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
 from .norm import (
@@ -201,7 +201,8 @@ def normalize_wider(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-) -> tuple[Tensor | None, Tensor]:
+    with_mean: bool = False,
+) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
     """The sum and its norm with columns behind its channels, of maps (B, C, H, W) and to such.
 
     Args:
@@ -212,20 +213,26 @@ def normalize_wider(
         factor: Factors of the pictures in the branch, (B,).
         second: Third summand, if there is one.
         with_sum: Whether somebody needs the sum; else it is None.
+        with_mean: Whether the norm of the sum with a branch, without factors, comes with its means over the pixels,
+            (B, C), as a pair.
     """
     shape = x.permute(0, 2, 3, 1).shape
     dtype = autocast_dtype(x) or x.dtype if norm.narrow else result_dtype(x, False)
     options = dict(eps=norm.eps, dtype=dtype, columns=columns)
-    rows = as_rows(x.permute(0, 2, 3, 1))
+    rows, mean = as_rows(x.permute(0, 2, 3, 1)), None
     if branch is None:
         y = ops.layer_norm(rows, norm.weight, norm.bias, **options)
     else:
         branch, second = (None if t is None else as_rows(t.permute(0, 2, 3, 1)) for t in (branch, second))
-        total, y = ops.add_layer_norm(
-            rows, branch, norm.weight, norm.bias, factor=factor, second=second, with_sum=with_sum, **options
-        )
+        options |= dict(second=second, with_sum=with_sum)
+        if with_mean:
+            arguments = (rows, branch, norm.weight, norm.bias)
+            total, y, mean = ops.add_layer_norm_mean(*arguments, pictures=shape[0], **options)
+        else:
+            total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, factor=factor, **options)
         x = total.view(shape).permute(0, 3, 1, 2) if with_sum else None
-    return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
+    y = y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
+    return x, (y if mean is None else (y, mean))
 
 
 def split_groups(y: Tensor, x: Tensor, outs: int, zeros: int) -> list[Tensor]:
@@ -555,7 +562,10 @@ class GroupMambaMixer(nn.Module):
         return self.mix(self.norm(x))
 
     def mix(self, n: Tensor) -> Tensor:
-        """The mixer of a map that `norm` has been applied to, which may have columns behind its channels."""
+        """The mixer of a map that `norm` has been applied to, which may have columns behind its channels.
+
+        And which, outside of scripts, may come with its channels' means over the pixels, as a pair.
+        """
         if torch.jit.is_scripting():
             return self.modulate(self.ssm(n), n, self.gate_of(n))
         else:
@@ -563,20 +573,24 @@ class GroupMambaMixer(nn.Module):
 
     @torch.jit.ignore
     def mix_and_norm(
-        self, n: Tensor, stream: Tensor | None = None, norm: LayerNorm2d | None = None
+        self,
+        n: Tensor | tuple[Tensor, Tensor],
+        stream: Tensor | None = None,
+        norm: LayerNorm2d | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`mix`, and a norm of its sum with a stream where one operator does all that, else None."""
+        n, mean = n if isinstance(n, tuple) else (n, None)
         wide = n
         if is_narrow(n) and n.shape[1] > self.dim:
             n = n[:, : self.dim]
         ssm = self.ssm
         if not is_plain(ssm, GroupedSS2D):
             return self.modulate(ssm(n), n, self.gate_of(n)), None
-        if ssm.projects_with_mean(wide):
+        if mean is None and ssm.projects_with_mean(wide):
             x, z, mean = ssm.project_with_mean(wide)
             gate = self.gate(mean)
         else:
-            gate = self.gate_of(n)
+            gate = self.gate_of(n) if mean is None else self.gate(mean)
             x, z = ssm.project(wide)
         y = ssm.convolve_and_scan(x)
         if self.ends_at_once(y, n):
@@ -816,8 +830,16 @@ class GroupMambaBlock(ResidualBlock):
         return x, self.norm1(x)
 
     @torch.jit.ignore
-    def first_norm(self, x: Tensor) -> tuple[nn.Module | None, int]:
-        return (self.mixer.norm, self.columns_of_mixer(x)) if self.norms_first() else (None, 0)
+    def first_norm(self, x: Tensor) -> FirstNorm:
+        if not self.norms_first():
+            return FirstNorm(None)
+        return FirstNorm(self.mixer.norm, self.columns_of_mixer(x), self.wants_mean(x))
+
+    @torch.jit.ignore
+    def wants_mean(self, x: Tensor) -> bool:
+        """Whether no kernel of the mixer but that of the mean reads all of a map like x."""
+        ssm = self.mixer.ssm
+        return is_plain(ssm, GroupedSS2D) and writes_columns(x) and not are_narrow_groups(ssm.in_proj.weight)
 
     @torch.jit.ignore
     def adds_and_norms(self, x: Tensor, columns: int) -> bool:
@@ -847,13 +869,15 @@ class GroupMambaBlock(ResidualBlock):
 
     @torch.jit.ignore
     def add_and_norm(
-        self, x: Tensor, y: Tensor, norm: LayerNorm2d, columns: int, with_sum: bool
-    ) -> tuple[Tensor | None, Tensor]:
+        self, x: Tensor, y: Tensor, first: FirstNorm, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
+        norm, columns, with_mean = first
         if not self.ends_with_mlp(x, columns):
             branch = self.ls1(self.mix(y))
             _, normed = normalize_wider(self.norm2, x, branch, self.columns_of_mlp(x), with_sum=False)
             second = self.mlp(normed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            return normalize_wider(norm, x, branch, columns, second=second, with_sum=with_sum)
+            options = dict(second=second, with_sum=with_sum, with_mean=with_mean)
+            return normalize_wider(norm, x, branch, columns, **options)
         stream, normed = x, None
         if self.norms_first() and is_plain(self.ls1, nn.Identity) and is_plain(self.norm2, LayerNorm2d):
             branch, normed = self.mixer.mix_and_norm(y, stream, self.norm2)

@@ -42,7 +42,7 @@ def grouped_linear_fwd_kernel(
     BLOCK_O: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One of BLOCKS times GROUPS groups of some of a picture's `count` rows, by each of the weights (K, OUT_WIDTH, WIDTH).
+    """One of BLOCKS times GROUPS groups of some of a picture's `count` rows, by each weight (K, OUT_WIDTH, WIDTH).
 
     `sums` over a program's rows of every picture are (programs, pictures, channels).
     """

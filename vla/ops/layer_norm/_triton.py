@@ -221,6 +221,7 @@ def layer_norm_fwd_kernel(
     factor,
     y,
     total,
+    parts,
     rows,
     tokens,
     eps,
@@ -241,11 +242,17 @@ def layer_norm_fwd_kernel(
     """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
 
     A row may be INNER groups. Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a
-    factor. Sums are rounded to SUM. Rows of gate start at multiples of EVEN bytes, see `_load`.
+    factor, or are a picture, where `parts` receives every tile's sums. Sums are rounded to SUM. Rows of gate start at
+    multiples of EVEN bytes, see `_load`.
     """
     program = last_first()
     channel = _first_channel(program, CHANNELS, GROUPS, BLOCK_R)
-    token, inside = _place(program, rows, GROUPS, BLOCK_R)
+    if parts is None:
+        token, inside = _place(program, rows, GROUPS, BLOCK_R)
+    else:
+        tiles = tl.cdiv(tokens, BLOCK_R)
+        token, inside = _place(program % tiles, tokens, GROUPS, BLOCK_R)
+        token += (program // tiles).to(tl.int64) * tokens
     start = token * (GROUPS * CHANNELS) + channel
     row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
     if branch is not None:
@@ -275,6 +282,12 @@ def layer_norm_fwd_kernel(
     _store(y + channel, out, inside, CHANNELS, WIDTH)
     if COLUMNS > 0:
         _store_columns(y + GROUPS * CHANNELS, inside & (channel == (GROUPS - 1) * CHANNELS), COLUMNS, TAIL)
+    if parts is not None:
+        known = ()
+        for i in tl.static_range(0, len(out)):
+            known = known + (tl.where(inside, out[i], 0.0),)
+        start = tl.full((1, 1), program, tl.int64) * CHANNELS
+        _store_sums(parts + start, known, CHANNELS, 1, WIDTH, BLOCK_R)
 
 
 @kernel
@@ -456,18 +469,28 @@ def forward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-) -> tuple[Tensor, Tensor]:
+    pictures: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     y, total = empty_results(x, branch, dtype, columns, second, with_sum)
+    mean = y.new_empty(0) if pictures is None else y.new_full((pictures, x.shape[-1]), float("nan"))
     if x.numel() > 0:
         inner = _inner(x.shape[-1] // groups, groups)
         groups //= inner
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
+        tokens = rows // groups // ((pictures or 1) if factor is None else len(factor))
         constants = _config(channels, groups)[0] if inner == 1 else _whole(channels)
         if branch is not None and gate is None and channels > _SHORT:
             constants = constants | dict(num_warps=min(32, 2 * constants["num_warps"]))
+        programs, parts = cdiv(rows, constants["BLOCK_R"]), None
+        if pictures is not None:
+            # Half as many sums to be added up.
+            if constants["num_warps"] <= 16:
+                constants = constants | {name: 2 * constants[name] for name in ("BLOCK_R", "num_warps")}
+            tiles = cdiv(rows // pictures, constants["BLOCK_R"])
+            programs, parts = pictures * tiles, x.new_empty(pictures, tiles, channels, dtype=torch.float32)
         (x, branch, second, gate), distances = _tokens(x, branch, second, gate)
-        layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
+        layer_norm_fwd_kernel[(programs,)](
             x,
             branch,
             second,
@@ -477,8 +500,9 @@ def forward(
             _contiguous(factor),
             y,
             total if branch is not None and with_sum else None,
+            parts,
             rows,
-            1 if factor is None else rows // groups // len(factor),
+            tokens,
             eps,
             *distances,
             SUM=DTYPES.get(total.dtype, tl.float32),
@@ -488,7 +512,9 @@ def forward(
             INNER=inner,
             EVEN=_evenness(gate, distances[3]) if inner > 1 else 0,
         )
-    return y, total
+        if pictures is not None:
+            mean = sum_parts(parts, 1 / tokens, y.dtype)
+    return y, total, mean
 
 
 def backward(
@@ -505,7 +531,10 @@ def backward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-) -> list[Tensor | None]:
+    pictures: int | None = None,
+) -> list[Tensor | None] | None:
+    if pictures is not None:
+        return None
     if x.numel() == 0:
         return [None] * 7
     g, g_total = grads[0], grads[1] if branch is not None and with_sum else None
