@@ -296,6 +296,11 @@ def _layer_norm() -> Iterator[Case]:
     two = dict(branch=BF16, second=rows(BF16, 128, 14, 14, 348), columns=4)
     yield Case("two branches, groupmamba stage 3", f, arguments(128, 14, 14, 348, **two), (FP32,))
     yield Case("no sum", f, arguments(128, 14, 14, 348, branch=BF16, columns=4, with_sum=False), (FP32,))
+
+    def f(gate: None, **arguments) -> tuple[Tensor, ...]:
+        return ops.add_layer_norm_mean(**arguments, pictures=128)
+
+    yield Case("means, groupmamba stage 3", f, arguments(128, 14, 14, 348, **two), (FP32,))
     yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 
@@ -384,11 +389,13 @@ def _grouped_linear() -> Iterator[Case]:
 
         return make
 
-    one, two = ops.grouped_linear, ops.grouped_linear_pair
+    one, two, mean = ops.grouped_linear, ops.grouped_linear_pair, ops.grouped_linear_pair_mean
     for width, side, outputs in ((16, 56, 3), (32, 28, 4), (87, 14, 8), (112, 7, 9)):
-        yield Case(f"groupmamba {width}", two, arguments(128, side, width, width, True), (BF16,))
+        yield Case(f"groupmamba {width} mean", mean, arguments(128, side, width, width, True), (BF16,))
         yield Case(f"groupmamba {width} time steps", one, arguments(128, side, width, outputs, False), (BF16,))
-    yield Case("one picture", two, arguments(1, 14, 87, 87, True), (BF16,))
+    for width, side in ((16, 56), (32, 28)):
+        yield Case(f"groupmamba {width}", two, arguments(128, side, width, width, True), (BF16,))
+    yield Case("one picture", mean, arguments(1, 14, 87, 87, True), (BF16,))
     yield Case("odd", two, arguments(3, 5, 150, 131, True), (FP32, FP16))
 
 

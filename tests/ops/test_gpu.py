@@ -35,6 +35,7 @@ from tests.ops.harness import randn, run
 from tests.tolerance import RELATIVE, assert_close
 from vla.ops import (
     add_layer_norm,
+    add_layer_norm_mean,
     bi_wkv,
     bias_gelu,
     conv_gelu_linear,
@@ -45,6 +46,7 @@ from vla.ops import (
     depthwise_conv2d,
     group_modulation,
     grouped_linear_pair,
+    grouped_linear_pair_mean,
     layer_norm,
     layer_norm_grn,
     line_scan,
@@ -113,8 +115,8 @@ def norm(function: Callable, shape: tuple[int, ...], groups: int = 1, **kinds: b
     return function, lambda: test_layer_norm.make(shape, **kinds), dict(groups=groups)
 
 
-def grouped(pixels: tuple[int, ...], width: int, outputs: int) -> Case:
-    return grouped_linear_pair, lambda: test_grouped_linear.make(pixels, 4, width, outputs), {}
+def grouped(pixels: tuple[int, ...], width: int, outputs: int, function: Callable = grouped_linear_pair) -> Case:
+    return function, lambda: test_grouped_linear.make(pixels, 4, width, outputs), {}
 
 
 def two_layers(shape: tuple[int, ...], hidden: int, **kwargs) -> Case:
@@ -191,10 +193,17 @@ CASES: dict[str, Case] = {
     "modulated_layer_norm wide": (modulated_layer_norm, lambda: test_modulated_layer_norm.make((3, 7, 6, 1030)), {}),
     "grouped_linear": grouped((30, 14, 14), 87, 87),
     "grouped_linear many": grouped((8, 56, 57), 16, 3),
+    "grouped_linear mean": grouped((8, 56, 57), 16, 16, function=grouped_linear_pair_mean),
+    "grouped_linear mean wide": grouped((300, 14, 14), 87, 87, function=grouped_linear_pair_mean),
     "layer_norm": norm(layer_norm, (8, 3136, 96)),
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
     "add_layer_norm two branches": norm(add_layer_norm, (64, 197, 348), branch=True, second=True),
+    "add_layer_norm mean": (
+        add_layer_norm_mean,
+        lambda: test_layer_norm.make((64, 197, 348), branch=True, second=True),
+        dict(columns=4, pictures=64),
+    ),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
     "layer_norm_grn linear": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56), features=96), {}),
     "layer_norm_grn linear 288": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 288, 28, 28), features=192), {}),
