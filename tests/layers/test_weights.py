@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import vla  # noqa: F401
 from tests.tolerance import assert_close
+from vla.layers import groupmamba
 from vla.layers.groupmamba import GroupMambaMixer
 from vla.layers.gspn import GSPNMixer
 from vla.layers.weights import product_weights
@@ -57,7 +58,10 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(_ahead, "_casts_on_gpu", lambda args: not torch.is_grad_enabled())
 
 
-def test_forms_give_the_same_logits():
+@pytest.mark.parametrize("as_on_gpus", [False, True])
+def test_forms_give_the_same_logits(as_on_gpus, monkeypatch):
+    if as_on_gpus:
+        monkeypatch.setattr(groupmamba, "is_narrow", lambda x: True)
     model = create("groupmamba_narrow")
     x = images(model)
     with torch.no_grad():

@@ -50,6 +50,7 @@ from vla.ops import (  # noqa: E402
     conv_mlp,
     conv_mlp_add_norm,
     conv_norm_relu,
+    grouped_linear_pair_mean,
 )
 
 CASES: dict[str, Case] = {

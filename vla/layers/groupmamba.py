@@ -450,10 +450,9 @@ class GroupedSS2D(nn.Module):
     @torch.jit.ignore
     def projects_with_mean(self, x: Tensor) -> bool:
         """Whether there is a `project_with_mean` for a map like x."""
-        if not infers(x) or not self.has_plain_projections():
-            return False
         weight = self.in_proj.weight
-        return x.shape[1] == weight.shape[0] * weight.shape[2] and has_grouped_kernels(x, weight)
+        # A compiled network may have a `grouped_matrix` in its place.
+        return infers(x) and self.has_plain_projections() and weight.dim() == 3 and has_grouped_kernels(x, weight)
 
     @torch.jit.ignore
     def project_with_mean(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

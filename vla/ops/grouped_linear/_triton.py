@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import as_rows, cdiv, kernel, next_power_of_2, product, product_precision, sum_parts
+from .._triton import (
+    as_rows,
+    cdiv,
+    kernel,
+    next_power_of_2,
+    product,
+    product_precision,
+    programs_of_picture,
+    sum_parts,
+)
 from . import TOGETHER, _torch
 
 # Numbers of pixels from which programs with more rows each still fill a GPU.
@@ -176,13 +185,6 @@ def _programs(count: int, constants: dict[str, int | str]) -> int:
     return min(cdiv(count, constants["BLOCK_R"]), cdiv(PROGRAMS, constants["BLOCKS"]))
 
 
-def _programs_of_picture(pictures: int, count: int, constants: dict[str, int | str]) -> int:
-    """How many programs share the rows of a picture: all are the fastest in as few rounds as they can be."""
-    blocks = pictures * constants["BLOCKS"]
-    most = min(cdiv(count, constants["BLOCK_R"]), max(8, PROGRAMS // blocks))
-    return min(range(1, most + 1), key=lambda n: (cdiv(n * blocks, PROGRAMS) / n, n))
-
-
 def forward(
     x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +198,8 @@ def forward(
     sums, count = None, len(rows)
     if with_mean:
         count //= pictures
-        programs = _programs_of_picture(pictures, count, constants)
+        tiles = cdiv(count, constants["BLOCK_R"])
+        programs = programs_of_picture(pictures * constants["BLOCKS"], tiles, PROGRAMS)
         sums = x.new_empty(programs, pictures * channels, dtype=torch.float32)
     else:
         pictures, programs = 1, _programs(count, constants)
