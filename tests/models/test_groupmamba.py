@@ -35,7 +35,6 @@ from vla.models._hierarchical import Stage
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import (
     add_layer_norm,
-    add_layer_norm_mean,
     conv_layer_norm,
     conv_mlp,
     conv_mlp_add_norm,
@@ -723,25 +722,21 @@ def test_mlps_that_do_not_add(monkeypatch):
 def blocks_that_add_last(monkeypatch, dim: int) -> tuple[nn.Sequential, nn.Module, torch.Tensor, torch.Tensor, list]:
     """Wide blocks as compiled graphs evaluate them, a norm behind them, a map, and what comes of that.
 
-    Of every addition the number of columns, whether there are two branches, whether the sum is written, and whether
-    means are taken, will be in a list.
+    Of every addition the number of columns, whether there are two branches, and whether the sum is written, will be in
+    a list.
     """
     blocks = nn.Sequential(*(GroupMambaBlock(dim, drop_path=0.5) for _ in range(3))).double().eval()
     norm, x = DEFAULT_NORM(dim).double(), torch.randn(2, dim, 4, 3, dtype=torch.float64)
     randomize_vectors([*blocks.parameters(), *norm.parameters()])
     expected, calls = norm(blocks(x)), []
 
-    def recorded(function, with_mean):
-        def called(*args, columns=0, second=None, with_sum=True, **kwargs):
-            calls.append((columns, second is not None, with_sum, with_mean))
-            return function(*args, columns=columns, second=second, with_sum=with_sum, **kwargs)
-
-        return called
+    def called(*args, columns=0, second=None, with_sum=True, **kwargs):
+        calls.append((columns, second is not None, with_sum))
+        return add_layer_norm(*args, columns=columns, second=second, with_sum=with_sum, **kwargs)
 
     monkeypatch.setattr(groupmamba, "FEW_CHANNELS", 0)
     monkeypatch.setattr(groupmamba, "takes_narrow_kernels", lambda x: True)
-    monkeypatch.setattr(groupmamba.ops, "add_layer_norm", recorded(add_layer_norm, False))
-    monkeypatch.setattr(groupmamba.ops, "add_layer_norm_mean", recorded(add_layer_norm_mean, True))
+    monkeypatch.setattr(groupmamba.ops, "add_layer_norm", called)
     monkeypatch.setattr(Repeated, "LIMIT", 0)
     write_columns(monkeypatch, dim)
     return blocks, norm, x, expected, calls
@@ -750,16 +745,13 @@ def blocks_that_add_last(monkeypatch, dim: int) -> tuple[nn.Sequential, nn.Modul
 @pytest.mark.parametrize("dim, columns", [(12, 4), (16, 0)])
 @torch.no_grad()
 def test_halves_without_a_sum(monkeypatch, dim, columns):
-    """A block's first norm leaves both summands to the second one, which is that of the next block or of the stage.
-
-    The next block's gate wants its means.
-    """
+    """A block's first norm leaves both summands to the second one, which is that of the next block or of the stage."""
     blocks, norm, x, expected, calls = blocks_that_add_last(monkeypatch, dim)
     assert_close("output", run_blocks(blocks, x, norm), expected)
     assert calls == [
-        *(2 * [(columns, False, False, False), (columns, True, True, True)]),
-        (columns, False, False, False),
-        (0, True, False, False),
+        *(2 * [(columns, False, False), (columns, True, True)]),
+        (columns, False, False),
+        (0, True, False),
     ]
     torch._dynamo.reset()  # or channels would be a size that varies, as those of other tests' blocks are others
     compiled = torch.compile(run_blocks, fullgraph=True, backend="aot_eager")
@@ -767,7 +759,7 @@ def test_halves_without_a_sum(monkeypatch, dim, columns):
     # Without a norm behind it, the last block writes all of its sums.
     calls.clear()
     assert_close("without a norm", norm(run_blocks(blocks, x)), expected)
-    assert [call for call in calls if call[1]] == 2 * [(columns, True, True, True)]
+    assert [call for call in calls if call[1]] == 2 * [(columns, True, True)]
 
 
 @pytest.mark.parametrize(
@@ -780,7 +772,7 @@ def test_halves_without_a_sum_of_plain_modules(monkeypatch, name):
     seen = []
     blocks.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
     assert_close("output", run_blocks(blocks, x, norm), expected)
-    assert seen and sum(call[1] for call in calls) == (1 if name == "1" else 2)
+    assert seen and sum(second for _, second, _ in calls) == (1 if name == "1" else 2)
 
 
 @torch.no_grad()

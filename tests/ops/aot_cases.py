@@ -296,11 +296,6 @@ def _layer_norm() -> Iterator[Case]:
     two = dict(branch=BF16, second=rows(BF16, 128, 14, 14, 348), columns=4)
     yield Case("two branches, groupmamba stage 3", f, arguments(128, 14, 14, 348, **two), (FP32,))
     yield Case("no sum", f, arguments(128, 14, 14, 348, branch=BF16, columns=4, with_sum=False), (FP32,))
-
-    def f(gate: None, **arguments) -> tuple[Tensor, ...]:
-        return ops.add_layer_norm_mean(**arguments, pictures=128)
-
-    yield Case("means, groupmamba stage 3", f, arguments(128, 14, 14, 348, **two), (FP32,))
     yield Case("residual, one dtype", f, arguments(128, 14, 14, 384, branch=FP32, dtype=None), (FP32,))
     yield Case("residual, gated", f, arguments(7, 33, 100, branch=FP16, groups=5, gate=True, dtype=None), (FP16,))
 

@@ -19,7 +19,6 @@ from tests.ops.test_gpu import (  # noqa: E402
     CROSS,
     Case,
     add_layer_norm,
-    add_layer_norm_mean,
     bi_wkv,
     bias_gelu,
     depthwise,
@@ -92,11 +91,6 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (4, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (2, 197, 192), branch=True),
     "add_layer_norm two branches": norm(add_layer_norm, (2, 197, 348), branch=True, second=True),
-    "add_layer_norm mean": (
-        add_layer_norm_mean,
-        lambda: test_gpu.test_layer_norm.make((2, 197, 348), branch=True, second=True),
-        dict(columns=4, pictures=2),
-    ),
     "layer_norm_grn": (layer_norm_grn, lambda: test_gpu.test_layer_norm_grn.make((2, 72, 13, 9)), {}),
     "layer_norm_grn linear": (
         layer_norm_grn,

@@ -35,7 +35,6 @@ from tests.ops.harness import randn, run
 from tests.tolerance import RELATIVE, assert_close
 from vla.ops import (
     add_layer_norm,
-    add_layer_norm_mean,
     bi_wkv,
     bias_gelu,
     conv_gelu_linear,
@@ -199,11 +198,6 @@ CASES: dict[str, Case] = {
     "layer_norm gated": norm(layer_norm, (64, 197, 348), groups=4, gate=True),
     "add_layer_norm": norm(add_layer_norm, (64, 197, 192), branch=True),
     "add_layer_norm two branches": norm(add_layer_norm, (64, 197, 348), branch=True, second=True),
-    "add_layer_norm mean": (
-        add_layer_norm_mean,
-        lambda: test_layer_norm.make((64, 197, 348), branch=True, second=True),
-        dict(columns=4, pictures=64),
-    ),
     "layer_norm_grn": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56)), {}),
     "layer_norm_grn linear": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 144, 56, 56), features=96), {}),
     "layer_norm_grn linear 288": (layer_norm_grn, lambda: test_layer_norm_grn.make((8, 288, 28, 28), features=192), {}),

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.ops.harness import check_machinery, compare, randn, run
 from vla.ops import grouped_linear, grouped_linear_pair, grouped_linear_pair_mean, use_backend
-from vla.ops._triton import programs_of_picture
+from vla.ops.grouped_linear._triton import _programs_of_picture
 
 BACKENDS = ["torch", "triton"]
 SHAPES = [
@@ -51,12 +51,12 @@ def test_means_against_naive(backend, shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "pictures, tiles, programs",
+    "blocks, tiles, programs",
     [(1, 10, 10), (8, 8192, 49), (128, 49, 3), (200, 49, 7), (396, 49, 1), (4000, 49, 7), (8, 1, 1)],
 )
-def test_programs_of_pictures(pictures, tiles, programs):
+def test_programs_of_pictures(blocks, tiles, programs):
     """In one round where that keeps a GPU busy, else in as many as that takes."""
-    assert programs_of_picture(pictures, tiles, 396) == programs
+    assert _programs_of_picture(blocks, tiles) == programs
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.kernels import need_triton
 from tests.ops.harness import check_machinery, compare, randn, run
-from vla.ops import add_layer_norm, add_layer_norm_mean, layer_norm, use_backend
+from vla.ops import add_layer_norm, layer_norm, use_backend
 
 BACKENDS = ["torch", "triton"]
 
@@ -91,32 +91,6 @@ def test_factor(backend, shape, parts, options, dtype):
 def test_second_branch(backend, shape, kinds, options, dtype):
     """Two residual connections at once, as where the first one's sum has not been written."""
     compare(backend, add_layer_norm, make(shape, dtype, **(dict(branch=True, second=True) | kinds)), **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "shape, kinds, options",
-    [
-        ((2, 3, 5, 20), dict(second=True), dict(columns=4, pictures=2)),
-        ((3, 49, 348), dict(second=True), dict(with_sum=False, columns=4, pictures=3)),
-        ((2, 64, 160), dict(bias=False), dict(pictures=2, eps=1e-6)),
-        ((6, 33), dict(weight=False, bias=False), dict(pictures=6)),
-        ((2, 3, 33), {}, dict(pictures=1)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_means_against_naive(backend, shape, kinds, options, dtype):
-    """Of pictures whose tokens do and do not fill tiles, one and several."""
-    compare(backend, add_layer_norm_mean, make(shape, dtype, branch=True, **kinds), **options)
-
-
-@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
-@pytest.mark.parametrize("shape, pictures", [((0, 3, 8), 0), ((2, 0, 8), 2)])
-def test_means_of_nothing(backend, shape, pictures):
-    with use_backend(backend):
-        mean = add_layer_norm_mean(**make(shape, torch.float32, branch=True), pictures=pictures)[2]
-    assert mean.shape == (pictures, 8) and mean.isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
@@ -307,12 +281,6 @@ class AddNorm(nn.Module):
         return total + y
 
 
-class AddMean(nn.Module):
-    def forward(self, x, branch, weight, bias, second):
-        total, y, mean = add_layer_norm_mean(x, branch, weight, bias, second=second, pictures=2)
-        return total + y + mean[:, None]
-
-
 class AddTwo(nn.Module):
     def forward(self, x, branch, weight, bias, second):
         return add_layer_norm(x, branch, weight, bias, second=second, with_sum=False)[1]
@@ -320,19 +288,18 @@ class AddTwo(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
-    "module, kinds, groups, with_sum, pictures",
+    "module, kinds, with_sum",
     [
-        (Norm(), dict(gate=True), 2, False, None),
-        (AddNorm(), dict(branch=True), 2, True, None),
-        (AddTwo(), dict(branch=True, second=True), 2, False, None),
-        (AddMean(), dict(branch=True, second=True), 1, True, 2),
+        (Norm(), dict(gate=True), False),
+        (AddNorm(), dict(branch=True), True),
+        (AddTwo(), dict(branch=True, second=True), False),
     ],
 )
-def test_machinery(module, kinds, groups, with_sum, pictures):
+def test_machinery(module, kinds, with_sum):
     tensors = make((2, 3, 12), **kinds)
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-    arguments = (*(leaves.get(name) for name in ("x", "branch", "weight", "bias", "gate")), groups, 1e-5, None, 0, None)
-    arguments += (leaves.get("second"), with_sum, pictures)
+    arguments = (*(leaves.get(name) for name in ("x", "branch", "weight", "bias", "gate")), 2, 1e-5, None, 0, None)
+    arguments += (leaves.get("second"), with_sum)
     check_machinery(module, tuple(tensors.values()), torch.ops.vla.layer_norm.default, arguments)
 
 
@@ -371,12 +338,6 @@ def test_tracers_and_transforms_see_the_operator():
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^layer_norm: {message}"):
         add_layer_norm(**(make((3, 8), branch=True, gate=True) | change))
-
-
-@pytest.mark.parametrize("pictures", [-1, 0, 2])
-def test_bad_number_of_pictures(pictures):
-    with pytest.raises(ValueError, match=f"^layer_norm: pictures is {pictures}, expected a divisor of the 3 tokens"):
-        add_layer_norm_mean(**make((3, 8), branch=True), pictures=pictures)
 
 
 def test_bad_dtype():

@@ -1,7 +1,7 @@
 """The residual block that every family shares."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from timm.layers import DropPath, GluMlp, LayerScale2d, get_act_layer, get_norm_layer
@@ -15,16 +15,6 @@ from .repeat import Repeated, is_repeated
 DEFAULT_NORM = LayerNorm2d
 # Norms by the names that released configurations have for them.
 NORMS = {"ln": DEFAULT_NORM, "ln2d": DEFAULT_NORM, "bn": nn.BatchNorm2d}
-
-
-class FirstNorm(NamedTuple):
-    """What a block begins with, if that is no more than a norm."""
-
-    norm: nn.Module | None
-    # Behind the norm's channels.
-    columns: int = 0
-    # Whether the norm may come with its means over the pixels, (B, C), as a pair.
-    with_mean: bool = False
 
 
 class ResidualBlock(Repeated):
@@ -123,9 +113,9 @@ class ResidualBlock(Repeated):
         return x, x if self.post_norm else self.norm1(x)
 
     @torch.jit.ignore
-    def first_norm(self, x: Tensor) -> FirstNorm:
-        """The norm of sums like x that `begin` returns, if that is all it does."""
-        return FirstNorm(None if self.post_norm else self.norm1)
+    def first_norm(self, x: Tensor) -> tuple[nn.Module | None, int]:
+        """The norm of sums like x that `begin` returns, if that is all it does, and columns behind its channels."""
+        return (None if self.post_norm else self.norm1), 0
 
     @torch.jit.ignore
     def adds_and_norms(self, x: Tensor, columns: int) -> bool:
@@ -134,14 +124,15 @@ class ResidualBlock(Repeated):
 
     @torch.jit.ignore
     def add_and_norm(
-        self, x: Tensor, y: Tensor, first: FirstNorm, with_sum: bool
-    ) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
-        """The block from what `begin` returns on, its last sum, and what the next block begins with.
+        self, x: Tensor, y: Tensor, norm: LayerNorm2d, columns: int, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """The block from what `begin` returns on, its last sum, and a norm of that.
 
         Args:
             x: The residual stream.
             y: The input of the first half's mixer.
-            first: The norm of the sum.
+            norm: The norm.
+            columns: Columns behind its channels.
             with_sum: Whether somebody needs the sum; else it is None.
         """
         raise NotImplementedError
@@ -192,12 +183,12 @@ def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None) 
             x, y = block(x if y is None else x + y), None
             continue
         x, y = (x, y) if is_normed else block.begin(x, y)
-        first = FirstNorm(norm)
+        next_norm, columns = norm, 0
         if following is not None:
-            first = following.first_norm(x) if _is_plain(following) else FirstNorm(None)
-        is_normed = is_plain(first.norm, LayerNorm2d) and block.adds_and_norms(x, first.columns)
+            next_norm, columns = following.first_norm(x) if _is_plain(following) else (None, 0)
+        is_normed = is_plain(next_norm, LayerNorm2d) and block.adds_and_norms(x, columns)
         if is_normed:
-            x, y = block.add_and_norm(x, y, first, with_sum=following is not None)
+            x, y = block.add_and_norm(x, y, next_norm, columns, with_sum=following is not None)
         else:
             x, y = block.halves(x, y)
     if is_normed:

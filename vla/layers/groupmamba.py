@@ -17,7 +17,7 @@ from ..ops.group_modulation import WHOLE
 from ..ops.grouped_linear import TOGETHER
 from ..ops.scan2d import DIRECTIONS
 from .aligned import ALIGNMENT, is_worth_launches
-from .block import DEFAULT_NORM, FirstNorm, ResidualBlock
+from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
 from .norm import (
@@ -201,8 +201,7 @@ def normalize_wider(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    with_mean: bool = False,
-) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
+) -> tuple[Tensor | None, Tensor]:
     """The sum and its norm with columns behind its channels, of maps (B, C, H, W) and to such.
 
     Args:
@@ -213,26 +212,20 @@ def normalize_wider(
         factor: Factors of the pictures in the branch, (B,).
         second: Third summand, if there is one.
         with_sum: Whether somebody needs the sum; else it is None.
-        with_mean: Whether the norm of the sum with a branch, without factors, comes with its means over the pixels,
-            (B, C), as a pair.
     """
     shape = x.permute(0, 2, 3, 1).shape
     dtype = autocast_dtype(x) or x.dtype if norm.narrow else result_dtype(x, False)
     options = dict(eps=norm.eps, dtype=dtype, columns=columns)
-    rows, mean = as_rows(x.permute(0, 2, 3, 1)), None
+    rows = as_rows(x.permute(0, 2, 3, 1))
     if branch is None:
         y = ops.layer_norm(rows, norm.weight, norm.bias, **options)
     else:
         branch, second = (None if t is None else as_rows(t.permute(0, 2, 3, 1)) for t in (branch, second))
-        options |= dict(second=second, with_sum=with_sum)
-        if with_mean:
-            arguments = (rows, branch, norm.weight, norm.bias)
-            total, y, mean = ops.add_layer_norm_mean(*arguments, pictures=shape[0], **options)
-        else:
-            total, y = ops.add_layer_norm(rows, branch, norm.weight, norm.bias, factor=factor, **options)
+        total, y = ops.add_layer_norm(
+            rows, branch, norm.weight, norm.bias, factor=factor, second=second, with_sum=with_sum, **options
+        )
         x = total.view(shape).permute(0, 3, 1, 2) if with_sum else None
-    y = y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
-    return x, (y if mean is None else (y, mean))
+    return x, y.view(*shape[:3], shape[3] + columns).permute(0, 3, 1, 2)
 
 
 def split_groups(y: Tensor, x: Tensor, outs: int, zeros: int) -> list[Tensor]:
@@ -450,9 +443,11 @@ class GroupedSS2D(nn.Module):
     @torch.jit.ignore
     def projects_with_mean(self, x: Tensor) -> bool:
         """Whether there is a `project_with_mean` for a map like x."""
-        weight = self.in_proj.weight
-        # A compiled network may have a `grouped_matrix` in its place.
-        return infers(x) and self.has_plain_projections() and weight.dim() == 3 and has_grouped_kernels(x, weight)
+        if not infers(x) or not self.has_plain_projections():
+            return False
+        # A compiled network may have a `grouped_matrix` in the weight's place, and columns for it behind the channels.
+        weight, channels = self.in_proj.weight, self.in_proj.groups * self.in_proj.in_features
+        return weight.dim() == 3 and x.shape[1] == channels and has_grouped_kernels(x, weight)
 
     @torch.jit.ignore
     def project_with_mean(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -561,10 +556,7 @@ class GroupMambaMixer(nn.Module):
         return self.mix(self.norm(x))
 
     def mix(self, n: Tensor) -> Tensor:
-        """The mixer of a map that `norm` has been applied to, which may have columns behind its channels.
-
-        And which, outside of scripts, may come with its channels' means over the pixels, as a pair.
-        """
+        """The mixer of a map that `norm` has been applied to, which may have columns behind its channels."""
         if torch.jit.is_scripting():
             return self.modulate(self.ssm(n), n, self.gate_of(n))
         else:
@@ -572,24 +564,20 @@ class GroupMambaMixer(nn.Module):
 
     @torch.jit.ignore
     def mix_and_norm(
-        self,
-        n: Tensor | tuple[Tensor, Tensor],
-        stream: Tensor | None = None,
-        norm: LayerNorm2d | None = None,
+        self, n: Tensor, stream: Tensor | None = None, norm: LayerNorm2d | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`mix`, and a norm of its sum with a stream where one operator does all that, else None."""
-        n, mean = n if isinstance(n, tuple) else (n, None)
         wide = n
         if is_narrow(n) and n.shape[1] > self.dim:
             n = n[:, : self.dim]
         ssm = self.ssm
         if not is_plain(ssm, GroupedSS2D):
             return self.modulate(ssm(n), n, self.gate_of(n)), None
-        if mean is None and ssm.projects_with_mean(wide):
+        if ssm.projects_with_mean(wide):
             x, z, mean = ssm.project_with_mean(wide)
             gate = self.gate(mean)
         else:
-            gate = self.gate_of(n) if mean is None else self.gate(mean)
+            gate = self.gate_of(n)
             x, z = ssm.project(wide)
         y = ssm.convolve_and_scan(x)
         if self.ends_at_once(y, n):
@@ -829,16 +817,8 @@ class GroupMambaBlock(ResidualBlock):
         return x, self.norm1(x)
 
     @torch.jit.ignore
-    def first_norm(self, x: Tensor) -> FirstNorm:
-        if not self.norms_first():
-            return FirstNorm(None)
-        return FirstNorm(self.mixer.norm, self.columns_of_mixer(x), self.wants_mean(x))
-
-    @torch.jit.ignore
-    def wants_mean(self, x: Tensor) -> bool:
-        """Whether no kernel of the mixer but that of the mean reads all of a map like x."""
-        ssm = self.mixer.ssm
-        return is_plain(ssm, GroupedSS2D) and writes_columns(x) and not are_narrow_groups(ssm.in_proj.weight)
+    def first_norm(self, x: Tensor) -> tuple[nn.Module | None, int]:
+        return (self.mixer.norm, self.columns_of_mixer(x)) if self.norms_first() else (None, 0)
 
     @torch.jit.ignore
     def adds_and_norms(self, x: Tensor, columns: int) -> bool:
@@ -868,15 +848,13 @@ class GroupMambaBlock(ResidualBlock):
 
     @torch.jit.ignore
     def add_and_norm(
-        self, x: Tensor, y: Tensor, first: FirstNorm, with_sum: bool
-    ) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
-        norm, columns, with_mean = first
+        self, x: Tensor, y: Tensor, norm: LayerNorm2d, columns: int, with_sum: bool
+    ) -> tuple[Tensor | None, Tensor]:
         if not self.ends_with_mlp(x, columns):
             branch = self.ls1(self.mix(y))
             _, normed = normalize_wider(self.norm2, x, branch, self.columns_of_mlp(x), with_sum=False)
             second = self.mlp(normed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            options = dict(second=second, with_sum=with_sum, with_mean=with_mean)
-            return normalize_wider(norm, x, branch, columns, **options)
+            return normalize_wider(norm, x, branch, columns, second=second, with_sum=with_sum)
         stream, normed = x, None
         if self.norms_first() and is_plain(self.ls1, nn.Identity) and is_plain(self.norm2, LayerNorm2d):
             branch, normed = self.mixer.mix_and_norm(y, stream, self.norm2)

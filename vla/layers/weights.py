@@ -48,5 +48,7 @@ def product_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
             sources.append(form)
     results = [source.new_empty(source.shape, dtype=dtype) for source in sources]
     if results:
-        torch._foreach_copy_(results, sources)
+        # The largest first: programs of a compiler's kernel ask for one weight after the other whether they are its.
+        order = sorted(range(len(sources)), key=lambda i: -sources[i].numel())
+        torch._foreach_copy_([results[i] for i in order], [sources[i] for i in order])
     return dict(zip(names, results, strict=True))

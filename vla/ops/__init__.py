@@ -11,7 +11,7 @@ from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
 from .group_modulation import group_modulation, group_modulation_add_norm
 from .grouped_linear import grouped_linear, grouped_linear_pair, grouped_linear_pair_mean
-from .layer_norm import add_layer_norm, add_layer_norm_mean, layer_norm
+from .layer_norm import add_layer_norm, layer_norm
 from .layer_norm_grn import layer_norm_grn
 from .line_scan import line_scan
 from .mlp import mlp
@@ -28,7 +28,6 @@ from .wkv6 import wkv6
 
 __all__ = [
     "add_layer_norm",
-    "add_layer_norm_mean",
     "bi_wkv",
     "bias_gelu",
     "channel_gate",

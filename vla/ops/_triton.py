@@ -324,12 +324,6 @@ def last_first():
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
-def programs_of_picture(pictures: int, tiles: int, at_once: int) -> int:
-    """How many programs share a picture's tiles, of those that a GPU has at once: the fewest that are done first."""
-    most = min(tiles, max(8, at_once // pictures))
-    return min(range(1, most + 1), key=lambda n: cdiv(n * pictures, at_once) * cdiv(tiles, n))
-
-
 # Columns of the narrowest product: 8 as tensor cores have them, which Triton before 3.6 does not multiply.
 NARROWEST = tl.constexpr(8 if triton_version() >= (3, 6) else 16)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

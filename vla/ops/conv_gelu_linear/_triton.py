@@ -398,7 +398,7 @@ def forward(
         y, _ = forward(x, weight, bias, out_weight, out_bias, None, None, None, None, eps, None, False)
         branch, second = (y, None) if branch is None else (branch, y)
         options = dict(second=second, with_sum=with_sum)
-        return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)[:2]
+        return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)
     y, total = empty_results(x, out, stream, branch, dtype, with_sum)
     if y.numel() == 0:
         return y, total

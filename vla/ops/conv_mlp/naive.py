@@ -32,4 +32,4 @@ def forward(
         return y, x[..., :0].flatten().clone()
     branch, second = (y, None) if branch is None else (branch, y)
     options = dict(second=second, with_sum=with_sum)
-    return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)[:2]
+    return layer_norm.forward(stream, branch, norm_weight, norm_bias, None, 1, eps, dtype, **options)

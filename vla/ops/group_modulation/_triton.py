@@ -531,7 +531,7 @@ def forward(
         nothing = (None, None, None)
         out, _ = forward(y, z, n, gate, *vectors, *nothing, out_eps, eps, 0.0, dtype, None)
         vectors = (stream_norm_weight, stream_norm_bias)
-        norm, *_ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
+        norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
         return out, norm
     out, norm = empty_results(y, stream, dtype, norm_dtype)
     if out.numel() == 0:
@@ -540,7 +540,7 @@ def forward(
     gate, out_norm_weight, out_norm_bias = gate.contiguous(), out_norm_weight.contiguous(), out_norm_bias.contiguous()
     norm_weight, norm_bias, proj_bias = norm_weight.contiguous(), norm_bias.contiguous(), proj_bias.contiguous()
     if channels > WHOLE and count >= MANY:
-        gated, *_ = layer_norm.forward(y, None, out_norm_weight, out_norm_bias, z, groups, out_eps, y.dtype)
+        gated, _ = layer_norm.forward(y, None, out_norm_weight, out_norm_bias, z, groups, out_eps, y.dtype)
         a, *_ = grouped_linear.forward(gated, out_proj, None)
         _normalize_and_project(a, n, gate, norm_weight, norm_bias, proj, proj_bias, out, eps)
         return out, norm

@@ -46,5 +46,5 @@ def forward(
     if stream is None:
         return out, out.flatten()[:0].clone()
     vectors = (stream_norm_weight, stream_norm_bias)
-    norm, *_ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
+    norm, _ = layer_norm.forward(stream, out, *vectors, None, 1, stream_eps, norm_dtype, with_sum=False)
     return out, norm

@@ -12,7 +12,6 @@ from .._triton import (
     next_power_of_2,
     product,
     product_precision,
-    programs_of_picture,
     sum_parts,
 )
 from . import TOGETHER, _torch
@@ -185,6 +184,12 @@ def _programs(count: int, constants: dict[str, int | str]) -> int:
     return min(cdiv(count, constants["BLOCK_R"]), cdiv(PROGRAMS, constants["BLOCKS"]))
 
 
+def _programs_of_picture(blocks: int, tiles: int) -> int:
+    """How many programs share the tiles of a block of groups of a picture: the fewest that are done first."""
+    most = min(tiles, max(8, PROGRAMS // blocks))
+    return min(range(1, most + 1), key=lambda n: cdiv(n * blocks, PROGRAMS) * cdiv(tiles, n))
+
+
 def forward(
     x: Tensor, weight: Tensor, weight2: Tensor | None, with_mean: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +204,7 @@ def forward(
     if with_mean:
         count //= pictures
         tiles = cdiv(count, constants["BLOCK_R"])
-        programs = programs_of_picture(pictures * constants["BLOCKS"], tiles, PROGRAMS)
+        programs = _programs_of_picture(pictures * constants["BLOCKS"], tiles)
         sums = x.new_empty(programs, pictures * channels, dtype=torch.float32)
     else:
         pictures, programs = 1, _programs(count, constants)

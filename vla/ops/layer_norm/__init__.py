@@ -8,7 +8,7 @@ from torch import Tensor
 from .._checks import check_float, check_result_dtype, check_shape
 from .._registry import Operator
 
-__all__ = ["add_layer_norm", "add_layer_norm_mean", "layer_norm"]
+__all__ = ["add_layer_norm", "layer_norm"]
 
 _OP = "layer_norm"
 
@@ -25,7 +25,6 @@ def _check(
     columns: int,
     factor: Tensor | None,
     second: Tensor | None,
-    pictures: int | None,
 ) -> None:
     if x.dim() == 0:
         raise ValueError(f"{_OP}: x has shape (), expected (..., C)")
@@ -47,10 +46,6 @@ def _check(
         raise ValueError(
             f"{_OP}: factor has shape {tuple(factor.shape)}, expected (P,) for a branch, with P a divisor of the tokens"
         )
-    if pictures is not None and groups > 1:
-        raise ValueError(f"{_OP}: pictures is {pictures} with {groups} groups, expected None")
-    if pictures is not None and not _divides(pictures, x):
-        raise ValueError(f"{_OP}: pictures is {pictures}, expected a divisor of the {x.shape[:-1].numel()} tokens")
     check_float(_OP, x=x, branch=branch, weight=weight, bias=bias, gate=gate, factor=factor, second=second)
     check_result_dtype(_OP, dtype)
 
@@ -72,11 +67,9 @@ def _infer(
     factor: Tensor | None,
     second: Tensor | None,
     with_sum: bool,
-    pictures: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, pictures)
-    y, total = empty_results(x, branch, dtype, columns, second, with_sum)
-    return y, total, y.new_empty(0 if pictures is None else (pictures, x.shape[-1]))
+) -> tuple[Tensor, Tensor]:
+    _check(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second)
+    return empty_results(x, branch, dtype, columns, second, with_sum)
 
 
 def sum_dtype(*summands: Tensor | None) -> torch.dtype:
@@ -93,17 +86,17 @@ def empty_results(
     return x.new_empty(shape, dtype=dtype or total), x.new_empty(size, dtype=total)
 
 
-def _flops(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum, pictures) -> int:
+def _flops(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum) -> int:
     # Two sums, a difference and a product, and one operation for each of the optional arguments; a SiLU counts as four.
     optional = (branch, second, weight, bias, factor)
-    per_entry = 5 + sum(size is not None for size in optional) + (0 if gate is None else 5) + (pictures is not None)
+    per_entry = 5 + sum(size is not None for size in optional) + (0 if gate is None else 5)
     return per_entry * x.numel()
 
 
 operator = Operator(
     _OP,
     "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gate, int groups, float eps, ScalarType? dtype,"
-    " int columns, Tensor? factor, Tensor? second, bool with_sum, int? pictures) -> (Tensor, Tensor, Tensor)",
+    " int columns, Tensor? factor, Tensor? second, bool with_sum) -> (Tensor, Tensor)",
     package=__name__,
     backends=("naive", "torch", "triton"),
     infer=_infer,
@@ -149,11 +142,10 @@ def layer_norm(
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        return torch.ops.vla.layer_norm(
-            x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False, None
-        )[0]
+        y, _ = torch.ops.vla.layer_norm(x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False)
+        return y
     else:
-        return operator(x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False, None)[0]
+        return operator(x, None, weight, bias, gate, groups, eps, dtype, columns, None, None, False)[0]
 
 
 def add_layer_norm(
@@ -196,58 +188,10 @@ def add_layer_norm(
         TypeError: For a dtype that is not real floating point.
     """
     if torch.jit.is_scripting():
-        y, total, _ = torch.ops.vla.layer_norm(
-            x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum, None
+        y, total = torch.ops.vla.layer_norm(
+            x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum
         )
         return total, y
     else:
-        arguments = (x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum, None)
-        y, total, _ = operator(*arguments)
+        y, total = operator(x, branch, weight, bias, gate, groups, eps, dtype, columns, factor, second, with_sum)
         return total, y
-
-
-def add_layer_norm_mean(
-    x: Tensor,
-    branch: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    dtype: torch.dtype | None = None,
-    columns: int = 0,
-    second: Tensor | None = None,
-    with_sum: bool = True,
-    pictures: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm`, and the mean of each channel of the norm over a picture's tokens.
-
-    Means are of float32 (float64 for float64 inputs), as the norm is before it is rounded. Gradients are by PyTorch's
-    own operators.
-
-    Args:
-        x: Residual stream, (..., C).
-        branch: What is added to it, (..., C).
-        weight: See `layer_norm`, like those that follow.
-        bias: Shift per channel.
-        eps: Added to the variance.
-        dtype: dtype of the norm and the means; None for that of the sum.
-        columns: Columns behind the norm's channels.
-        second: See `add_layer_norm`, like `with_sum`.
-        with_sum: Return the sum.
-        pictures: Number of pictures P, each of equally many tokens behind those of the one before.
-
-    Returns:
-        The sum and its norm as `add_layer_norm` has them, and the means, (P, C).
-
-    Raises:
-        ValueError: For a shape, device or option that does not fit, naming the argument.
-        TypeError: For a dtype that is not real floating point.
-    """
-    if torch.jit.is_scripting():
-        y, total, mean = torch.ops.vla.layer_norm(
-            x, branch, weight, bias, None, 1, eps, dtype, columns, None, second, with_sum, pictures
-        )
-        return total, y, mean
-    else:
-        arguments = (x, branch, weight, bias, None, 1, eps, dtype, columns, None, second, with_sum, pictures)
-        y, total, mean = operator(*arguments)
-        return total, y, mean

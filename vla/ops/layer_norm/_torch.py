@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._checks import state_dtype
 from .._maps import with_columns
-from .naive import added, means, scaled
+from .naive import added, scaled
 
 
 def forward(
@@ -22,8 +22,7 @@ def forward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    pictures: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     total = x if branch is None else added(x, branch, factor, second)
     state = state_dtype(x, branch, weight, bias, gate)
     weight, bias = (None if t is None else t.to(state) for t in (weight, bias))
@@ -36,11 +35,8 @@ def forward(
         y = y if bias is None else y + bias
     if gate is not None:
         y = y * F.silu(gate.to(state))
-    dtype = dtype or total.dtype
-    mean = means(y, pictures).to(dtype)
-    y = with_columns(y.to(dtype).contiguous(), columns)
-    # Empty results are ones of the sum, as autograd takes no other.
-    return y, (total.contiguous() if branch is not None and with_sum else total[..., :0].flatten().clone()), mean
+    y = with_columns(y.to(dtype or total.dtype).contiguous(), columns)
+    return y, (total.contiguous() if branch is not None and with_sum else total.new_empty(0))
 
 
 def backward(
@@ -57,10 +53,7 @@ def backward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    pictures: int | None = None,
-) -> list[Tensor | None] | None:
-    if pictures is not None:
-        return None
+) -> list[Tensor | None]:
     state = state_dtype(x, branch, weight, bias, gate)
     total = x if branch is None else added(x, branch, factor, second)
     rows = total.to(state).contiguous().unflatten(-1, (groups, -1))

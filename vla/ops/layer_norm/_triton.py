@@ -9,17 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _ahead
-from .._triton import (
-    DTYPES,
-    as_rows,
-    cdiv,
-    kernel,
-    last_first,
-    next_power_of_2,
-    programs_of_picture,
-    sigmoid,
-    sum_parts,
-)
+from .._triton import DTYPES, as_rows, cdiv, kernel, last_first, next_power_of_2, sigmoid, sum_parts
 from . import empty_results, sum_dtype
 
 # A row is a tuple of chunks (BLOCK_R, WIDTH): its width need not be a power of two, as a tile's must, and only the last
@@ -71,14 +61,6 @@ def _multiply(first, second):
     chunks = ()
     for i in tl.static_range(0, len(first)):
         chunks = chunks + (first[i] * second[i],)
-    return chunks
-
-
-@triton.jit
-def _where(inside, row):
-    chunks = ()
-    for i in tl.static_range(0, len(row)):
-        chunks = chunks + (tl.where(inside, row[i], 0.0),)
     return chunks
 
 
@@ -239,7 +221,6 @@ def layer_norm_fwd_kernel(
     factor,
     y,
     total,
-    parts,
     rows,
     tokens,
     eps,
@@ -256,62 +237,44 @@ def layer_norm_fwd_kernel(
     TAIL: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """Tiles of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
+    """A tile of rows, which are groups of a token's channels: all maps are (rows / GROUPS, GROUPS, CHANNELS).
 
     A row may be INNER groups. Behind each of y's tokens are COLUMNS more numbers. As many `tokens` of branch share a
-    factor. Sums are rounded to SUM. Rows of gate start at multiples of EVEN bytes, see `_load`. With `parts` as many
-    `tokens` are a picture, and programs leave sums over every BLOCK_R-th row of theirs.
+    factor. Sums are rounded to SUM. Rows of gate start at multiples of EVEN bytes, see `_load`.
     """
     program = last_first()
     channel = _first_channel(program, CHANNELS, GROUPS, BLOCK_R)
-    sums = ()
-    if parts is not None:
-        programs = tl.cdiv(tokens, TILES * BLOCK_R)
-        picture = (program // programs).to(tl.int64)
-        for _ in tl.static_range(0, (CHANNELS + WIDTH - 1) // WIDTH):
-            sums = sums + (tl.zeros((BLOCK_R, WIDTH), tl.float32),)
-    for i in range(TILES):
-        if parts is None:
-            token, inside = _place(program, rows, GROUPS, BLOCK_R)
-        else:
-            token, inside = _place(program % programs * TILES + i, tokens, GROUPS, BLOCK_R)
-            token += picture * tokens
-        start = token * (GROUPS * CHANNELS) + channel
-        row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
-        if branch is not None:
-            added = _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH)
-            if factor is not None:
-                added = _scale(added, tl.load(factor + token // tokens, inside, 0.0).to(tl.float32))
-            row = _add(row, added)
-            if second is not None:
-                row = _add(row, _load(second + token * second_token + channel, inside, CHANNELS, WIDTH))
-            row = _round(row, SUM)
-            if total is not None:
-                _store(total + start, row, inside, CHANNELS, WIDTH)
-        if gate is not None:
-            z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH, EVEN)
+    token, inside = _place(program, rows, GROUPS, BLOCK_R)
+    start = token * (GROUPS * CHANNELS) + channel
+    row = _load(x + token * x_token + channel, inside, CHANNELS, WIDTH)
+    if branch is not None:
+        added = _load(branch + token * branch_token + channel, inside, CHANNELS, WIDTH)
+        if factor is not None:
+            added = _scale(added, tl.load(factor + token // tokens, inside, 0.0).to(tl.float32))
+        row = _add(row, added)
+        if second is not None:
+            row = _add(row, _load(second + token * second_token + channel, inside, CHANNELS, WIDTH))
+        row = _round(row, SUM)
+        if total is not None:
+            _store(total + start, row, inside, CHANNELS, WIDTH)
+    if gate is not None:
+        z = _load(gate + token * gate_token + channel, inside, CHANNELS, WIDTH, EVEN)
+    if INNER > 1:
+        normal = _standardize_groups(row, eps, CHANNELS // INNER, INNER, WIDTH)
+    else:
+        normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
+    out = _affine(normal, weight, bias, channel, CHANNELS, WIDTH)
+    if gate is not None:
         if INNER > 1:
-            normal = _standardize_groups(row, eps, CHANNELS // INNER, INNER, WIDTH)
+            out = _times_silu(out, z)
         else:
-            normal, inverse = _standardize(row, inside, eps, CHANNELS, WIDTH)
-        out = _affine(normal, weight, bias, channel, CHANNELS, WIDTH)
-        if gate is not None:
-            if INNER > 1:
-                out = _times_silu(out, z)
-            else:
-                values, slopes = _silu(z)
-                out = _multiply(out, values)
-        place = y + token * (GROUPS * CHANNELS + COLUMNS)
-        _store(place + channel, out, inside, CHANNELS, WIDTH)
-        if COLUMNS > 0:
-            _store_columns(place + GROUPS * CHANNELS, inside & (channel == (GROUPS - 1) * CHANNELS), COLUMNS, TAIL)
-        if parts is not None:
-            sums = _add(sums, _where(inside, out))
-    if parts is not None:
-        at = (tl.cast(program, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]) * CHANNELS
-        _store(parts + at, sums, channel >= 0, CHANNELS, WIDTH)
+            values, slopes = _silu(z)
+            out = _multiply(out, values)
+    y += token * (GROUPS * CHANNELS + COLUMNS)
+    _store(y + channel, out, inside, CHANNELS, WIDTH)
+    if COLUMNS > 0:
+        _store_columns(y + GROUPS * CHANNELS, inside & (channel == (GROUPS - 1) * CHANNELS), COLUMNS, TAIL)
 
 
 @kernel
@@ -439,9 +402,6 @@ def _config(channels: int, groups: int) -> tuple[dict, int, int]:
     return constants, groups if reducible else block_r, groups // math.gcd(groups, block_r)
 
 
-# Programs of the forward that a GPU has at once where they leave sums: four for each of an H100's multiprocessors.
-_AT_ONCE = 528
-
 # Channels above which an addition without a gate is faster with 2 channels of every chunk for a thread.
 _SHORT = 128
 
@@ -496,29 +456,18 @@ def forward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    pictures: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     y, total = empty_results(x, branch, dtype, columns, second, with_sum)
-    mean = y.new_empty(0)
     if x.numel() > 0:
         inner = _inner(x.shape[-1] // groups, groups)
         groups //= inner
         channels = x.shape[-1] // groups
         rows = x.numel() // channels
-        tokens = rows // groups // ((pictures or 1) if factor is None else len(factor))
         constants = _config(channels, groups)[0] if inner == 1 else _whole(channels)
         if branch is not None and gate is None and channels > _SHORT:
             constants = constants | dict(num_warps=min(32, 2 * constants["num_warps"]))
-        programs, tiles, parts = cdiv(rows, constants["BLOCK_R"]), 1, None
-        if pictures is not None:
-            block_r = constants["BLOCK_R"]
-            programs = programs_of_picture(pictures, cdiv(tokens, block_r), _AT_ONCE)
-            tiles = cdiv(tokens, block_r * programs)
-            programs = cdiv(tokens, block_r * tiles)
-            parts = x.new_empty(pictures, programs * block_r, channels, dtype=torch.float32)
-            programs *= pictures
         (x, branch, second, gate), distances = _tokens(x, branch, second, gate)
-        layer_norm_fwd_kernel[(programs,)](
+        layer_norm_fwd_kernel[(cdiv(rows, constants["BLOCK_R"]),)](
             x,
             branch,
             second,
@@ -528,9 +477,8 @@ def forward(
             _contiguous(factor),
             y,
             total if branch is not None and with_sum else None,
-            parts,
             rows,
-            tokens,
+            1 if factor is None else rows // groups // len(factor),
             eps,
             *distances,
             SUM=DTYPES.get(total.dtype, tl.float32),
@@ -539,13 +487,8 @@ def forward(
             TAIL=next_power_of_2(columns),
             INNER=inner,
             EVEN=_evenness(gate, distances[3]) if inner > 1 else 0,
-            TILES=tiles,
         )
-        if pictures is not None:
-            mean = sum_parts(parts, 1 / tokens, y.dtype)
-    elif pictures is not None:
-        mean = y.new_full((pictures, x.shape[-1]), float("nan"))
-    return y, total, mean
+    return y, total
 
 
 def backward(
@@ -562,10 +505,7 @@ def backward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    pictures: int | None = None,
-) -> list[Tensor | None] | None:
-    if pictures is not None:
-        return None
+) -> list[Tensor | None]:
     if x.numel() == 0:
         return [None] * 7
     g, g_total = grads[0], grads[1] if branch is not None and with_sum else None

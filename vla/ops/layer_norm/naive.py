@@ -26,13 +26,6 @@ def added(x: Tensor, branch: Tensor, factor: Tensor | None, second: Tensor | Non
     return (x.to(state_dtype(x, branch, second)) + branch + second).to(sum_dtype(x, branch, second))
 
 
-def means(y: Tensor, pictures: int | None) -> Tensor:
-    """Means over the tokens of each picture, (pictures, C)."""
-    if pictures is None:
-        return y[..., :0].flatten().clone()
-    return y.reshape(pictures, y.shape[:-1].numel() // max(1, pictures), y.shape[-1]).mean(1)
-
-
 def forward(
     x: Tensor,
     branch: Tensor | None,
@@ -46,8 +39,7 @@ def forward(
     factor: Tensor | None = None,
     second: Tensor | None = None,
     with_sum: bool = True,
-    pictures: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     total = x if branch is None else added(x, branch, factor, second)
     rows = total.to(state_dtype(x, branch, weight, bias, gate)).unflatten(-1, (groups, -1))
     mean = rows.mean(-1, keepdim=True)
@@ -59,7 +51,5 @@ def forward(
         y = y + bias
     if gate is not None:
         y = y * F.silu(gate.to(y.dtype))
-    dtype = dtype or total.dtype
-    mean = means(y, pictures).to(dtype)
-    y = with_columns(y.to(dtype).contiguous(), columns)
-    return y, (total.contiguous() if branch is not None and with_sum else total[..., :0].flatten().clone()), mean
+    y = with_columns(y.to(dtype or total.dtype).contiguous(), columns)
+    return y, (total.contiguous() if branch is not None and with_sum else total[..., :0].flatten().clone())

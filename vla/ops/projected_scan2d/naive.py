@@ -29,5 +29,5 @@ def forward(
     y = naive.forward(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, False, per_line)
     if norm_weight is None:
         return y
-    rows, *_ = layer_norm.forward(y.permute(0, 2, 3, 1), None, norm_weight, norm_bias, None, 1, eps, None)
+    rows, _ = layer_norm.forward(y.permute(0, 2, 3, 1), None, norm_weight, norm_bias, None, 1, eps, None)
     return torch.empty_like(y).copy_(rows.permute(0, 3, 1, 2))

@@ -35,7 +35,7 @@ def forward(scan: ModuleType, args: tuple) -> Tensor:
     y = scan.forward(*scan_arguments(pixels(x) @ matrix_of(weight, x).T, args))
     if norm_weight is None:
         return y
-    rows, *_ = layer_norm.forward(*norm_arguments(y, args))
+    rows, _ = layer_norm.forward(*norm_arguments(y, args))
     return torch.empty_like(y).copy_(rows.permute(0, 3, 1, 2))
 
 
