@@ -413,8 +413,9 @@ def _conv_norm_relu() -> Iterator[Case]:
     f, padding = ops.conv_norm_relu, dict(padding_h=1, padding_w=1)
     yield Case("groupmamba", f, arguments(32, (112, 112), 32, 3, 3, normed=32, **padding), (BF16,))
     yield Case("groupmamba base", f, arguments(64, (112, 112), 64, 3, 3, normed=64, **padding), (BF16,))
-    yield Case("groupmamba images", f, arguments(24, (115, 56), 64, 4, 3, normed=32, padding_w=1), (BF16,))
-    yield Case("groupmamba base images", f, arguments(24, (115, 56), 128, 4, 3, normed=64, padding_w=1), (BF16,))
+    images = dict(padding_h=3, padding_w=4, stride_h=2, stride_w=4, dtype=BF16)
+    yield Case("groupmamba images", f, arguments(3, (224, 224), 64, 8, 10, normed=32, **images), (FP32, BF16))
+    yield Case("groupmamba base images", f, arguments(3, (224, 224), 128, 8, 10, normed=64, **images), (FP32,))
     yield Case("odd", f, arguments(20, (9, 7), 33, 5, 2, normed=11, padding_h=2), (FP32, FP16))
 
 

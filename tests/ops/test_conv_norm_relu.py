@@ -27,6 +27,14 @@ SHAPES = {
     "repeated": (dict(size=(2, 24, 8, 6), out=16, kernel=(4, 3), normed=8), dict(padding_w=1)),
     "many results": (dict(size=(2, 24, 5, 6), out=136, kernel=(4, 3), normed=68), dict(padding_w=1)),
     "one pixel": (dict(size=(1, 1, 1, 1), out=1, kernel=(1, 1), normed=1), {}),
+    "strided": (
+        dict(size=(2, 3, 12, 16), out=16, kernel=(8, 10), normed=8),
+        dict(padding_h=3, padding_w=4, stride_h=2, stride_w=4),
+    ),
+    "odd strides": (
+        dict(size=(2, 5, 9, 14), out=40, kernel=(3, 5), normed=40),
+        dict(padding_w=2, stride_h=3, stride_w=2),
+    ),
     "wide padding": (dict(size=(3, 5, 2, 1), out=17, kernel=(5, 2), normed=17), dict(padding_h=3, padding_w=4)),
 }
 
@@ -47,6 +55,19 @@ def test_many_rows_for_a_program(processors, shape, monkeypatch):
     monkeypatch.setattr(_walk, "BLOCK_P", 16)
     arguments, padding = SHAPES[shape]
     compare("triton", conv_norm_relu, make(**arguments, dtype=torch.bfloat16), **padding)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", ["naive", *BACKENDS])
+def test_rounds_what_it_reads(backend, shape):
+    """The same as of a map that has been rounded before; in float16, as the interpreter cuts bfloat16 off."""
+    arguments, options = SHAPES[shape]
+    tensors = make(**arguments, dtype=torch.float32)
+    with use_backend(backend):
+        y = conv_norm_relu(**tensors, **options, dtype=torch.float16)
+        expected = conv_norm_relu(**tensors | {"x": tensors["x"].half()}, **options)
+    assert y.dtype is torch.float16
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
@@ -75,7 +96,7 @@ def test_many_channels(weight_format, monkeypatch):
     def convolution(x, weight, bias, stride, padding, dilation, groups):
         return F.relu(F.conv2d(x.float(), weight.float(), bias.float(), stride, padding, dilation, groups)).to(x.dtype)
 
-    monkeypatch.setattr(_triton, "_is_for_cudnn", lambda x, weight: True)
+    monkeypatch.setattr(_triton, "_is_for_cudnn", lambda x, weight, dtype: True)
     monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution)
     tensors = make((2, 40, 5, 6), out=48, kernel=(3, 2), normed=24, dtype=torch.float32)
     expected = run("naive", conv_norm_relu, {n: t.double() for n, t in tensors.items()}, padding_h=1)["output 0"]
@@ -93,13 +114,13 @@ def test_empty_batch(backend):
 
 class Layers(nn.Module):
     def forward(self, x, weight, mean, var, norm_weight, norm_bias):
-        return conv_norm_relu(x, weight, mean, var, norm_weight, norm_bias, 1, 0, 1e-5)
+        return conv_norm_relu(x, weight, mean, var, norm_weight, norm_bias, 1, 0, 1e-5, 1, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_machinery():
     tensors = tuple(make().values())
-    arguments = (*(t.clone().requires_grad_() for t in tensors), 1, 0, 1e-5)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), 1, 0, 1e-5, 1, 2, None)
     check_machinery(Layers(), tensors, torch.ops.vla.conv_norm_relu.default, arguments)
 
 
@@ -112,6 +133,7 @@ def test_machinery():
         ({"mean": torch.ones(3)}, r"mean has shape \(3,\), expected \(N,\), N a divisor of D = 8"),
         ({"var": torch.ones(3)}, r"var has shape \(3,\), expected \(N,\) = \(8,\)"),
         ({"padding_h": -1}, r"padding_h is -1 and padding_w 0, expected 0 or more"),
+        ({"stride_w": 0}, r"stride_h is 1 and stride_w 0, expected 1 or more"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -55,6 +55,15 @@ def from_pairs(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)
 
 
+def to_pair_kernels(weight: Tensor) -> Tensor:
+    """Kernels (O, C, 7, 7) of stride 2 and padding 3 as those of two neighbouring pixels, (2 * O, C, 8, 10).
+
+    Those are of strides 2 and 4 and paddings 3 and 4: windows begin where four pixels of three channels do, which are
+    loaded as words of 16 bytes.
+    """
+    return torch.cat([F.pad(weight, (1, 2, 0, 1)), F.pad(weight, (3, 0, 0, 1))])
+
+
 def convolve_blocks(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convolution of images with 7 x 7 kernels, stride 2 and padding 3, of blocks."""
     return from_pairs(F.conv2d(to_blocks(x, dtype), to_block_kernels(weight), padding=(0, 1)))
@@ -107,11 +116,17 @@ def dtype_of_one_pass(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tenso
     return dtype_of_inference(x)
 
 
-def in_one_pass(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, padding: tuple[int, int]) -> Tensor:
-    """Convolution of stride 1, batch norm and ReLU."""
-    return ops.conv_norm_relu(
-        x, weight, norm.running_mean, norm.running_var, norm.weight, norm.bias, *padding, norm.eps
-    )
+def in_one_pass(
+    x: Tensor,
+    weight: Tensor,
+    norm: nn.BatchNorm2d,
+    padding: tuple[int, int],
+    stride: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Convolution, batch norm and ReLU."""
+    vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return ops.conv_norm_relu(x, weight, *vectors, *padding, norm.eps, *stride, dtype)
 
 
 # Channels before and behind a convolution that is faster if it does the layer norm too.
@@ -153,15 +168,15 @@ class Stem(nn.Module):
         dtype = dtype_of_one_pass(self.conv1, self.norm1, self.act1, x)
         if dtype is None or not is_of_blocks(x):
             return self.act1(self.norm1(self.conv1(x)))
-        kernels = to_block_kernels(self.conv1.weight)
-        return from_pairs(in_one_pass(to_blocks(x, dtype), kernels, self.norm1, padding=(0, 1)))
+        kernels = to_pair_kernels(self.conv1.weight)
+        return from_pairs(in_one_pass(x, kernels, self.norm1, (3, 4), (2, 4), dtype))
 
     @torch.jit.ignore
     def convolve(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         dtype = dtype_of_one_pass(conv, norm, act, x)
         if dtype is None:
             return act(norm(conv(x)))
-        return in_one_pass(x.to(dtype), conv.weight, norm, padding=(1, 1))
+        return in_one_pass(x.to(dtype), conv.weight, norm, (1, 1), (1, 1), dtype)
 
     @torch.jit.ignore
     def embed(self, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ def check_ndim(op: str, name: str, tensor: Tensor, ndims: tuple[int, ...], patte
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {pattern}")
 
 
-def convolved_size(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> tuple[int, int]:
+def convolved_size(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the convolution of maps x (B, C, H, W) with weight (D, C, KH, KW)."""
-    height, width = ((x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride + 1 for i in (2, 3))
+    height, width = ((x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride[i - 2] + 1 for i in (2, 3))
     return height, width
 
 

@@ -6,6 +6,7 @@ in memory, as rows of a matrix, and multiplies it with the taps' matrices for al
 part of. Their sums are handed on until they are complete: every number of x is loaded KW times instead of KH * KW.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -41,7 +42,7 @@ def load_taps(weight, d, D: tl.constexpr, KH: tl.constexpr, SIZE: tl.constexpr, 
 @triton.jit
 def place(
     program, columns, out_width, chunks, rows,
-    STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr,
+    STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Pictures and columns of a program's pixels, and which of them exist, (BLOCK_P,); the first of its rows; and the
     columns and the row where their windows begin."""
@@ -49,7 +50,7 @@ def place(
     column = column.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = column < columns
     image, column = column // out_width, (column % out_width).to(tl.int32)
-    return image, column, exists, first, column * STRIDE - LEFT, first * STRIDE - TOP
+    return image, column, exists, first, column * COLUMN_STRIDE - LEFT, first * STRIDE - TOP
 
 
 @triton.jit
@@ -62,15 +63,20 @@ def find_windows(
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     REST: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    """Where the numbers of windows that begin in `column` (BLOCK_P,) are, (1, LEAD), and which are inside the map."""
+    """Where the numbers of windows that begin in `column` (BLOCK_P,) are, (1, LEAD), and which are inside the map.
+
+    TOGETHER neighbouring pixels of a window are inside, or none of them.
+    """
     offsets = ()
     masks = ()
     for part in tl.static_range(2 if REST > 0 else 1):
         k = tile_columns(part, LEAD, REST)[None, :]
         # A column left of the map is, without its sign, right of it.
-        inside = (column[:, None] + k // C).to(tl.uint32) < width
-        offsets = offsets + (k // C * x_column + k % C,)
+        inside = (column[:, None] + k // (C * TOGETHER) * TOGETHER).to(tl.uint32) < width
+        # The compiler sees neighbours in memory only where it is told so.
+        offsets = offsets + ((k if x_column == C else k // C * x_column + k % C),)
         masks = masks + (inside & (k < SIZE) & exists[:, None],)
     return offsets, masks
 
@@ -83,9 +89,7 @@ def load_rows(x, row, height, x_row, offsets, masks, STRIDE: tl.constexpr, DTYPE
         inside = (row + j).to(tl.uint32) < height
         for part in tl.static_range(len(offsets)):
             patch = tl.load(x + j * x_row + offsets[part], masks[part] & inside, 0)
-            if patch.dtype != DTYPE:
-                patch = patch.to(DTYPE, bitcast=True)
-            patches = patches + (patch,)
+            patches = patches + (patch.to(DTYPE, bitcast=patch.dtype == tl.int16),)
     return patches
 
 
@@ -127,11 +131,14 @@ def add_rows(patches, taps, sums, KH: tl.constexpr, STRIDE: tl.constexpr, BLOCK_
     return done, following
 
 
-def suits(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether maps (B, C, H, W) and weights (D, C, KH, KW) are such that a program can keep what it walks with."""
+def suits(dtype: torch.dtype, weight: Tensor, stride: int) -> bool:
+    """Whether weights (D, C, KH, KW), for such a stride down maps, are such that a program can keep what it walks with.
+
+    dtype: That of the products.
+    """
     out, channels, kh, kw = weight.shape
     sums = cdiv(kh, stride) * _width(out)
-    return x.dtype in DTYPES and channels * kw <= WIDEST and sums <= MOST_SUMS
+    return dtype in DTYPES and channels * kw <= WIDEST and sums <= MOST_SUMS
 
 
 def _width(channels: int) -> int:
@@ -148,10 +155,10 @@ def windows(x: Tensor, bits: bool) -> Tensor:
     return x.view(torch.int16) if bits else x
 
 
-def matrices(x: Tensor, weight: Tensor) -> Tensor:
-    """Weights (D, C, KH, KW) as (KH, KW, C, D) in the dtype of x."""
+def matrices(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights (D, C, KH, KW) as (KH, KW, C, D)."""
     out, channels, kh, kw = weight.shape
-    return x.new_empty(kh, kw, channels, out).copy_(weight.permute(2, 3, 1, 0))
+    return weight.new_empty(kh, kw, channels, out, dtype=dtype).copy_(weight.permute(2, 3, 1, 0))
 
 
 @cache
@@ -166,15 +173,20 @@ def _chunks(height: int, strips: int, before: int, at_once: int) -> int:
 
 
 def launch(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, size: tuple[int, int], stride: int, padding: tuple[int, int]
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
 ) -> tuple[tuple[int], list[int], dict]:
-    """Grid of a kernel for `windows` x of numbers of `dtype`, with a result of `size`, and arguments and constants.
+    """Grid of a kernel for `windows` x, products of `dtype`, and a result of `size`, and arguments and constants.
 
     Programs are numbered by their pixels, rows and channels, the last first.
     """
     out, channels, kh, kw = weight.shape
     height, width = size
-    columns, before = x.shape[0] * width, (kh - 1) // stride
+    columns, before = x.shape[0] * width, (kh - 1) // stride[0]
     strips, blocks = cdiv(columns, BLOCK_P), cdiv(out, _width(out))
     at_once = PROCESSORS * (3 if (before + 1) * _width(out) <= 96 else 2)
     chunks = _chunks(height, strips * blocks, before, at_once)
@@ -186,11 +198,13 @@ def launch(
         D=out,
         KH=kh,
         SIZE=kw * channels,
-        STRIDE=stride,
+        STRIDE=stride[0],
+        COLUMN_STRIDE=stride[1],
         TOP=padding[0],
         LEFT=padding[1],
         LEAD=lead,
         REST=rest,
+        TOGETHER=math.gcd(stride[1], padding[1], x.shape[3]),
         WIDTH=_width(out),
         BLOCK_P=BLOCK_P,
         DTYPE=DTYPES[dtype],

@@ -27,7 +27,7 @@ def _infer(
     check_convolution(_OP, x, weight)
     if stride < 1 or padding < 0:
         raise ValueError(f"{_OP}: stride is {stride} and padding {padding}, expected at least 1 and 0")
-    out, size = weight.shape[0], convolved_size(x, weight, stride, (padding, padding))
+    out, size = weight.shape[0], convolved_size(x, weight, (stride, stride), (padding, padding))
     check_window(_OP, x, weight, size)
     for name, tensor in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:

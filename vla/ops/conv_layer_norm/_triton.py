@@ -240,20 +240,22 @@ def conv_layer_norm_walk_kernel(
     KH: tl.constexpr,
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
     LEAD: tl.constexpr,
     REST: tl.constexpr,
+    TOGETHER: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """`rows` rows of BLOCK_P columns of y (B, H', W', D), from x (B, H, W, C) and weight (KH, SIZE, D)."""
     image, column, inside, first, left, top = place(
-        tl.program_id(0), columns, out_width, chunks, rows, STRIDE, TOP, LEFT, BLOCK_P
+        tl.program_id(0), columns, out_width, chunks, rows, STRIDE, COLUMN_STRIDE, TOP, LEFT, BLOCK_P
     )
     taps = load_taps(weight, tl.arange(0, WIDTH), D, KH, SIZE, LEAD, REST)
-    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
+    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST, TOGETHER)
     inside, d = inside[:, None], tl.arange(0, WIDTH // 2)[None, :]
     norm_weight, norm_bias = _vector(norm_weight, 0, D, WIDTH), _vector(norm_bias, 0, D, WIDTH)
     if bias is not None:
@@ -428,7 +430,7 @@ def _arguments(
     """What both kernels get after their tensors, of which the first is the number of pixels, and their constants."""
     # Triton's interpreter cannot multiply bfloat16.
     constants = _constants(x.shape[1], weight.shape[0], *weight.shape[2:], dtype if x.device.type != "cpu" else None)
-    size = convolved_size(x, weight, stride, (padding, padding))
+    size = convolved_size(x, weight, (stride, stride), (padding, padding))
     numbers = [x.shape[0] * size[0] * size[1], *x.shape[2:], *size, *x.stride(), *weight.stride(), eps]
     return numbers, constants | dict(GELU=act == "gelu", STRIDE=stride, PADDING=padding)
 
@@ -436,7 +438,7 @@ def _arguments(
 def _is_walked(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> bool:
     """Whether many channels are multiplied in their 16 bits: exact for a wider result too, if weights have as few."""
     channels = x.shape[1] >= _MANY and weight.shape[0] <= CHANNELS
-    return channels and x.dtype in (dtype, weight.dtype) and suits(x, weight, stride)
+    return channels and x.dtype in (dtype, weight.dtype) and suits(x.dtype, weight, stride)
 
 
 def forward(
@@ -452,13 +454,15 @@ def forward(
     dtype: torch.dtype | None,
 ) -> Tensor:
     dtype = dtype or x.dtype
-    y = x.new_empty(x.shape[0], *convolved_size(x, weight, stride, (padding, padding)), weight.shape[0], dtype=dtype)
+    y = x.new_empty(
+        x.shape[0], *convolved_size(x, weight, (stride, stride), (padding, padding)), weight.shape[0], dtype=dtype
+    )
     if y.numel() > 0 and _is_walked(x, weight, stride, dtype):
         maps = windows(x, bits=True)
-        grid, numbers, constants = launch(maps, weight, x.dtype, y.shape[1:3], stride, (padding, padding))
+        grid, numbers, constants = launch(maps, weight, x.dtype, y.shape[1:3], (stride, stride), (padding, padding))
         vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
         conv_layer_norm_walk_kernel[grid](
-            maps, matrices(x, weight), *vectors, y, eps, *numbers, GELU=act == "gelu", **constants
+            maps, matrices(weight, x.dtype), *vectors, y, eps, *numbers, GELU=act == "gelu", **constants
         )
     elif y.numel() > 0:
         numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)

@@ -17,12 +17,17 @@ def forward(
     padding_h: int,
     padding_w: int,
     eps: float,
+    stride_h: int = 1,
+    stride_w: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     state = state_dtype(x)
-    y = F.conv2d(x.to(state), weight.to(x.dtype).to(state), padding=(padding_h, padding_w))
+    dtype = dtype or x.dtype
+    x, weight = (t.to(dtype).to(state) for t in (x, weight))
+    y = F.conv2d(x, weight, stride=(stride_h, stride_w), padding=(padding_h, padding_w))
     mean, var, norm_weight, norm_bias = (
         t.to(state).repeat(weight.shape[0] // t.shape[0]) for t in (mean, var, norm_weight, norm_bias)
     )
     scale = norm_weight * torch.rsqrt(var + eps)
     y = y.permute(0, 2, 3, 1) * scale + (norm_bias - mean * scale)
-    return F.relu(y).to(x.dtype).contiguous().permute(0, 3, 1, 2)
+    return F.relu(y).to(dtype).contiguous().permute(0, 3, 1, 2)

@@ -57,10 +57,12 @@ def conv_norm_relu_walk_kernel(
     KH: tl.constexpr,
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
     LEAD: tl.constexpr,
     REST: tl.constexpr,
+    TOGETHER: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -69,10 +71,10 @@ def conv_norm_relu_walk_kernel(
     BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
     d = tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)
     image, column, inside, first, left, top = place(
-        tl.program_id(0) // BLOCKS, columns, out_width, chunks, rows, STRIDE, TOP, LEFT, BLOCK_P
+        tl.program_id(0) // BLOCKS, columns, out_width, chunks, rows, STRIDE, COLUMN_STRIDE, TOP, LEFT, BLOCK_P
     )
     taps = load_taps(weight, d, D, KH, SIZE, LEAD, REST)
-    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST)
+    offsets, masks = find_windows(left, inside, width, x_column, C, SIZE, LEAD, REST, TOGETHER)
     scale, shift = _norm(mean, var, norm_weight, norm_bias, eps, d, d < D, NORMED)
 
     BEFORE: tl.constexpr = (KH - 1) // STRIDE
@@ -111,6 +113,8 @@ def conv_norm_relu_fwd_kernel(
     NORMED: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -121,8 +125,8 @@ def conv_norm_relu_fwd_kernel(
     """BLOCK_P pixels of y (pixels, D), from x (B, H, W, C) and weight (KH, KW, C, D)."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     line = pixel // out_width
-    row = (line % out_height).to(tl.int32) - TOP
-    column = (pixel % out_width).to(tl.int32) - LEFT
+    row = (line % out_height).to(tl.int32) * STRIDE - TOP
+    column = (pixel % out_width).to(tl.int32) * COLUMN_STRIDE - LEFT
     c, d = tl.arange(0, DEPTH), tl.arange(0, WIDTH)
     x += (line // out_height * x_batch + row.to(tl.int64) * x_row + column * x_column)[:, None] + c[None, :]
     weight += c[:, None] * D + d[None, :]
@@ -134,7 +138,7 @@ def conv_norm_relu_fwd_kernel(
             mask = inside & ((column + j).to(tl.uint32) < width)
             patch = tl.load(x + j * x_column, mask[:, None] & (c < C)[None, :], 0.0)
             tap = tl.load(weight + (i * KW + j) * C * D, (c < C)[:, None] & (d < D)[None, :], 0.0)
-            sums += product(patch, tap, PRECISION)
+            sums += product(patch.to(tap.dtype), tap, PRECISION)
         x += x_row
 
     scale, shift = _norm(mean, var, norm_weight, norm_bias, eps, d, d < D, NORMED)
@@ -167,15 +171,21 @@ def conv_norm_relu_fold_kernel(
     tl.store(scaled + d * SIZE + i, (kernels * scale).to(scaled.dtype.element_ty), i < SIZE)
 
 
-def _is_for_cudnn(x: Tensor, weight: Tensor) -> bool:
+def _is_for_cudnn(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether cuDNN's convolution, which adds a vector and applies ReLU, is faster."""
-    many = weight.shape[1] >= MANY and x.dtype.itemsize == 2
+    many = weight.shape[1] >= MANY and dtype.itemsize == 2
     cudnn = torch.backends.cudnn
     return many and x.device.type != "cpu" and torch.version.hip is None and cudnn.is_available() and cudnn.enabled
 
 
 def _by_cudnn(
-    x: Tensor, weight: Tensor, norm: list[Tensor], padding: tuple[int, int], eps: float, size: tuple[int, int, int, int]
+    x: Tensor,
+    weight: Tensor,
+    norm: list[Tensor],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    eps: float,
+    size: tuple[int, int, int, int],
 ) -> Tensor:
     """The result, `size` (B, H, W, D), with channels last."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -194,7 +204,7 @@ def _by_cudnn(
     # Nothing is computed where kernels are compiled ahead, and the operator has no shapes for tensors without numbers.
     if x.is_meta or _ahead.current() is not None:
         return x.new_empty(size).permute(0, 3, 1, 2)
-    return torch.cudnn_convolution_relu(x, scaled, shift, (1, 1), padding, (1, 1), 1)
+    return torch.cudnn_convolution_relu(x, scaled, shift, stride, padding, (1, 1), 1)
 
 
 def forward(
@@ -207,29 +217,32 @@ def forward(
     padding_h: int,
     padding_w: int,
     eps: float,
+    stride_h: int = 1,
+    stride_w: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     out_channels, channels, kh, kw = weight.shape
-    height, width = convolved_size(x, weight, 1, (padding_h, padding_w))
+    dtype, stride, padding = dtype or x.dtype, (stride_h, stride_w), (padding_h, padding_w)
+    height, width = convolved_size(x, weight, stride, padding)
     size = x.shape[0], height, width, out_channels
     norm = [t.contiguous() for t in (mean, var, norm_weight, norm_bias)]
-    walked = channels <= MANY and suits(x, weight, 1)
-    if 0 not in size and not walked and _is_for_cudnn(x, weight):
-        return _by_cudnn(x, weight, norm, (padding_h, padding_w), eps, size)
-    y = x.new_empty(size)
+    walked = channels <= MANY and suits(dtype, weight, stride_h)
+    if 0 not in size and not walked and _is_for_cudnn(x, weight, dtype):
+        return _by_cudnn(x.to(dtype), weight, norm, stride, padding, eps, size)
+    y = x.new_empty(size, dtype=dtype)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
     if walked:
-        maps = windows(x, bits=out_channels <= NARROW)
-        grid, numbers, constants = launch(maps, weight, x.dtype, (height, width), 1, (padding_h, padding_w))
-        conv_norm_relu_walk_kernel[grid](
-            maps, matrices(x, weight), *norm, y, eps, *numbers, NORMED=len(mean), **constants
-        )
+        maps = windows(x, bits=out_channels <= NARROW and x.dtype == dtype)
+        grid, numbers, constants = launch(maps, weight, dtype, (height, width), stride, padding)
+        taps = matrices(weight, dtype)
+        conv_norm_relu_walk_kernel[grid](maps, taps, *norm, y, eps, *numbers, NORMED=len(mean), **constants)
         return y.permute(0, 3, 1, 2)
     x = windows(x, bits=False)
     pixels = y.numel() // out_channels
     conv_norm_relu_fwd_kernel[(cdiv(pixels, BLOCK_P),)](
         x,
-        matrices(x, weight),
+        matrices(weight, dtype),
         *norm,
         y,
         pixels,
@@ -246,12 +259,14 @@ def forward(
         NORMED=len(mean),
         KH=kh,
         KW=kw,
+        STRIDE=stride_h,
+        COLUMN_STRIDE=stride_w,
         TOP=padding_h,
         LEFT=padding_w,
         DEPTH=max(16, next_power_of_2(channels)),
         WIDTH=max(16, next_power_of_2(out_channels)),
         BLOCK_P=BLOCK_P,
-        PRECISION=product_precision(x),
+        PRECISION=product_precision(y),
         num_warps=8,
         num_stages=1,
     )

@@ -17,14 +17,18 @@ def forward(
     padding_h: int,
     padding_w: int,
     eps: float,
+    stride_h: int = 1,
+    stride_w: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    state = state_dtype(x)
+    state, dtype = state_dtype(x), dtype or x.dtype
     channels, _, kh, kw = weight.shape
-    padded = F.pad(x.to(state), (padding_w, padding_w, padding_h, padding_h))
-    windows = padded.unfold(2, kh, 1).unfold(3, kw, 1)  # (B, C, H', W', KH, KW)
-    s = torch.einsum("bchwij,dcij->bhwd", windows, weight.to(x.dtype).to(state))
+    x, weight = (t.to(dtype).to(state) for t in (x, weight))
+    padded = F.pad(x, (padding_w, padding_w, padding_h, padding_h))
+    windows = padded.unfold(2, kh, stride_h).unfold(3, kw, stride_w)  # (B, C, H', W', KH, KW)
+    s = torch.einsum("bchwij,dcij->bhwd", windows, weight)
     mean, var, norm_weight, norm_bias = (
         t.to(state).repeat(channels // len(t)) for t in (mean, var, norm_weight, norm_bias)
     )
     y = (s - mean) / torch.sqrt(var + eps) * norm_weight + norm_bias
-    return torch.clamp(y, min=0).to(x.dtype).contiguous().permute(0, 3, 1, 2)
+    return torch.clamp(y, min=0).to(dtype).contiguous().permute(0, 3, 1, 2)
