@@ -32,6 +32,7 @@ from .norm import (
     takes_narrow_kernels,
 )
 from .ss2d import SelectiveScan2d
+from .weights import Form
 
 __all__ = ["ConvMlp", "GroupMambaBlock", "GroupMambaMixer", "GroupedLinear", "GroupedSS2D"]
 
@@ -163,7 +164,7 @@ class Linear(nn.Linear):
         return added_columns(self.in_features, self.out_features, self.bias is not None)
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         if self.weight.dtype.itemsize == 2:
             return {}
@@ -320,7 +321,7 @@ class GroupedLinear(nn.Module):
         return f"groups={self.groups}, in_features={self.in_features}, out_features={self.out_features}"
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         return {"weight": grouped_matrix([self.weight])}
 
@@ -366,7 +367,7 @@ class GroupedScan2d(SelectiveScan2d):
         return ops.scan2d(
             x,
             dt,
-            -torch.exp(self.A_log),
+            self.decay_rates(),
             B,
             C,
             self.directions,
@@ -377,9 +378,9 @@ class GroupedScan2d(SelectiveScan2d):
         )
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
-        return {"x_proj_weight": grouped_matrix([self.x_proj_weight])}
+        return super().product_weights() | {"x_proj_weight": grouped_matrix([self.x_proj_weight])}
 
 
 class GroupedSS2D(nn.Module):
@@ -463,7 +464,7 @@ class GroupedSS2D(nn.Module):
         return self.scan(self.conv(x))
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         if not self.has_plain_projections():
             return {}
@@ -585,7 +586,7 @@ class GroupMambaMixer(nn.Module):
         return recomputed(self.close_and_modulate, y, z, n, gate), None
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         # Of the gate's layers there is no product.
         weights = {f"{layer}.{name}": None for layer in ("fc1", "fc2") for name in ("weight", "bias")}
@@ -721,7 +722,7 @@ class ConvMlp(nn.Module):
         return fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         if not self.is_one_operator(BUSY):
             return {}

@@ -16,6 +16,7 @@ from .block import DEFAULT_NORM, ResidualBlock
 from .depthwise import DepthwiseConv2d
 from .hooks import is_plain
 from .norm import LayerNorm2d, autocast_dtype, narrow
+from .weights import Exact, Form
 
 # Directions of the four parameter groups of each scan. `row_rev` is `row` from the last pixel to the first.
 SCANS = {
@@ -102,9 +103,14 @@ class SelectiveScan2d(nn.Module):
         else:
             init_decay(init, self.A_log, self.dt_proj_weight, self.dt_proj_bias)
 
+    def decay_rates(self) -> Tensor:
+        """A, (K, D, N)."""
+        # A compiled network may have those in the parameter's place, see `product_weights`.
+        return self.A_log[0] if self.A_log.dim() == 4 else -torch.exp(self.A_log)
+
     def parameter_groups(self) -> list[Tensor]:
-        """Every parameter, with the K groups in front."""
-        return [self.x_proj_weight, self.A_log, self.D, self.dt_proj_weight, self.dt_proj_bias]
+        """Everything that a scan takes, with the K groups in front."""
+        return [self.x_proj_weight, self.decay_rates(), self.D, self.dt_proj_weight, self.dt_proj_bias]
 
     def scan(
         self,
@@ -117,8 +123,7 @@ class SelectiveScan2d(nn.Module):
         eps: float = 1e-5,
     ) -> Tensor:
         """Sum of scans with some of the `parameter_groups`, one per direction; with weights for it, its layer norm."""
-        weight, A_log, D, dt_weight, dt_bias = groups
-        A = -torch.exp(A_log)
+        weight, A, D, dt_weight, dt_bias = groups
         return projected_scan2d(
             x, weight, A, directions, D, dt_weight, dt_bias, True, per_line, norm_weight, norm_bias, eps
         )
@@ -127,9 +132,9 @@ class SelectiveScan2d(nn.Module):
         return self.scan(x, self.parameter_groups(), self.directions, False)
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
-        return {"x_proj_weight": self.x_proj_weight}
+        return {"x_proj_weight": self.x_proj_weight, "A_log": Exact(-torch.exp(self.A_log)[None])}
 
 
 class CascadeScan2d(SelectiveScan2d):
@@ -156,7 +161,7 @@ class CascadeScan2d(SelectiveScan2d):
         self.aligned = aligned
 
     @torch.jit.ignore
-    def product_weights(self) -> dict[str, Tensor | None]:
+    def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
         return {}  # norms of float32 are what is projected
 
