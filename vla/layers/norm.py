@@ -131,7 +131,9 @@ def normalize(
         shape = x.shape
         x, gate = as_rows(x), None if gate is None else as_rows(gate)
         dtype = result_dtype(x, narrow)
-        if _uses_operator(x, composite=groups > 1 or gate is not None):
+        # Of long rows that begin at odd places a compiler's own norm reads every number twice.
+        is_odd = x.shape[-1] > FEW_CHANNELS and x.shape[-1] % 8 > 0
+        if _uses_operator(x, composite=groups > 1 or gate is not None or is_odd):
             y = ops.layer_norm(x, weight, bias, gate, groups, eps, dtype)
         else:
             y = _plain(x, weight, bias, eps, groups, gate).to(dtype)

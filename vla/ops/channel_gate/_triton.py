@@ -33,6 +33,11 @@ def channel_gate_fwd_kernel(
     picture = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDTH)
     exists = h < HIDDEN
+    # Before the first layer, which would else have been waited for when the second one's weights are asked for.
+    d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block2 = tl.load(weight2 + d[:, None] * HIDDEN + h[None, :], (d < CHANNELS)[:, None] & exists[None, :], 0.0)
+    shift = tl.load(bias2 + d, d < CHANNELS, 0.0).to(tl.float32)
+    factor = tl.load(scale).to(tl.float32)
     hidden = tl.load(bias1 + h, exists, 0.0).to(tl.float32)
     for first in range(0, CHANNELS, BLOCK_I):
         c = first + tl.arange(0, BLOCK_I)
@@ -41,11 +46,9 @@ def channel_gate_fwd_kernel(
         hidden += tl.sum(block.to(tl.float32) * row[None, :], 1)
     hidden = tl.maximum(hidden, 0.0)
 
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    block = tl.load(weight2 + c[:, None] * HIDDEN + h[None, :], (c < CHANNELS)[:, None] & exists[None, :], 0.0)
-    s = tl.sum(block.to(tl.float32) * hidden[None, :], 1) + tl.load(bias2 + c, c < CHANNELS, 0.0).to(tl.float32)
-    gate = tl.load(scale).to(tl.float32) / (1.0 + tl.exp2(s * -LOG2E))
-    tl.store(out + picture * CHANNELS + c, gate.to(out.dtype.element_ty), c < CHANNELS)
+    s = tl.sum(block2.to(tl.float32) * hidden[None, :], 1) + shift
+    gate = factor / (1.0 + tl.exp2(s * -LOG2E))
+    tl.store(out + picture * CHANNELS + d, gate.to(out.dtype.element_ty), d < CHANNELS)
 
 
 def forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, scale: Tensor) -> Tensor:
