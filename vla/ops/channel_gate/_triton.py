@@ -33,7 +33,7 @@ def channel_gate_fwd_kernel(
     picture = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDTH)
     exists = h < HIDDEN
-    # Before the first layer, which would else have been waited for when the second one's weights are asked for.
+    # All weights are asked for before anything is waited for.
     d = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     block2 = tl.load(weight2 + d[:, None] * HIDDEN + h[None, :], (d < CHANNELS)[:, None] & exists[None, :], 0.0)
     shift = tl.load(bias2 + d, d < CHANNELS, 0.0).to(tl.float32)
@@ -41,8 +41,8 @@ def channel_gate_fwd_kernel(
     hidden = tl.load(bias1 + h, exists, 0.0).to(tl.float32)
     for first in range(0, CHANNELS, BLOCK_I):
         c = first + tl.arange(0, BLOCK_I)
-        row = tl.load(x + picture * x_row + c, c < CHANNELS, 0.0).to(tl.float32)
         block = tl.load(weight1 + h[:, None] * CHANNELS + c[None, :], exists[:, None] & (c < CHANNELS)[None, :], 0.0)
+        row = tl.load(x + picture * x_row + c, c < CHANNELS, 0.0).to(tl.float32)
         hidden += tl.sum(block.to(tl.float32) * row[None, :], 1)
     hidden = tl.maximum(hidden, 0.0)
 
