@@ -1,6 +1,7 @@
 """GroupMamba against reference values, through the names of the released checkpoints."""
 
 import json
+from collections import OrderedDict
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ import vla  # noqa: F401
 from tests import golden
 from tests.models.official import Official, check
 from tests.tolerance import assert_close
-from vla.layers import groupmamba
+from vla.layers import downsample, groupmamba
 from vla.layers.block import DEFAULT_NORM, run_blocks
 from vla.layers.downsample import ConvDownsample
 from vla.layers.groupmamba import (
@@ -35,9 +36,9 @@ from vla.models._hierarchical import Stage
 from vla.models.groupmamba import ClassBlock, GroupMamba, ImageConv2d, Stem, checkpoint_filter_fn, convolve_blocks
 from vla.ops import (
     add_layer_norm,
-    conv_layer_norm,
     conv_mlp,
     conv_mlp_add_norm,
+    conv_norm_relu,
     cross_merge,
     cross_scan,
     group_modulation_add_norm,
@@ -78,7 +79,10 @@ def part(case: str) -> tuple[nn.Module, str, str]:
     if name == "dwffn":
         return ConvMlp(dim, int(options[1].removeprefix("h"))), block[0] + "mlp.", block[1] + "mlp."
     if name == "stem":
-        return Stem(*(int(n) for n in options[:3])), "patch_embed1.", "stem."
+        channels, hidden, dim = (int(n) for n in options[:3])
+        downsample = ConvDownsample(hidden, dim, DEFAULT_NORM, 3)
+        layers = dict(stem=Stem(channels, hidden), stages=nn.Sequential(Stage(downsample, [])))
+        return nn.Sequential(OrderedDict(layers)), "patch_embed1.", ""
     assert name == "down"
     return ConvDownsample(dim, int(options[1]), DEFAULT_NORM, 3), "patch_embed2.", "stages.1.downsample."
 
@@ -169,7 +173,7 @@ def test_classifier(file, dtype, backend):
     training = case["mode"].startswith("train")
     model.train(training)
     official = Official(model, lambda s: checkpoint_filter_fn(s, model), case["keys"], dtype)
-    features, modules = {}, {"cls": model.class_block, "prelogits": model.norm, "embed1": model.stem}
+    features, modules = {}, {"cls": model.class_block, "prelogits": model.norm, "embed1": model.stages[0].downsample}
     for i, stage in enumerate(model.stages, 1):
         modules |= {f"blocks{i}": stage.blocks, f"norm{i}": stage.norm}
         if i > 1:
@@ -374,25 +378,49 @@ def test_first_convolution_of_blocks(channels):
 
 def test_stem_in_one_pass(monkeypatch):
     """How GPUs evaluate the stem."""
-    stem, x = Stem(3, 16, 16).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    stem, x = Stem(3, 16).double().eval(), torch.randn(2, 3, 16, 24, dtype=torch.float64)
     for norm in (stem.norm1, stem.norm2, stem.norm3):
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             nn.init.normal_(tensor)
         nn.init.uniform_(norm.running_var, 0.5, 2)
-    for tensor in (stem.conv4.bias, stem.norm4.weight, stem.norm4.bias):
-        nn.init.normal_(tensor)
     with torch.no_grad():
         expected = stem(x)
         monkeypatch.setattr("vla.models.groupmamba.is_worth_launches", lambda x: True)
         monkeypatch.setattr("vla.models.groupmamba.dtype_of_inference", lambda x: x.dtype)
-        calls = Mock(side_effect=conv_layer_norm)
-        monkeypatch.setattr("vla.ops.conv_layer_norm", calls)
+        calls = Mock(side_effect=conv_norm_relu)
+        monkeypatch.setattr("vla.ops.conv_norm_relu", calls)
         assert_close("stem", stem(x), expected)
-        assert calls.call_count == 1
+        assert calls.call_count == 3
         # Others wait for the modules' own calls.
-        stem.norm4.register_forward_hook(lambda module, args, y: None)
+        stem.norm2.register_forward_hook(lambda module, args, y: None)
         assert_close("stem", stem(x), expected)
-        assert calls.call_count == 1
+        assert calls.call_count == 5
+
+
+@pytest.mark.parametrize(
+    "name", [None, "downsample.conv", "downsample.norm", "blocks.0.mixer.norm", "blocks.0", "blocks"]
+)
+@torch.no_grad()
+def test_downsampling_with_the_first_norm(monkeypatch, name):
+    """In compiled graphs of GPUs it is the operator of the convolution that a stage's first block has its norm from."""
+    stage = Stage(ConvDownsample(16, 32, DEFAULT_NORM, 3), [GroupMambaBlock(32) for _ in range(2)]).double().eval()
+    x, seen, graphs = torch.randn(2, 16, 9, 6, dtype=torch.float64), [], []
+    randomize_vectors(stage.parameters())
+    if name is not None:
+        stage.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    expected = stage(x)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(downsample, "takes_narrow_kernels", lambda x: True)
+    torch._dynamo.reset()
+    assert_close("output", torch.compile(stage, fullgraph=True, backend=backend)(x), expected)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if node.target is torch.ops.vla.conv_layer_norm.default]
+    is_hooked = name is not None and name.startswith("downsample")
+    assert [node.args[5] is not None for node in calls] == ([] if is_hooked else [name is None])
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="needs PyTorch 2.7")

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.ops.harness import compare, randn, run
 from tests.tolerance import assert_close
-from vla.ops import _walk, conv_layer_norm, use_backend
+from vla.ops import _walk, conv_layer_norm, conv_layer_norm_twice, use_backend
 
 BACKENDS = ["torch", "triton"]
 # Pictures, channels of the output, side of the window, stride, padding.
@@ -85,6 +85,38 @@ def test_many_channels(dtype, case, act, monkeypatch):
             assert_close("output", y, expected)
 
 
+def make_twice(case, dtype=torch.float64):
+    """`make` for both norms."""
+    function, tensors = make(case, dtype)
+    normal, out = randn(1), case[1]
+    tensors |= {"next_weight": 1 + 0.3 * normal(out).to(dtype), "next_bias": normal(out).to(dtype)}
+    return partial(conv_layer_norm_twice, *function.args, **function.keywords), tensors
+
+
+@pytest.mark.parametrize("case", [*CASES, *MANY_CHANNELS], ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_norm(backend, dtype, case, monkeypatch):
+    monkeypatch.setattr(_walk, "BLOCK_P", 16)
+    compare(backend, *make_twice(case, dtype), next_eps=1e-3)
+
+
+@pytest.mark.parametrize("case", MANY_CHANNELS, ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_norm_in_16_bits(backend, case, monkeypatch):
+    """As under autocast: of a stream in float32 for a mixer."""
+    monkeypatch.setattr(_walk, "BLOCK_P", 16)
+    function, tensors = make_twice(case, torch.float16)
+    dtypes = dict(dtype=torch.float32, next_dtype=torch.float16)
+    expected = run("naive", function, {name: tensor.double() for name, tensor in tensors.items()}, dtype=torch.float64)
+    with torch.no_grad(), use_backend(backend):
+        y, n = function(**tensors, **dtypes)
+    assert y.dtype is torch.float32 and n.dtype is torch.float16
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, n))
+    assert_close("first norm", y, expected["output 0"])
+    assert_close("second norm", n, expected["output 1"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_tiles_for_a_program(backend, monkeypatch):
     if backend == "triton":
@@ -150,10 +182,10 @@ class Stem(nn.Module):
 def test_machinery():
     module, x = Stem(), torch.randn(2, 3, 5, 6)
     parameters = (module.conv.weight, module.conv.bias, module.norm.weight, module.norm.bias)
-    results = torch.library.opcheck(
-        torch.ops.vla.conv_layer_norm.default, (x, *parameters, 2, 1, 1e-5, "gelu", torch.float16)
-    )
-    assert set(results.values()) == {"SUCCESS"}, results
+    for following, options in (((None, None), ("gelu", torch.float16, None)), (parameters[2:], (None, None, None))):
+        arguments = (x, *parameters, *following, 2, 1, 1e-5, 1e-5, *options)
+        results = torch.library.opcheck(torch.ops.vla.conv_layer_norm.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, results
     expected = module(x)
     for version in (
         torch.compile(module, fullgraph=True, backend="aot_eager"),

@@ -158,13 +158,24 @@ def _is_plain(block: nn.Module) -> bool:
     return getattr(type(block), "forward", None) is ResidualBlock.forward and not has_hooks(block)
 
 
-def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+def first_norm(blocks: nn.Sequential, x: Tensor) -> LayerNorm2d | None:
+    """The norm, without columns, that `run_blocks` may be handed with a map like x in a compiled graph, or None."""
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or type(blocks) is not nn.Sequential:
+        return None
+    if has_hooks(blocks) or len(blocks) == 0 or not _is_plain(blocks[0]):
+        return None
+    norm, columns = blocks[0].first_norm(x)
+    return norm if is_plain(norm, LayerNorm2d) and columns == 0 else None
+
+
+def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None, normed: Tensor | None = None) -> Tensor:
     """`blocks(x)`, where a block's last sum and the norm that follows it are one pass over memory.
 
     Args:
         blocks: The blocks.
         x: A map (B, C, H, W).
         norm: Norm of the result.
+        normed: The `first_norm` of x, if somebody has it.
     """
 
     def close(x: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ def run_blocks(blocks: nn.Sequential, x: Tensor, norm: nn.Module | None = None) 
     # The operator keeps both summands for its backward, and takes the host longer than an addition.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return close(blocks(x))
-    y, is_normed = None, False
+    y, is_normed = normed, normed is not None
     for block, following in zip(blocks, [*blocks[1:], None], strict=False):
         if not _is_plain(block):
             x, y = block(x if y is None else x + y), None

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import conv_layer_norm
+from ..ops import conv_layer_norm, conv_layer_norm_twice
 from .aligned import Conv2d
 from .hooks import is_plain
 from .layout import channels_last
-from .norm import LayerNorm2d, autocast_dtype, narrow, takes_narrow_kernels
+from .norm import LayerNorm2d, autocast_dtype, narrow, result_dtype, takes_narrow_kernels
 
 # Channels of a picture up to which its convolution costs a GPU no more than to read and write.
 _FEW = 4
+# Channels before and behind a convolution that is faster if it does the layer norm too.
+_NARROW = range(16, 33), range(16, 65)
 
 
 def _uses_operator(conv: nn.Module, norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
@@ -89,7 +91,10 @@ class PatchMerging(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """Strided convolution and norm, (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2)."""
+    """Strided convolution and norm, (B, C, H, W) -> (B, out_dim, ~H / 2, ~W / 2).
+
+    Few channels are convolved and normed in one pass over memory by a GPU without gradients.
+    """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: type[nn.Module], kernel_size: int):
         super().__init__()
@@ -97,7 +102,37 @@ class ConvDownsample(nn.Module):
         self.norm = norm_layer(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            if self.is_one_pass(x):
+                arguments, options = self.arguments(x)
+                return conv_layer_norm(*arguments, **options)
         return self.norm(self.conv(x))
+
+    @torch.jit.ignore
+    def is_one_pass(self, x: Tensor) -> bool:
+        """Whether that is what both are."""
+        if not takes_narrow_kernels(x) or torch.is_grad_enabled():
+            return False
+        conv = self.conv
+        if not is_plain(conv, Conv2d) or not is_plain(self.norm, LayerNorm2d):
+            return False
+        return conv.in_channels in _NARROW[0] and conv.out_channels in _NARROW[1]
+
+    @torch.jit.ignore
+    def arguments(self, x: Tensor) -> tuple[tuple[Tensor, ...], dict]:
+        """Those of `vla.ops.conv_layer_norm`."""
+        conv, norm, dtype = self.conv, self.norm, autocast_dtype(x) or x.dtype
+        (stride, _), (padding, _) = conv.stride, conv.padding
+        # The same products as those of the convolution alone, which has both its operands in 16 bits.
+        arguments = (x.to(dtype), conv.weight.to(dtype), conv.bias, norm.weight, norm.bias)
+        return arguments, dict(stride=stride, padding=padding, eps=norm.eps, dtype=result_dtype(x, norm.narrow))
+
+    @torch.jit.ignore
+    def norm_twice(self, x: Tensor, norm: LayerNorm2d) -> tuple[Tensor, Tensor]:
+        """What `forward` returns of an x that takes one pass, and a norm of that."""
+        arguments, options = self.arguments(x)
+        options |= dict(next_eps=norm.eps, next_dtype=result_dtype(x, norm.narrow))
+        return conv_layer_norm_twice(*arguments, norm.weight, norm.bias, **options)
 
 
 STEMS = {"v1": PatchStem, "v2": ConvStem}

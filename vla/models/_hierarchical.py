@@ -7,7 +7,9 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers.block import run_blocks
+from ..layers.block import first_norm, run_blocks
+from ..layers.downsample import ConvDownsample
+from ..layers.hooks import is_plain
 from ..layers.repeat import Repeated
 from ._ahead import Backbone
 
@@ -36,11 +38,23 @@ class Stage(nn.Module):
         return run_blocks(self.blocks, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not self.grad_checkpointing:
-                return run_blocks(self.blocks, x, self.norm)
+                x, normed = self.begin(x)
+                return run_blocks(self.blocks, x, self.norm, normed)
+        x = self.downsample(x)
         return self.norm(self.run_blocks(x))
+
+    @torch.jit.ignore
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The downsampling, and the first block's norm behind it if both are one operator."""
+        downsample = self.downsample
+        if is_plain(downsample, ConvDownsample) and downsample.is_one_pass(x):
+            # Of the map that is not there yet it only matters where and of which dtype it is, as it has few channels.
+            norm = first_norm(self.blocks, x)
+            if norm is not None:
+                return downsample.norm_twice(x, norm)
+        return downsample(x), None
 
 
 class HierarchicalBackbone(Backbone, Repeated):

@@ -22,7 +22,7 @@ from ..layers.downsample import ConvDownsample
 from ..layers.groupmamba import GroupedLinear, GroupMambaBlock, GroupMambaMixer
 from ..layers.hooks import is_plain
 from ..layers.layout import channels_last
-from ..layers.norm import LayerNorm2d, autocast_dtype, narrow, result_dtype
+from ..layers.norm import LayerNorm2d, autocast_dtype, narrow
 from ._ahead import is_exporting
 from ._checkpoint import unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
@@ -129,14 +129,10 @@ def in_one_pass(
     return ops.conv_norm_relu(x, weight, *vectors, *padding, norm.eps, *stride, dtype)
 
 
-# Channels before and behind a convolution that is faster if it does the layer norm too.
-FEW_CHANNELS = range(16, 33), range(16, 65)
-
-
 class Stem(nn.Module):
-    """Four convolutions, two of them strided, (B, in_chans, H, W) -> (B, dim, ~H / 4, ~W / 4)."""
+    """Three convolutions, the first of them strided, (B, in_chans, H, W) -> (B, hidden_dim, ~H / 2, ~W / 2)."""
 
-    def __init__(self, in_chans: int, hidden_dim: int, dim: int):
+    def __init__(self, in_chans: int, hidden_dim: int):
         super().__init__()
         self.conv1 = ImageConv2d(in_chans, hidden_dim)
         self.norm1 = nn.BatchNorm2d(hidden_dim)
@@ -147,21 +143,17 @@ class Stem(nn.Module):
         self.conv3 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False)
         self.norm3 = nn.BatchNorm2d(hidden_dim)
         self.act3 = nn.ReLU()
-        self.conv4 = nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1)
-        self.norm4 = DEFAULT_NORM(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         if torch.jit.is_scripting():
             x = self.act1(self.norm1(self.conv1(x)))
             x = self.act2(self.norm2(self.conv2(x)))
-            x = self.act3(self.norm3(self.conv3(x)))
+            return self.act3(self.norm3(self.conv3(x)))
         else:
             x = self.convolve1(x)
             x = self.convolve(self.conv2, self.norm2, self.act2, x)
-            x = self.convolve(self.conv3, self.norm3, self.act3, x)
-            return self.embed(x)
-        return self.norm4(self.conv4(x))
+            return self.convolve(self.conv3, self.norm3, self.act3, x)
 
     @torch.jit.ignore
     def convolve1(self, x: Tensor) -> Tensor:
@@ -177,19 +169,6 @@ class Stem(nn.Module):
         if dtype is None:
             return act(norm(conv(x)))
         return in_one_pass(x.to(dtype), conv.weight, norm, (1, 1), (1, 1), dtype)
-
-    @torch.jit.ignore
-    def embed(self, x: Tensor) -> Tensor:
-        conv, norm, dtype = self.conv4, self.norm4, dtype_of_inference(x)
-        if dtype is None or not is_plain(conv, nn.Conv2d) or not is_plain(norm, LayerNorm2d):
-            return norm(conv(x))
-        if conv.in_channels not in FEW_CHANNELS[0] or conv.out_channels not in FEW_CHANNELS[1]:
-            return norm(conv(x))
-        # The same products as those of the convolution alone, which has both its operands in 16 bits.
-        x, weight, (stride, _), (padding, _) = x.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding
-        return ops.conv_layer_norm(
-            x, weight, conv.bias, norm.weight, norm.bias, stride, padding, norm.eps, dtype=result_dtype(x, norm.narrow)
-        )
 
 
 class ClassBlock(nn.Module):
@@ -258,13 +237,13 @@ class GroupMamba(HierarchicalBackbone):
         self.distilled_training = distilled
         norm_layer = partial(LayerNorm2d, eps=norm_eps)
 
-        self.stem = Stem(in_chans, stem_dim, dims[0])
+        self.stem = Stem(in_chans, stem_dim)
         self.stages = nn.Sequential()
         last = len(dims) - 1
         for i, rates in enumerate(calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)):
             self.stages.append(
                 Stage(
-                    ConvDownsample(dims[i - 1], dims[i], DEFAULT_NORM, kernel_size=3) if i > 0 else nn.Identity(),
+                    ConvDownsample((stem_dim, *dims)[i], dims[i], DEFAULT_NORM, kernel_size=3),
                     [GroupMambaBlock(dims[i], mlp_ratios[i], rate, norm_layer=norm_layer) for rate in rates],
                     narrow(norm_layer(dims[i])) if i < last else None,
                 )
@@ -353,8 +332,6 @@ class GroupMamba(HierarchicalBackbone):
 
 _RENAMES = (
     (r"^patch_embed1\.conv\.(\d)\.", lambda m: f"stem.{('conv', 'norm')[int(m[1]) % 3]}{int(m[1]) // 3 + 1}."),
-    (r"^patch_embed1\.proj\.", "stem.conv4."),
-    (r"^patch_embed1\.norm\.", "stem.norm4."),
     (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv."),
     (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm."),
     (r"^block(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),

@@ -5,7 +5,7 @@ from .bi_wkv import bi_wkv
 from .bias_gelu import bias_gelu
 from .channel_gate import channel_gate
 from .conv_gelu_linear import conv_gelu_linear, conv_gelu_linear_add_norm
-from .conv_layer_norm import conv_layer_norm
+from .conv_layer_norm import conv_layer_norm, conv_layer_norm_twice
 from .conv_mlp import conv_mlp, conv_mlp_add_norm
 from .conv_norm_relu import conv_norm_relu
 from .depthwise_conv2d import depthwise_conv2d
@@ -34,6 +34,7 @@ __all__ = [
     "conv_gelu_linear",
     "conv_gelu_linear_add_norm",
     "conv_layer_norm",
+    "conv_layer_norm_twice",
     "conv_mlp",
     "conv_mlp_add_norm",
     "conv_norm_relu",

@@ -22,6 +22,7 @@ from .._walk import (
     suits,
     windows,
 )
+from ..layer_norm import _triton as layer_norm
 
 # The D channels of a pixel are a tuple of chunks (BLOCK_P, WIDTH), as the width of a tile must be a power of two.
 
@@ -215,6 +216,15 @@ def conv_layer_norm_fwd_kernel(
             tl.store(y + pixel * D + d, s.to(y.dtype.element_ty), inside & (d < D))
 
 
+@triton.jit
+def _store_halves(pointers, rows, d, inside, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Stores rows (BLOCK_P, WIDTH), of which `pointers` are the channels d of the lower half."""
+    # One half after the other, for which the same shared memory is enough.
+    lower, upper = tl.split(rows.reshape(BLOCK_P, 2, WIDTH // 2).permute(0, 2, 1))
+    tl.store(pointers, lower, inside & (d < D))
+    tl.store(pointers + WIDTH // 2, upper, inside & (d + WIDTH // 2 < D))
+
+
 @kernel(do_not_specialize=["columns", "height", "width", "out_height", "out_width", "chunks", "rows"])
 def conv_layer_norm_walk_kernel(
     x,
@@ -222,8 +232,12 @@ def conv_layer_norm_walk_kernel(
     bias,
     norm_weight,
     norm_bias,
+    next_weight,
+    next_bias,
     y,
+    n,
     eps,
+    next_eps,
     columns,
     height,
     width,
@@ -250,7 +264,10 @@ def conv_layer_norm_walk_kernel(
     BLOCK_P: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`rows` rows of BLOCK_P columns of y (B, H', W', D), from x (B, H, W, C) and weight (KH, SIZE, D)."""
+    """`rows` rows of BLOCK_P columns of y (B, H', W', D), from x (B, H, W, C) and weight (KH, SIZE, D).
+
+    And of n, the norm of y with next_weight and next_bias, if there is one.
+    """
     image, column, inside, first, left, top = place(
         tl.program_id(0), columns, out_width, chunks, rows, STRIDE, COLUMN_STRIDE, TOP, LEFT, BLOCK_P
     )
@@ -260,10 +277,12 @@ def conv_layer_norm_walk_kernel(
     norm_weight, norm_bias = _vector(norm_weight, 0, D, WIDTH), _vector(norm_bias, 0, D, WIDTH)
     if bias is not None:
         bias = _vector(bias, 0, D, WIDTH)
+    if n is not None:
+        next_weight, next_bias = _vector(next_weight, 0, D, WIDTH), _vector(next_bias, 0, D, WIDTH)
 
     BEFORE: tl.constexpr = (KH - 1) // STRIDE
     x += (image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column)[:, None]
-    y += ((image * out_height + (first - BEFORE)) * out_width + column)[:, None] * D + d
+    at = ((image * out_height + (first - BEFORE)) * out_width + column)[:, None] * D + d
     sums = no_sums(BEFORE, BLOCK_P, WIDTH)
     for i in range(tl.minimum(rows, out_height - first) + BEFORE):
         patches = load_rows(x, top + i * STRIDE, height, x_row, offsets, masks, STRIDE, DTYPE)
@@ -274,12 +293,14 @@ def conv_layer_norm_walk_kernel(
         s = normal[0] * norm_weight + norm_bias
         if GELU:
             s = gelu(s)
-        # One half after the other, for which the same shared memory is enough.
-        lower, upper = tl.split(s.to(y.dtype.element_ty).reshape(BLOCK_P, 2, WIDTH // 2).permute(0, 2, 1))
-        tl.store(y, lower, inside & (d < D) & (i >= BEFORE))
-        tl.store(y + WIDTH // 2, upper, inside & (d + WIDTH // 2 < D) & (i >= BEFORE))
+        s = s.to(y.dtype.element_ty)
+        _store_halves(y + at, s, d, inside & (i >= BEFORE), D, WIDTH, BLOCK_P)
+        if n is not None:
+            normal, _ = _normal((s.to(tl.float32),), inside, next_eps, D, WIDTH)
+            s = (normal[0] * next_weight + next_bias).to(n.dtype.element_ty)
+            _store_halves(n + at, s, d, inside & (i >= BEFORE), D, WIDTH, BLOCK_P)
         x += STRIDE * x_row
-        y += out_width * D
+        at += out_width * D
 
 
 @kernel
@@ -447,29 +468,36 @@ def forward(
     bias: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    next_weight: Tensor | None,
+    next_bias: Tensor | None,
     stride: int,
     padding: int,
     eps: float,
+    next_eps: float,
     act: str | None,
     dtype: torch.dtype | None,
-) -> Tensor:
+    next_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
     dtype = dtype or x.dtype
-    y = x.new_empty(
-        x.shape[0], *convolved_size(x, weight, (stride, stride), (padding, padding)), weight.shape[0], dtype=dtype
-    )
+    size = convolved_size(x, weight, (stride, stride), (padding, padding))
+    y = x.new_empty(x.shape[0], *size, weight.shape[0], dtype=dtype)
+    n = torch.empty_like(y if next_weight is not None else y[:0], dtype=next_dtype)
+    vectors = [None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias)]
     if y.numel() > 0 and _is_walked(x, weight, stride, dtype):
         maps = windows(x, bits=True)
-        grid, numbers, constants = launch(maps, weight, x.dtype, y.shape[1:3], (stride, stride), (padding, padding))
-        vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
+        grid, numbers, constants = launch(maps, weight, x.dtype, size, (stride, stride), (padding, padding))
+        vectors += [None if t is None else t.contiguous() for t in (next_weight, next_bias)]
+        results = (y, None if next_weight is None else n, eps, next_eps)
         conv_layer_norm_walk_kernel[grid](
-            maps, matrices(weight, x.dtype), *vectors, y, eps, *numbers, GELU=act == "gelu", **constants
+            maps, matrices(weight, x.dtype), *vectors, *results, *numbers, GELU=act == "gelu", **constants
         )
     elif y.numel() > 0:
         numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype)
         programs = min(cdiv(numbers[0], _TILE), _FORWARD_PROGRAMS)
-        vectors = (None if t is None else t.contiguous() for t in (bias, norm_weight, norm_bias))
         conv_layer_norm_fwd_kernel[(programs,)](x, weight, *vectors, y, *numbers, BLOCK_P=_TILE, **constants)
-    return y.permute(0, 3, 1, 2)
+        if next_weight is not None:
+            n, _ = layer_norm.forward(y, None, next_weight, next_bias, None, 1, next_eps, n.dtype)
+    return y.permute(0, 3, 1, 2), n.permute(0, 3, 1, 2)
 
 
 def backward(
@@ -479,15 +507,21 @@ def backward(
     bias: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    next_weight: Tensor | None,
+    next_bias: Tensor | None,
     stride: int,
     padding: int,
     eps: float,
+    next_eps: float,
     act: str | None,
     dtype: torch.dtype | None,
+    next_dtype: torch.dtype | None,
 ) -> list[Tensor | None] | None:
+    if next_weight is not None:
+        return None
     g = grads[0].permute(0, 2, 3, 1)
     if g.numel() == 0:
-        return [None] * 5
+        return [None] * 7
     if _is_walked(x, weight, stride, dtype or x.dtype):
         return None
     numbers, constants = _arguments(x, weight, stride, padding, eps, act, dtype or x.dtype)
@@ -505,4 +539,4 @@ def backward(
     g_weight = sums[:taps].view(*weight.shape[2:], *weight.shape[1::-1]).permute(3, 2, 0, 1)
     # Not views of the same memory, which an operator's results must not be.
     g_bias = None if bias is None else sums[taps].clone()
-    return [None, g_weight.clone(), g_bias, sums[-2].clone(), sums[-1].clone()]
+    return [None, g_weight.clone(), g_bias, sums[-2].clone(), sums[-1].clone(), None, None]
