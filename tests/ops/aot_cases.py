@@ -325,7 +325,14 @@ def _conv_layer_norm() -> Iterator[Case]:
     yield Case("vmamba base", f, arguments(128, 224, 3, 64, 3, **stem), (FP32,))
     yield Case("patches", f, arguments(128, 224, 3, 96, 4, stride=4, dtype=BF16), (FP32,))
     yield Case("odd", f, arguments(3, 33, 2, 20, 3, bias=False, stride=2), (FP32, FP16))
-    yield Case("groupmamba", narrow, arguments(128, 112, 32, 64, 3, stride=2, padding=1, dtype=FP32), (BF16,))
+
+    def twice(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, **arguments) -> tuple[Tensor, Tensor]:
+        vectors = dict(norm_weight=norm_weight, norm_bias=norm_bias, next_weight=norm_weight, next_bias=norm_bias)
+        return ops.conv_layer_norm_twice(x.detach(), weight.to(x.dtype), **vectors, **arguments, next_dtype=BF16)
+
+    first = dict(stride=2, padding=1, dtype=FP32)
+    yield Case("groupmamba", narrow, arguments(128, 112, 32, 64, 3, **first), (BF16,))
+    yield Case("groupmamba twice", twice, arguments(128, 112, 32, 64, 3, **first), (BF16,))
     yield Case("odd, many channels", f, arguments(3, 9, 20, 33, 4, bias=False, act="gelu"), (FP16,))
 
 

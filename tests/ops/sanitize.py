@@ -31,6 +31,7 @@ from tests.ops.test_gpu import (  # noqa: E402
     mlp,
     modulated_layer_norm,
     norm,
+    normed_twice,
     pictures,
     projected,
     projected_lines,
@@ -99,6 +100,7 @@ CASES: dict[str, Case] = {
     ),
     "bias_gelu": (bias_gelu, lambda: test_gpu.test_bias_gelu.make((7, 101, 300)), {}),
     "conv_layer_norm": pictures((2, 3, 19, 22), 48),
+    "conv_layer_norm twice": normed_twice((2, 32, 19, 22), 64),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 101, 33)}, {}),
     "group_modulation": (group_modulation, lambda: test_gpu.test_group_modulation.make((3, 9, 7, 100)), {}),
     "group_modulation two passes": (
@@ -118,6 +120,11 @@ CASES: dict[str, Case] = {
         conv_norm_relu,
         lambda: test_conv_norm_relu.make((3, 24, 11, 9), 34, (4, 3), 17),
         dict(padding_w=1),
+    ),
+    "conv_norm_relu images": (
+        conv_norm_relu,
+        lambda: test_conv_norm_relu.make((2, 3, 22, 36), 34, (8, 10), 17),
+        dict(padding_h=3, padding_w=4, stride_h=2, stride_w=4),
     ),
     "conv_gelu_linear": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 9, 11, 67), 33), {}),
     "conv_gelu_linear ahead": (conv_gelu_linear, lambda: test_conv_gelu_linear.make((3, 16, 8, 256), 64), {}),

@@ -40,6 +40,7 @@ from vla.ops import (
     conv_gelu_linear,
     conv_gelu_linear_add_norm,
     conv_layer_norm,
+    conv_layer_norm_twice,
     conv_mlp,
     conv_mlp_add_norm,
     depthwise_conv2d,
@@ -131,6 +132,14 @@ def pictures(shape: tuple[int, ...], out: int) -> Case:
     return function, lambda: test_conv_layer_norm.make((shape, out, 3, 2, 1))[1], {}
 
 
+def normed_twice(shape: tuple[int, ...], out: int) -> Case:
+    def function(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x = randn(1)(*shape).bfloat16().to(tensors["weight"].dtype)
+        return conv_layer_norm_twice(x, **tensors, stride=2, padding=1)
+
+    return function, lambda: test_conv_layer_norm.make_twice((shape, out, 3, 2, 1))[1], {}
+
+
 CASES: dict[str, Case] = {
     "selective_scan L1": scan(2, 5, 1, 3),
     "selective_scan L7 N16": scan(3, 7, 7, 16),
@@ -205,6 +214,7 @@ CASES: dict[str, Case] = {
     "bias_gelu": (bias_gelu, lambda: test_bias_gelu.make((3, 1003, 1000)), {}),
     "conv_layer_norm": pictures((3, 3, 224, 223), 48),
     "conv_layer_norm wide": pictures((2, 4, 65, 64), 100),
+    "conv_layer_norm twice": normed_twice((3, 32, 112, 111), 64),
     "squared_relu": (squared_relu, lambda: {"x": randn(0)(7, 1001, 33)}, {}),
     "mlp C96": two_layers((5, 57, 56, 96), 384),
     "mlp C128": two_layers((5, 57, 56, 128), 512, bias=False),
