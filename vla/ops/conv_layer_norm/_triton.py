@@ -277,8 +277,6 @@ def conv_layer_norm_walk_kernel(
     norm_weight, norm_bias = _vector(norm_weight, 0, D, WIDTH), _vector(norm_bias, 0, D, WIDTH)
     if bias is not None:
         bias = _vector(bias, 0, D, WIDTH)
-    if n is not None:
-        next_weight, next_bias = _vector(next_weight, 0, D, WIDTH), _vector(next_bias, 0, D, WIDTH)
 
     BEFORE: tl.constexpr = (KH - 1) // STRIDE
     x += (image * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_column)[:, None]
@@ -297,7 +295,8 @@ def conv_layer_norm_walk_kernel(
         _store_halves(y + at, s, d, inside & (i >= BEFORE), D, WIDTH, BLOCK_P)
         if n is not None:
             normal, _ = _normal((s.to(tl.float32),), inside, next_eps, D, WIDTH)
-            s = (normal[0] * next_weight + next_bias).to(n.dtype.element_ty)
+            # Loaded for every row: there are no registers left for them.
+            s = _affine(normal[0], next_weight, next_bias, 0, D, WIDTH).to(n.dtype.element_ty)
             _store_halves(n + at, s, d, inside & (i >= BEFORE), D, WIDTH, BLOCK_P)
         x += STRIDE * x_row
         at += out_width * D
