@@ -58,8 +58,8 @@ def from_pairs(y: Tensor) -> Tensor:
 def to_pair_kernels(weight: Tensor) -> Tensor:
     """Kernels (O, C, 7, 7) of stride 2 and padding 3 as those of two neighbouring pixels, (2 * O, C, 8, 10).
 
-    Those are of strides 2 and 4 and paddings 3 and 4: windows begin where four pixels of three channels do, which are
-    loaded as words of 16 bytes.
+    Those are of strides 2 and 4 and paddings 3 and 4. Windows then begin where four pixels do, so that a kernel loads
+    several numbers at once.
     """
     return torch.cat([F.pad(weight, (1, 2, 0, 1)), F.pad(weight, (3, 0, 0, 1))])
 
