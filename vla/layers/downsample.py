@@ -104,8 +104,7 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if self.is_one_pass(x):
-                arguments, options = self.arguments(x)
-                return conv_layer_norm(*arguments, **options)
+                return self.norm_once(x)
         return self.norm(self.conv(x))
 
     @torch.jit.ignore
@@ -128,8 +127,14 @@ class ConvDownsample(nn.Module):
         return arguments, dict(stride=stride, padding=padding, eps=norm.eps, dtype=result_dtype(x, norm.narrow))
 
     @torch.jit.ignore
+    def norm_once(self, x: Tensor) -> Tensor:
+        """What `forward` returns of an x that takes one pass."""
+        arguments, options = self.arguments(x)
+        return conv_layer_norm(*arguments, **options)
+
+    @torch.jit.ignore
     def norm_twice(self, x: Tensor, norm: LayerNorm2d) -> tuple[Tensor, Tensor]:
-        """What `forward` returns of an x that takes one pass, and a norm of that."""
+        """`norm_once`, and a norm of that."""
         arguments, options = self.arguments(x)
         options |= dict(next_eps=norm.eps, next_dtype=result_dtype(x, norm.narrow))
         return conv_layer_norm_twice(*arguments, norm.weight, norm.bias, **options)

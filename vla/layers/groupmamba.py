@@ -69,7 +69,7 @@ def are_narrow_groups(weight: Tensor) -> bool:
 def has_grouped_kernels(x: Tensor, weight: Tensor) -> bool:
     """Whether `vla.ops.grouped_linear` with such weights is faster than one product with a block-diagonal matrix."""
     # A compiler makes few launches of what it takes to have that aligned.
-    return is_narrow(x) if are_narrow_groups(weight) else infers(x) and not torch.compiler.is_compiling()
+    return is_narrow(x) and (are_narrow_groups(weight) or (infers(x) and not torch.compiler.is_compiling()))
 
 
 def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:

@@ -105,8 +105,11 @@ class SelectiveScan2d(nn.Module):
 
     def decay_rates(self) -> Tensor:
         """A, (K, D, N)."""
-        # A compiled network may have those in the parameter's place, see `product_weights`.
-        return self.A_log[0] if self.A_log.dim() == 4 else -torch.exp(self.A_log)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
+            # A compiled network may have those in the parameter's place, see `product_weights`.
+            if torch.compiler.is_compiling() and self.A_log.dim() == 4:
+                return self.A_log[0]
+        return -torch.exp(self.A_log)
 
     def parameter_groups(self) -> list[Tensor]:
         """Everything that a scan takes, with the K groups in front."""
