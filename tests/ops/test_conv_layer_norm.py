@@ -93,8 +93,8 @@ def make_twice(case, dtype=torch.float64):
     return partial(conv_layer_norm_twice, *function.args, **function.keywords), tensors
 
 
-@pytest.mark.parametrize("case", [*CASES, *MANY_CHANNELS], ids=ids)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:3], *MANY_CHANNELS], ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_norm(backend, dtype, case, monkeypatch):
     monkeypatch.setattr(_walk, "BLOCK_P", 16)

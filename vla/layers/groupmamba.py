@@ -380,7 +380,7 @@ class GroupedScan2d(SelectiveScan2d):
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
-        return super().product_weights() | {"x_proj_weight": grouped_matrix([self.x_proj_weight])}
+        return {**super().product_weights(), "x_proj_weight": grouped_matrix([self.x_proj_weight])}
 
 
 class GroupedSS2D(nn.Module):
