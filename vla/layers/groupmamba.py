@@ -424,10 +424,6 @@ class GroupedSS2D(nn.Module):
         self.out_norm = GroupedLayerNorm(k, inner)
         self.out_proj = GroupedLinear(k, inner, width)
 
-    def scan_and_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, z = self.project(x)
-        return self.convolve_and_scan(x), z
-
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
             if not self.has_plain_projections():
@@ -514,8 +510,8 @@ class GroupedSS2D(nn.Module):
         return self.out_proj(rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, z = self.scan_and_gate(x)
-        return self.close(y, z)
+        x, z = self.project(x)
+        return self.close(self.convolve_and_scan(x), z)
 
 
 class GroupMambaMixer(nn.Module):

@@ -137,7 +137,7 @@ class SelectiveScan2d(nn.Module):
     @torch.jit.ignore
     def product_weights(self) -> dict[str, Form]:
         """See `vla.layers.weights.product_weights`."""
-        return {"x_proj_weight": self.x_proj_weight, "A_log": Exact(-torch.exp(self.A_log)[None])}
+        return {"x_proj_weight": self.x_proj_weight, "A_log": Exact(self.decay_rates()[None])}
 
 
 class CascadeScan2d(SelectiveScan2d):

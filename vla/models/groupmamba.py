@@ -69,8 +69,8 @@ def convolve_blocks(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return from_pairs(F.conv2d(to_blocks(x, dtype), to_block_kernels(weight), padding=(0, 1)))
 
 
-def is_of_blocks(x: Tensor) -> bool:
-    """Whether images are convolved as blocks."""
+def is_in_pairs(x: Tensor) -> bool:
+    """Whether two neighbouring pixels of an image's convolution are computed as one."""
     # An exported graph may be for all sizes.
     return not is_exporting() and is_worth_launches(x) and x.shape[2] % 2 == 0 and x.shape[3] % 4 == 0
 
@@ -79,7 +79,7 @@ def is_of_blocks(x: Tensor) -> bool:
 def convolve_images(x: Tensor, weight: Tensor) -> Tensor:
     """Convolution with 7 x 7 kernels, stride 2 and padding 3."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script must not look into the second condition)
-        if is_of_blocks(x):
+        if is_in_pairs(x):
             return convolve_blocks(x, weight, autocast_dtype(x) or x.dtype)
     return F.conv2d(x, weight, stride=2, padding=3)
 
@@ -158,7 +158,7 @@ class Stem(nn.Module):
     @torch.jit.ignore
     def convolve1(self, x: Tensor) -> Tensor:
         dtype = dtype_of_one_pass(self.conv1, self.norm1, self.act1, x)
-        if dtype is None or not is_of_blocks(x):
+        if dtype is None or not is_in_pairs(x):
             return self.act1(self.norm1(self.conv1(x)))
         kernels = to_pair_kernels(self.conv1.weight)
         return from_pairs(in_one_pass(x, kernels, self.norm1, (3, 4), (2, 4), dtype))
