@@ -131,6 +131,8 @@ def _scan2d() -> Iterator[Case]:
     yield Case("vmamba 1024 stage 3", f, arguments(8, 384, 64, 64, rank=24), (BF16,))
     yield Case("vmamba 1024 stage 4", f, arguments(8, 768, 32, 32, rank=48), (BF16,))
     yield Case("vmamba 2048", f, arguments(1, 96, 512, 512), (BF16,))
+    yield Case("one block of channels", f, arguments(128, 32, 28, 28, rank=2), (BF16,))
+    yield Case("one block of channels, one picture", f, arguments(1, 32, 28, 28, rank=2), (BF16,))
     yield Case("16 states", f, arguments(8, 192, 56, 56, states=16), (BF16,))
     yield Case("groupmamba", f, arguments(128, 16, 56, 56, rank=1, grouped=True), (BF16,))
     yield Case("groupmamba stage 2", f, arguments(128, 32, 28, 28, rank=2, grouped=True), (BF16,))

@@ -84,8 +84,8 @@ def test_dtypes(dtype):
 def test_sums_over_channels(config, rank, states, dtype, monkeypatch):
     """Gradients that channels share, by blocks and as the dtype's products take them, in maps of directions."""
     monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: kernels.Config(*config, apart=True))
-    tensors = {n: t.to(dtype) for n, t in make((1, 18, 3, 6), states, rank, directions=["row", "col_rev"]).items()}
-    compare("triton", scan2d, tensors, directions=["row", "col_rev"])
+    tensors = {n: t.to(dtype) for n, t in make((1, 18, 3, 6), states, rank, directions=["row", "row_rev"]).items()}
+    compare("triton", scan2d, tensors, directions=["row", "row_rev"])
 
 
 @pytest.mark.parametrize("offset", [-12.0, 60.0], ids=["long memory", "strong decay"])
@@ -208,8 +208,9 @@ def test_memory_is_that_of_half_a_map_in_vmamba():
         patch.setattr(kernels, "_fwd_config", fwd)
         patch.setattr(kernels, "_bwd_config", bwd)
         assert kept(96, 56, 6) == 1
-        assert kept(192, 28, 12) == 1
-        assert kept(384, 14, 24) == pytest.approx(1.06, abs=0.01)
+        # In whole sequences, or in the interpreter's halves.
+        assert kept(192, 28, 12) in (1, pytest.approx(1.02, abs=0.01))
+        assert kept(384, 14, 24) in (pytest.approx(1.06, abs=0.01), pytest.approx(1.14, abs=0.01))
         assert kept(768, 7, 48) == pytest.approx(1.31, abs=0.01)
 
 
@@ -357,18 +358,44 @@ def test_repeated_runs_are_bit_equal():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_runs_that_wait_for_each_other(monkeypatch):
-    for name in ("_fwd_config", "_bwd_config"):
-        config = kernels.Config(4, 16, 2, 1, tiles=2 * (name == "_bwd_config"), ahead=True, apart=True, chained=True)
-        monkeypatch.setattr(kernels, name, lambda problem, config=config: config)
-    tensors = {n: t.bfloat16() for n, t in make((2, 18, 9, 8), 1, directions=CROSS).items()}
-    compare("triton", scan2d, tensors, directions=CROSS)
+@pytest.mark.parametrize("chained", [False, True], ids=["", "chained"])
+@pytest.mark.parametrize(
+    "directions, shape, tiles",
+    [
+        (CROSS, (1, 18, 5, 8), 0),
+        (CROSS, (1, 3, 5, 8), 2),
+        (CROSS, (1, 1, 1, 1), 0),
+        (["col_rev", "row", "col", "row_rev"], (2, 3, 3, 6), 0),
+        (["col", "col_rev"], (1, 3, 3, 6), 1),
+    ],
+    ids=str,
+)
+def test_directions_that_meet_their_reverses(directions, shape, tiles, chained, monkeypatch):
+    """Pairs of directions in one map each, in any order, with an odd number of tiles, or a half without a pixel."""
+    forward = kernels.Config(4, 16, 2, 1, tiles=int(chained), ahead=not chained, apart=True, chained=chained)
+    backward = kernels.Config(4, 16, 2, 1, tiles, ahead=True, apart=True, chained=chained)
+    monkeypatch.setattr(kernels, "_fwd_config", lambda sizes: forward)
+    monkeypatch.setattr(kernels, "_bwd_config", lambda sizes: backward)
+    found = []
+    for name in ("walk", "walk_back"):
+        function = getattr(kernels, name)
+
+        def followed(*args, function=function, **kwargs):
+            result = function(*args, **kwargs)
+            found.append(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        monkeypatch.setattr(kernels, name, followed)
+    tensors = {n: t.bfloat16() for n, t in make(shape, 1, directions=directions).items()}
+    compare("triton", scan2d, tensors, directions=directions)
+    numbers = tensors["x"].numel()
+    assert found and all(maps.shape == (len(directions) // 2, numbers) for maps in found)
 
 
 @pytest.mark.parametrize(
     "directions, grouped, channels, group",
     [
-        (["row", "col_rev"], False, 18, 8),
+        (["row", "row_rev"], False, 18, 8),
         (["row_rev", "col"], True, 18, 8),
         (["row_rev", "col"], True, 17, 4),  # groups begin between a thread's pairs of channels
     ],

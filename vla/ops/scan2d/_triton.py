@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import (
+    INTERPRETED,
     LN2,
     LOG2E,
+    PTX,
     Kernel,
     at_most,
     cdiv,
@@ -158,6 +160,52 @@ def _direction(k, flips, columns, line, height, width, AXES: tl.constexpr, PER_L
         first = line * tl.where(column, 1, width)
         length = tl.where(line * inner < length, inner, 0)
     return length, (flip, inner, first, stride, wrap)
+
+
+@triton.jit
+def _side(side, K, flips, columns):
+    """The direction that is a side of the maps that directions and their reverses share, 0 to K - 1: rows, or what
+    there is, and then columns, both forwards and back."""
+    every = (1 << K) - 1
+    column = (columns != 0) & ((columns == every) | (side >= 2))
+    chosen = tl.where(column, columns, every & ~columns) & tl.where(side % 2 == 1, flips, every & ~flips)
+    return chosen // 2 - chosen // 8  # the bit's number
+
+
+@triton.jit
+def _wait(flag_ptr):
+    """Until the program that sets a flag has, and what it has written before is seen."""
+    # An acquisition empties the multiprocessor's cache: only one. The compiler drops what does not look at its value.
+    while tl.atomic_add(flag_ptr, 0, sem="relaxed") == 0:
+        pass
+    while tl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
+        pass
+
+
+@triton.jit
+def _tell(flag_ptr):
+    """Sets the flag that `_wait` waits for."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, 1, sem="release")
+
+
+@triton.jit
+def _prefetch(ptr, mask, BLOCK_D: tl.constexpr):
+    """Asks the second-level cache for BLOCK_D channels of some pixels, which costs no registers."""
+    SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth  # numbers of 32 bytes
+    if PTX and BLOCK_D >= SECTOR:
+        sectors = ptr[:, None] + SECTOR * tl.arange(0, BLOCK_D // SECTOR)[None, :]
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+            "=r,l,r", [sectors.to(tl.int64), mask[:, None].to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_to(ptr, value, mask, follows):
+    """Stores a value, or where the program `follows` another one adds it to what that has stored."""
+    value += tl.load(ptr, mask=mask & follows, other=0.0)
+    tl.store(ptr, value, mask=mask)
 
 
 @triton.jit
@@ -568,39 +616,55 @@ def scan2d_fwd_kernel(
     GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
     AHEAD: tl.constexpr, BORDER: tl.constexpr, SHORT: tl.constexpr, COLUMNS: tl.constexpr,
-    SHIFTED: tl.constexpr, GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr, CHAINED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D channels of a run of pixels of a picture (or, with PER_LINE, of its i-th lines), through the chosen
-    directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each.
+    directions in turn. With APART a program walks one direction, and `y_ptr` receives a map for each and its reverse:
+    in the half of the map that a direction visits first it stores its results, in the other it adds them to what the
+    reverse has stored. Where it does so in runs, each leaves its states in `entry_ptr` for the next.
 
-    With `words_ptr`, numbers that are 0 at first, runs of a tile and one state hand on what they do to it, see
-    `_hand_on`. The first of the numbers counts the programs that have started, which it gives runs in their order: what
-    a run waits for has started. A run of each of `at_once` walks comes before their next ones, and all of theirs before
-    those of others; the last walks come first, see `last_first`.
+    With CHAINED, runs of a tile and one state hand on what they do to it, see `_hand_on`.
+
+    Programs that wait have `words_ptr`, numbers that are 0 at first. The first of them counts the programs that have
+    started, which it gives runs in their order: what a run waits for has started, and a direction with its reverse. A
+    run of each of `at_once` walks comes before their next ones, and all of theirs before those of others; the last
+    walks come first, see `last_first`. With APART a flag for every walk and run, in the order of the map, is next.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
     """
     ALONE: tl.constexpr = GROUPED or APART
-    CHAINED: tl.constexpr = words_ptr is not None
+    IN_ORDER: tl.constexpr = words_ptr is not None
+    # Whether a direction and its reverse meet in the middle of their walks.
+    MEETS: tl.constexpr = APART and not SPLIT
     index = tl.program_id(0)
-    if CHAINED:
+    if IN_ORDER:
         program = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
         first_walk = program // (at_once * runs) * at_once
         program -= first_walk * runs
         at_once = tl.minimum(at_once, walks - first_walk)
         pixel_run = program // at_once
         index = walks - 1 - (first_walk + program % at_once)
+    if APART:
+        flags_ptr = words_ptr + 1 + index.to(tl.int64) * runs
+        reverse_flags_ptr = words_ptr + 1 + (index ^ 1).to(tl.int64) * runs
+        side = index % 2
+        index = index // 2
     block = index % blocks
     begin = 0
     end = 2 * K
     index = index // blocks
-    if ALONE:
+    if APART:
+        axis = index % (K // 2)
+        begin = _side(2 * axis + side, K, flips, columns)
+        end = begin + 1
+        index = index // (K // 2)
+    elif GROUPED:
         begin = index % K
         end = begin + 1
         index = index // K
     sequence = index
-    if not CHAINED:
+    if not IN_ORDER:
         pixel_run = index % runs
         sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
@@ -643,7 +707,7 @@ def scan2d_fwd_kernel(
         if walked:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = pixel_run
-            if not CHAINED:
+            if not IN_ORDER:
                 run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
             # The width of a thread's loads decides how many lanes the channels of a pixel take.
             if SHIFTED:
@@ -666,14 +730,24 @@ def scan2d_fwd_kernel(
             skips = k == 0 if APART else first
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             out_ptr = y_ptr
+            sum_ptr = partial_ptr
             if APART:
-                out_ptr += k * tl.cast(ys_k, tl.int64)
+                out_ptr += axis * tl.cast(ys_k, tl.int64)
+                sum_ptr = out_ptr
+                first = run < runs // 2
+                middle = (tiles + 1 - side) // 2
+                map_run = tl.where(side == 1, runs - 1 - run, run)
+                if not MEETS and not CHAINED and run > 0:
+                    _wait(flags_ptr + map_run - 1 + 2 * side)
+                if not MEETS and run >= runs // 2:
+                    _wait(reverse_flags_ptr + map_run)
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64)
                 if not CHAINED:
                     entry_at = (walk * runs + run) * (2 * N * BLOCK_D) + at
-                    carry += tl.load(entry_ptr + entry_at, mask=n_index < N, other=0.0)
+                    entry_mask = (n_index < N) & (run > 0)
+                    carry += tl.load(entry_ptr + entry_at, mask=entry_mask, other=0.0, volatile=APART)
             if border_ptr is not None:
                 border_at = border_ptr + (sequence * K + k).to(tl.int64) * borders * (N * channels)
                 # Before a reversed direction, the backward may have fewer places without a pixel.
@@ -683,6 +757,11 @@ def scan2d_fwd_kernel(
                 A = _load_decay(A_k, 0, d, d_mask, N)
             for tile in tl.range(0, tiles, num_stages=1):
                 slot = (run * tiles + tile) * (T * S)
+                if MEETS:
+                    first = tile < middle
+                    if tile == middle:
+                        _tell(flags_ptr)
+                        _wait(reverse_flags_ptr)
                 if AHEAD:
                     # Found again: to carry it from tile to tile takes more instructions.
                     same, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
@@ -697,11 +776,13 @@ def scan2d_fwd_kernel(
                 x = _tile(x_rows, T, S)
                 y_at = (pixel * ys_p)[:, None] + vector[None, :]
                 y = skip[None, None, :] * x
-                if not ALONE:
-                    earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                if not GROUPED:
+                    earlier = tl.load(sum_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if AHEAD:
                     pixel, mask = _visit(o, slot + T * S, slots, direction, length, AXES, LONG, WIDE)
                     mask &= tile + 1 < tiles
+                    if MEETS:
+                        _prefetch(sum_ptr + (pixel * ys_p + block * BLOCK_D), mask & (tile + 1 >= middle), BLOCK_D)
                     x_rows, low, of_state = _load_step(
                         x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
                         B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
@@ -729,6 +810,8 @@ def scan2d_fwd_kernel(
                     if CHAINED:
                         before, out, state, product = _composed(through, ended, S, True)
                         handed = words_ptr + 1 + walk * (runs + runs // GROUP) * BLOCK_D
+                        if APART:
+                            handed += walks * runs
                         entry = out + before * _hand_on(handed, product, state, run, runs, BLOCK_D, GROUP)[None, :]
                     else:
                         entry, left, unused = _segments(through, ended, pick(carry, n_index, n), S, False, True)
@@ -745,6 +828,8 @@ def scan2d_fwd_kernel(
                     y += c_n * h
 
                 y = tl.reshape(y, (T * S, BLOCK_D))
+                if APART:
+                    y += earlier
                 if SHIFTED:
                     y = y.to(y_ptr.dtype.element_ty)
                     tl.store(out_ptr + y_at, y, mask=p_mask[:, None] & whole[None, :])
@@ -754,13 +839,19 @@ def scan2d_fwd_kernel(
                     tl.store(out_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + y_at, y, mask=full_mask)
+            if APART and not MEETS:
+                if not CHAINED:
+                    leaves = (n_index < N) & (run < runs - 1)
+                    tl.store(entry_ptr + entry_at + 2 * N * BLOCK_D, carry, mask=leaves)
+                if not CHAINED or run < runs // 2:
+                    _tell(flags_ptr + map_run)
             # The next direction reads what other threads of this program have written.
             tl.debug_barrier()
 
 
 @kernel
 def scan2d_bwd_kernel(
-    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, handed_ptr, border_ptr,
+    gy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, weight_ptr, bias_ptr, entry_ptr, words_ptr, border_ptr,
     partial_ptr, gx_ptr, g_dt_ptr, g_low_ptr, g_A_ptr, g_D_ptr, g_weight_ptr, g_bias_ptr,
     chosen, order, K, flips, columns, height, width, channels, blocks, sequences, runs, tiles,
     gs_b, gs_p, xs_b, xs_p, ps_b, ps_k, ps_p, dt_s, B_s, C_s, os_b, os_p, os_k, ls_block, rs_run,
@@ -768,42 +859,51 @@ def scan2d_bwd_kernel(
     R_PAD: tl.constexpr, R_READ: tl.constexpr, ALIGNED: tl.constexpr, FOLDED: tl.constexpr, VECTOR: tl.constexpr,
     GROUPED: tl.constexpr, PER_LINE: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, SPLIT: tl.constexpr, AXES: tl.constexpr, APART: tl.constexpr,
-    AHEAD: tl.constexpr, KEPT: tl.constexpr,
+    AHEAD: tl.constexpr, KEPT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_D channels of a run of pixels through the chosen directions in turn: of x summed over
     directions, of the projections by block of channels, of the parameters by run.
 
-    With APART a program walks one direction, and `gx_ptr` receives a map for each. With KEPT the states at the tiles'
-    borders are those that the forward has met, else with several runs those of a run from zero.
+    With KEPT the states at the tiles' borders are those that the forward has met, else with several runs those of a run
+    from zero.
 
-    With `handed_ptr`, numbers that are 0 at first, a run waits for the run after it to set its own to 1 and to leave in
-    `entry_ptr` what it hands on. The number behind them counts the programs that have started: it gives the first ones
-    the last runs, which wait for none.
+    With APART a program walks one direction, and `gx_ptr` receives a map for each and its reverse, and in the half that
+    a direction visits last the sum of both, see the forward. `words_ptr` is as there, but gives the last runs first.
+    With CHAINED a run waits for the run after it to leave in `entry_ptr` what it hands on.
     """
     ALONE: tl.constexpr = GROUPED or APART
     # Gradients of B and C go through the product that gives those of the time steps, where it has columns for them.
     TOGETHER: tl.constexpr = R > 0 and R + 2 * N <= 16 and PRECISION != "tf32x3"
     DECAYED: tl.constexpr = SPLIT and not KEPT
-    CHAINED: tl.constexpr = handed_ptr is not None
     # How the product with the weight's gradient lies over several warps decides about all of a tile: side by side along
     # the channels they need nothing of each other for a scan.
     SIDE_BY_SIDE: tl.constexpr = BLOCK_D > 32
-    program = tl.program_id(0)
-    if CHAINED:
-        program = tl.atomic_add(handed_ptr + tl.num_programs(0), 1, sem="relaxed")
-    block = program % blocks
+    # Whether a direction and its reverse meet in the middle of their walks.
+    MEETS: tl.constexpr = APART and not SPLIT
+    index = tl.program_id(0)
+    if APART:
+        index = tl.atomic_add(words_ptr, 1, sem="relaxed")
+        every = tl.num_programs(0) // runs
+        pixel_run = runs - 1 - index // every
+        index = index % every
+        flags_ptr = words_ptr + 1 + index.to(tl.int64) * runs
+        reverse_flags_ptr = words_ptr + 1 + (index ^ 1).to(tl.int64) * runs
+        side = index % 2
+        index = index // 2
+    block = index % blocks
     begin = 0
     end = 2 * K
-    index = program // blocks
-    if ALONE:
+    index = index // blocks
+    if APART:
+        axis = index % (K // 2)
+        begin = _side(2 * axis + side, K, flips, columns)
+        end = begin + 1
+        sequence = index // (K // 2)
+    elif GROUPED:
         begin = index % K
         end = begin + 1
         index = index // K
-    if CHAINED:
-        every = tl.num_programs(0) // (blocks * K * runs)
-        pixel_run = runs - 1 - index // every
-        sequence = index % every
-    else:
+    if not APART:
         pixel_run = index % runs
         sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
@@ -835,7 +935,7 @@ def scan2d_bwd_kernel(
         if walks:
             length, direction = _direction(k, flips, columns, sequence % sequences, height, width, AXES, PER_LINE)
             run = pixel_run
-            if not CHAINED:
+            if not APART:
                 run = tl.where(direction[0] == 1, runs - 1 - pixel_run, pixel_run)
             weight, bias = _load_parameters(weight_ptr, bias_ptr, k, d, d_mask, channels, R, R_PAD, FOLDED)
             # The first program, or the first turn, of a map also passes the skip.
@@ -843,8 +943,17 @@ def scan2d_bwd_kernel(
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             out_ptr = gx_ptr
+            sum_ptr = partial_ptr
             if APART:
-                out_ptr += k * tl.cast(os_k, tl.int64)
+                out_ptr += axis * tl.cast(os_k, tl.int64)
+                sum_ptr = out_ptr
+                first = run >= runs // 2
+                middle = (tiles + 1 - side) // 2
+                map_run = tl.where(side == 1, runs - 1 - run, run)
+                if CHAINED and run < runs - 1:
+                    _wait(flags_ptr + map_run + 1 - 2 * side)
+                if not MEETS and run < runs // 2:
+                    _wait(reverse_flags_ptr + map_run)
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
@@ -855,12 +964,7 @@ def scan2d_bwd_kernel(
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64) * runs + run
                 origin = entry_ptr + walk * (2 * N * BLOCK_D)
-                handed_mask = n_index < N
-                if CHAINED:
-                    handed_mask &= run < runs - 1
-                    if run < runs - 1:
-                        while tl.atomic_add(handed_ptr + walk, 0, sem="acquire") == 0:
-                            pass
+                handed_mask = (n_index < N) & (run < runs - 1)
                 handed += tl.load(origin + N * BLOCK_D + at, mask=handed_mask, other=0.0, volatile=CHAINED)
             # Sums over steps wait in each thread's own place, (S, D), until the walk is over.
             g_A = tl.zeros((N_PAD, S, BLOCK_D), tl.float32)
@@ -876,6 +980,11 @@ def scan2d_bwd_kernel(
                 next_low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
             for back in tl.range(0, tiles, num_stages=1):
                 tile = tiles - 1 - back
+                if MEETS:
+                    first = back < middle
+                    if back == middle:
+                        _tell(flags_ptr)
+                        _wait(reverse_flags_ptr)
                 slot = (run * tiles + tile) * (T * S)
                 pixel, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
                 p_at = pixel * ps_p
@@ -886,6 +995,12 @@ def scan2d_bwd_kernel(
                     border_mask &= tl.where(direction[0] == 1, slots - T * S - slot, slot) < length
                 gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p), T, S)
                 x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p), T, S)
+                if AHEAD or APART:
+                    next_pixel, next_mask = _visit(o, slot - T * S, slots, direction, length, AXES, LONG, WIDE)
+                    next_mask &= tile > 0
+                if APART:
+                    next_adds = (back + 1 >= middle) if MEETS else ~first
+                    _prefetch(sum_ptr + (next_pixel * os_p + block * BLOCK_D), next_mask & next_adds, BLOCK_D)
                 border = border_ptr + (tile_at + tile) * ((2 if DECAYED else 1) * N * channels)
                 b_n, c_n, entering = _load_state(
                     B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask, channels,
@@ -894,8 +1009,6 @@ def scan2d_bwd_kernel(
                 # Last: it goes to shared memory at once, with a barrier that no other load passes.
                 if AHEAD:
                     low = next_low
-                    next_pixel, next_mask = _visit(o, slot - T * S, slots, direction, length, AXES, LONG, WIDE)
-                    next_mask &= tile > 0
                     low_at = k * ps_k + next_pixel * ps_p
                     next_low = _load_low(dt_ptr, low_at, next_mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
                 else:
@@ -951,8 +1064,8 @@ def scan2d_bwd_kernel(
                             border_mask, channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                         )  # fmt: skip
 
-                if not ALONE:
-                    earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                if not GROUPED:
+                    earlier = tl.load(sum_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
                     # Of places without a pixel it is zero: they come before all states, or after all gradients.
                     g_step *= tl.exp2(logit - step)
@@ -981,31 +1094,27 @@ def scan2d_bwd_kernel(
                     g_skip += tl.sum(gy * x, axis=0)
                 gx += skip[None, None, :] * gy
                 gx = tl.reshape(gx, (T * S, BLOCK_D))
-                if not ALONE:
+                if not GROUPED:
                     gx += earlier
                 if last:
                     tl.store(out_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + gx_at, gx, mask=full_mask)
 
-            if CHAINED and run > 0:
-                tl.store(origin - N * BLOCK_D + at, handed, mask=n_index < N)
-                tl.debug_barrier()
-                tl.atomic_xchg(handed_ptr + walk - 1, 1, sem="release")
-
-            # Gradients of the parameters are rows of one matrix, a row for each run.
-            parts = (sequence * runs + run).to(tl.int64) * rs_run
+            # Gradients of the parameters are rows of one matrix, a row for each run, or for all that hand on.
+            parts = (sequence if CHAINED else sequence * runs + run).to(tl.int64) * rs_run
+            follows = CHAINED and run < runs - 1
             parameters = parts + k * channels + d  # (D,)
             n_mask = (n_index < N) & d_mask[None, :]
             g_A_at = parts + (k * channels + d)[None, :] * N + n_index
-            tl.store(g_A_ptr + g_A_at, tl.sum(g_A, axis=1) * LN2, mask=n_mask)
+            _add_to(g_A_ptr + g_A_at, tl.sum(g_A, axis=1) * LN2, n_mask, follows)
             if D_ptr is not None:
                 if GROUPED:
-                    tl.store(g_D_ptr + parameters, tl.sum(g_skip, axis=0), mask=d_mask)
+                    _add_to(g_D_ptr + parameters, tl.sum(g_skip, axis=0), d_mask, follows)
                 elif skips:
-                    tl.store(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), mask=d_mask)
+                    _add_to(g_D_ptr + parts + d, tl.sum(g_skip, axis=0), d_mask, follows)
             if bias_ptr is not None and not FOLDED:
-                tl.store(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, mask=d_mask)
+                _add_to(g_bias_ptr + parameters, tl.sum(g_bias, axis=0) * LOG2E, d_mask, follows)
             if R_PAD > 0:
                 if SIDE_BY_SIDE:
                     rank, channel = r[:, None], d[None, :]
@@ -1014,10 +1123,15 @@ def scan2d_bwd_kernel(
                 g_weight *= LOG2E
                 parameter = k * channels + channel
                 inside = channel < channels
-                tl.store(g_weight_ptr + parts + parameter * R + rank, g_weight, mask=inside & (rank < R))
+                _add_to(g_weight_ptr + parts + parameter * R + rank, g_weight, inside & (rank < R), follows)
                 if bias_ptr is not None and FOLDED:
                     at_bias = parts + parameter + 0 * rank
-                    tl.store(g_bias_ptr + at_bias, g_weight, mask=inside & (rank == R_PAD - 1))
+                    _add_to(g_bias_ptr + at_bias, g_weight, inside & (rank == R_PAD - 1), follows)
+            if APART and not MEETS:
+                if CHAINED:
+                    tl.store(origin - N * BLOCK_D + at, handed, mask=(n_index < N) & (run > 0))
+                if CHAINED or run >= runs // 2:
+                    _tell(flags_ptr + map_run)
             # The next direction reads sums that other threads of this program have written.
             tl.debug_barrier()
 
@@ -1055,9 +1169,10 @@ class Config(NamedTuple):
         maxnreg: Limit of a thread's registers, for more programs on a multiprocessor.
         ahead: Whether a tile's time steps, and the forward's x, are asked for before the work on the tile before.
         columns: Whether the forward asks for B and C of one state together with x.
-        apart: Whether directions are programs of their own, with a map of results (backward: of sums) each.
-        chained: Whether runs wait for each other: of the backward for the one after it, where the forward has kept
-            states, of the forward, which then are of one tile, for those before it.
+        apart: Whether directions are programs of their own, which share a map of results (backward: of sums) with their
+            reverses, if they all have one. A sequence is then one run, or an even number of runs.
+        chained: Whether runs hand on: of the backward to the one before it, where the forward has kept states; of the
+            forward, which then are of one tile, to all after it.
         group: Runs of the forward that look at each other: the first of the next ones sees only what has left the last.
     """
 
@@ -1109,12 +1224,11 @@ FORWARD = {
 BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=9),
     "long runs": Config(4, 32, 4, 1, tiles=18),
-    "long runs apart": Config(4, 32, 4, 1, tiles=18, apart=True),
     "many apart": Config(4, 32, 4, 1, ahead=True, apart=True, chained=True),
     "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2, apart=True),
-    "high rank": Config(4, 64, 2, 4, maxnreg=168, apart=True),
+    "high rank": Config(4, 64, 2, 4, apart=True),
 }
 
 
@@ -1202,13 +1316,13 @@ def _bwd_config(problem: "_Sizes") -> Config:
         if programs >= AT_ONCE:
             config = BACKWARD["many apart"]
             # Of a second round of programs that is half empty, halves make one and a half.
-            runs = min(range(1, 5), key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
+            runs = min((2, 4), key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
             return config._replace(tiles=cdiv(problem.length, runs * config.T * config.S))
     # The totals of runs cost more with several states.
     fewest = 132 if problem.states > 1 else 512 if narrow else 640
     if problem.programs < fewest and problem.length >= 512:
         # Of long ones there may be too few.
-        long = BACKWARD["long runs apart" if problem.separable else "long runs"]
+        long = BACKWARD["long runs"]
         enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= AT_ONCE
         return long if enough else BACKWARD["runs"]
     if narrow:
@@ -1265,9 +1379,14 @@ def _map_strides(map: Tensor) -> tuple[int, int]:
     return map.stride(0), _pixel_stride(map)
 
 
-def _cut(channels: int, length: int, config: Config) -> tuple[int, int, int]:
+def _cut(channels: int, length: int, config: Config, apart: bool) -> tuple[int, int, int]:
     tiles = cdiv(length, config.T * config.S)
     runs = cdiv(tiles, config.tiles) if config.tiles else 1
+    if apart:
+        # Two, between which directions meet.
+        tiles = max(tiles, 2)
+        # The interpreter, whose programs come one after the other, has halves of sequences.
+        runs += runs % 2 if runs > 1 or INTERPRETED.value else 0
     return cdiv(channels, config.BLOCK_D), runs, cdiv(tiles, runs)
 
 
@@ -1278,8 +1397,20 @@ _known_cut = lru_cache(_cut)
 class _Sizes:
     """What the choice of configurations depends on: sizes and a dtype, which a compiler knows, too."""
 
-    def __init__(self, x: Tensor, A: Tensor, dt_weight: Tensor | None, grouped: bool, per_line: bool):
+    def __init__(
+        self,
+        x: Tensor,
+        A: Tensor,
+        dt_weight: Tensor | None,
+        directions: Sequence[str],
+        grouped: bool,
+        per_line: bool,
+    ):
         self.grouped, self.per_line = grouped, per_line
+        # Whether all directions have their reverse, and no line is a sequence of its own.
+        axes = {direction.removesuffix("_rev") for direction in directions}
+        pairs = sorted(axes | {f"{axis}_rev" for axis in axes})
+        self.paired = sorted(directions) == pairs and not (grouped or per_line)
         self.batch, _, self.height, self.width = x.shape
         self.count, self.channels, self.states = A.shape
         self.rank = 0 if dt_weight is None else dt_weight.shape[2]
@@ -1287,14 +1418,17 @@ class _Sizes:
         self.sequences, self.length = 1, self.height * self.width
         if per_line:
             self.sequences = self.length = max(self.height, self.width)
-        # Whether a map for each direction moves no more bytes than a float32 one that all directions add to.
-        self.separable = x.dtype == torch.bfloat16 and self.count > 1 and self.states == 1 and not (grouped or per_line)
+        # Whether directions apart move no more bytes than a float32 map that all of them add to.
+        self.separable = x.dtype == torch.bfloat16 and self.states == 1 and self.paired
         # Programs of 32 channels that walk whole sequences.
         self.programs = self.batch * self.sequences * cdiv(self.channels, 32) * (self.count if grouped else 1)
 
+    def walks_apart(self, config: Config) -> bool:
+        return config.apart and self.paired
+
     def cut(self, config: Config) -> tuple[int, int, int]:
         """Blocks of channels, runs of tiles of a sequence, and tiles of a run."""
-        return _cut(self.channels, self.length, config)
+        return _cut(self.channels, self.length, config, self.walks_apart(config))
 
     def borders(self, config: Config, decays: bool = False) -> tuple[int, ...]:
         """Shape of the states with which tiles are entered, if wanted with the decays of the run before."""
@@ -1306,7 +1440,7 @@ class _Problem(_Sizes):
     """What the launches of a forward or a backward have in common."""
 
     def __init__(self, x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, grouped, per_line):
-        super().__init__(x, A, dt_weight, grouped, per_line)
+        super().__init__(x, A, dt_weight, directions, grouped, per_line)
         self.x = _walked(x)
         self.dt, self.B, self.C = _packed(dt, B, C)
         self.A, self.D, self.weight, self.bias = (
@@ -1340,7 +1474,7 @@ class _Problem(_Sizes):
         )
 
     def cut(self, config: Config) -> tuple[int, int, int]:
-        return _known_cut(self.channels, self.length, config)
+        return _known_cut(self.channels, self.length, config, self.walks_apart(config))
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.dt, self.A, self.B, self.C, self.D, self.weight, self.bias
@@ -1354,9 +1488,6 @@ class _Problem(_Sizes):
         """Where sums over directions grow: float32 memory laid out like the result, or the result itself."""
         alone = self.count == 1 or self.grouped or result.dtype == torch.float32
         return result if alone else torch.empty_like(result, dtype=torch.float32)
-
-    def walks_apart(self, config: Config) -> bool:
-        return config.apart and self.count > 1 and not self.grouped
 
     def columns_ahead(self, config: Config) -> str | None:
         """How B and C are asked for with a tile's x: as the halves of words if they may be that."""
@@ -1377,10 +1508,10 @@ class _Problem(_Sizes):
         return 2 if over else 1
 
     def maps(self, result: Tensor) -> Tensor:
-        """A map laid out like the result for each direction, (K, numbers of a map)."""
+        """A map laid out like the result for each direction and its reverse, (K / 2, numbers of a map)."""
         # bfloat16 has float32's range, which a direction's part of a gradient may need.
         dtype = result.dtype if result.dtype == torch.bfloat16 else torch.float32
-        return result.new_empty((self.count, result.numel()), dtype=dtype)
+        return result.new_empty((self.count // 2, result.numel()), dtype=dtype)
 
     def sizes(self, config: Config) -> tuple[int, ...]:
         """Arguments of all kernels but one, between their own and the strides."""
@@ -1472,7 +1603,7 @@ def to_save(x, dt, A, B, C, directions, D, dt_weight, dt_bias, delta_softplus, g
 
     Not where they would take more memory than x.
     """
-    sizes = _Sizes(x, A, dt_weight, grouped, per_line)
+    sizes = _Sizes(x, A, dt_weight, directions, grouped, per_line)
     forward, backward = _fwd_config(sizes), _bwd_config(sizes)
     # The backward's tiles have to begin where segments of the forward do.
     border = backward.T * backward.S
@@ -1494,10 +1625,10 @@ def forward(*args, saved: Sequence[Tensor] = ()) -> Tensor:
 
 
 def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
-    """Scans into `out`, a flat map like x, or into a map for each direction, which are then still to be summed.
+    """Scans into `out`, a flat map like x, or into a map for rows and one for columns, which are still to be summed.
 
     Returns:
-        `out`, or maps laid out like it, (K, numbers of a map).
+        `out`, or maps laid out like it, (K / 2, numbers of a map).
     """
     problem = _Problem(*args)
     x = problem.x
@@ -1506,9 +1637,13 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
     blocks, runs, tiles = problem.cut(config)
     walks = problem.batch * problem.sequences * problem.count * blocks
     entries = words = None
-    if config.chained and runs > 1 and tiles == problem.states == 1 and (apart or problem.grouped):
-        words = x.new_zeros(1 + walks * (runs + runs // config.group) * config.BLOCK_D, dtype=torch.int64)
-    else:
+    chained = config.chained and runs > 1 and tiles == problem.states == 1 and (apart or problem.grouped)
+    handed = walks * (runs + runs // config.group) * config.BLOCK_D if chained else 0
+    if chained or apart:
+        words = x.new_zeros(1 + walks * runs * apart + handed, dtype=torch.int64)
+    if apart and runs > 1 and not chained:
+        entries = x.new_empty((walks, runs, 2 * problem.states, config.BLOCK_D), dtype=torch.float32)
+    elif not chained:
         entries, _ = problem.enter(config)
     borders, count, border = None, 0, 0
     if saved:
@@ -1523,7 +1658,7 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
         scan2d_fwd_kernel, config, tensors, strides, x, out,
         alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, BORDER=border,
         SHORT=problem.rank in SHORT_RANKS and config.BLOCK_D <= 16, SHIFTED=problem.shifted(config, x, out),
-        COLUMNS=problem.columns_ahead(config), GROUP=config.group,
+        COLUMNS=problem.columns_ahead(config), CHAINED=chained, GROUP=config.group,
     )  # fmt: skip
     return maps
 
@@ -1557,9 +1692,9 @@ def walk_back(
     """Gradients, those of the maps in the parts that the programs give.
 
     Returns:
-        `gx`, a flat map like x, or maps laid out like it whose sum it is, (K, numbers of a map); what every block of
-        channels gives to (dt, B, C) side by side, (blocks, B, H, W, K, R + 2N); the gradient of dt if that has no rank,
-        (B, H, W, K, D); and the gradients of A, D, dt_weight and dt_bias.
+        `gx`, a flat map like x, or maps laid out like it whose sum it is, (K / 2, numbers of a map); what every block
+        of channels gives to (dt, B, C) side by side, (blocks, B, H, W, K, R + 2N); the gradient of dt if that has no
+        rank, (B, H, W, K, D); and the gradients of A, D, dt_weight and dt_bias.
     """
     _, dt, A, _, _, _, D, dt_weight, dt_bias, *_ = args
     problem = _Problem(*args)
@@ -1575,25 +1710,26 @@ def walk_back(
     # Where directions are summed, D has one gradient for all.
     sizes = [A.numel(), 0 if D is None else (count if problem.grouped else 1) * channels]
     sizes += [0 if t is None else t.numel() for t in (dt_weight, dt_bias)]
-    sums = x.new_empty((problem.batch * problem.sequences * runs, sum(sizes)), dtype=torch.float32)
-
     apart = problem.walks_apart(config)
-    handed = None
-    if saved and apart and runs > 1 and config.chained:
-        walks = (problem.batch, count, blocks, runs)
+    chained = bool(saved) and apart and runs > 1 and (config.chained or not config.tiles)
+    rows = problem.batch * problem.sequences * (1 if chained else runs)
+    sums = x.new_empty((rows, sum(sizes)), dtype=torch.float32)
+    walks = (problem.batch, count, blocks, runs)
+    words = x.new_zeros(1 + math.prod(walks), dtype=torch.int32) if apart else None
+    if chained:
         entries, (borders,) = x.new_empty((*walks, 2 * states, config.BLOCK_D), dtype=torch.float32), saved
-        handed = x.new_zeros(math.prod(walks) + 1, dtype=torch.int32)
     else:
         entries, borders = problem.enter(config, gy, *saved)
     maps = problem.maps(gx) if apart else gx
     partial = maps if apart else problem.sums(gx)
-    tensors = (gy, x, *problem.parameters(), entries, handed, borders, partial, maps, g_dt, parts)
+    tensors = (gy, x, *problem.parameters(), entries, words, borders, partial, maps, g_dt, parts)
     tensors += tuple(sums.split(sizes, dim=1))
     strides = (*_map_strides(gy), *_map_strides(x), *problem.strides(), *_map_strides(gx))
     strides += (maps.stride(0), parts.stride(0), sums.stride(0))
     problem.launch(
         scan2d_bwd_kernel, config, tensors, strides, x, gy, gx,
         alone=problem.grouped or apart, APART=apart, AHEAD=config.ahead, KEPT=bool(saved),
+        CHAINED=chained,
     )  # fmt: skip
     g_A, g_D, g_weight, g_bias = sum_parts(sums).split(sizes)
     return (
