@@ -190,14 +190,16 @@ def _tell(flag_ptr):
 
 
 @triton.jit
-def _prefetch(ptr, mask, BLOCK_D: tl.constexpr):
-    """Asks the second-level cache for BLOCK_D channels of some pixels, which costs no registers."""
+def _prefetch(ptr, pixel, mask, block, channels, s_p, BLOCK_D: tl.constexpr):
+    """Asks the second-level cache for a block's channels of some pixels, which costs no registers."""
     SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth  # numbers of 32 bytes
     if PTX and BLOCK_D >= SECTOR:
-        sectors = ptr[:, None] + SECTOR * tl.arange(0, BLOCK_D // SECTOR)[None, :]
+        channel = block * BLOCK_D + SECTOR * tl.arange(0, BLOCK_D // SECTOR)
+        sectors = ptr + ((pixel * s_p)[:, None] + channel[None, :])
+        wanted = mask[:, None] & (channel < channels)[None, :]
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r", [sectors.to(tl.int64), mask[:, None].to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r", [sectors.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -782,7 +784,7 @@ def scan2d_fwd_kernel(
                     pixel, mask = _visit(o, slot + T * S, slots, direction, length, AXES, LONG, WIDE)
                     mask &= tile + 1 < tiles
                     if MEETS:
-                        _prefetch(sum_ptr + (pixel * ys_p + block * BLOCK_D), mask & (tile + 1 >= middle), BLOCK_D)
+                        _prefetch(sum_ptr, pixel, mask & (tile + 1 >= middle), block, channels, ys_p, BLOCK_D)
                     x_rows, low, of_state = _load_step(
                         x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
                         B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
@@ -1000,7 +1002,7 @@ def scan2d_bwd_kernel(
                     next_mask &= tile > 0
                 if APART:
                     next_adds = (back + 1 >= middle) if MEETS else ~first
-                    _prefetch(sum_ptr + (next_pixel * os_p + block * BLOCK_D), next_mask & next_adds, BLOCK_D)
+                    _prefetch(sum_ptr, next_pixel, next_mask & next_adds, block, channels, os_p, BLOCK_D)
                 border = border_ptr + (tile_at + tile) * ((2 if DECAYED else 1) * N * channels)
                 b_n, c_n, entering = _load_state(
                     B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask, channels,
@@ -1638,9 +1640,10 @@ def walk(out: Tensor, *args, saved: Sequence[Tensor] = ()) -> Tensor:
     walks = problem.batch * problem.sequences * problem.count * blocks
     entries = words = None
     chained = config.chained and runs > 1 and tiles == problem.states == 1 and (apart or problem.grouped)
-    handed = walks * (runs + runs // config.group) * config.BLOCK_D if chained else 0
     if chained or apart:
-        words = x.new_zeros(1 + walks * runs * apart + handed, dtype=torch.int64)
+        flags = walks * runs if apart else 0
+        handed = walks * (runs + runs // config.group) * config.BLOCK_D if chained else 0
+        words = x.new_zeros(1 + flags + handed, dtype=torch.int64)
     if apart and runs > 1 and not chained:
         entries = x.new_empty((walks, runs, 2 * problem.states, config.BLOCK_D), dtype=torch.float32)
     elif not chained:
