@@ -1,6 +1,8 @@
 """The directional scan's Triton kernels, interpreted on the CPU, against the definition in float64."""
 
 import importlib
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -390,6 +392,62 @@ def test_directions_that_meet_their_reverses(directions, shape, tiles, chained, 
     compare("triton", scan2d, tensors, directions=directions)
     numbers = tensors["x"].numel()
     assert found and all(maps.shape == (len(directions) // 2, numbers) for maps in found)
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """Interprets directions apart as a GPU runs them: each program in a process of its own, so that they can meet."""
+    if not kernels.INTERPRETED.value:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    one_by_one, builder = interpreter.GridExecutor.__call__, interpreter.interpreter_builder
+
+    def interpret(executor, program, *args, **kwargs):
+        (programs,), executor.grid = executor.grid, (1,)
+        set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+        builder.set_grid_dim = lambda *_: set_dim(programs, 1, 1)
+        builder.set_grid_idx = lambda *_: set_index(program, 0, 0)
+        one_by_one(executor, *args, **kwargs)
+
+    def launch(executor, *args, **kwargs):
+        if not kwargs.get("APART"):
+            return one_by_one(executor, *args, **kwargs)
+        for tensor in (arg for arg in args if isinstance(arg, torch.Tensor)):
+            tensor.untyped_storage().share_memory_()
+        children = []
+        for program in range(executor.grid[0]):
+            children.append(os.fork())
+            if children[-1] == 0:
+                signal.alarm(60)  # for one that waits in vain
+                status = 1
+                try:
+                    interpret(executor, program, *args, **kwargs)
+                    status = 0
+                finally:
+                    os._exit(status)
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        assert not any(statuses)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(kernels, "INTERPRETED", SimpleNamespace(value=False))
+    # What it remembers are halves.
+    monkeypatch.setattr(kernels, "_known_cut", kernels._cut)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize(
+    "directions, shape",
+    [(CROSS, (1, 3, 5, 8)), (["col", "row_rev", "row", "col_rev"], (1, 3, 7, 9)), (["row_rev", "row"], (2, 17, 1, 2))],
+    ids=str,  # 3, 4 and 1 tiles
+)
+def test_directions_that_meet_in_the_middle(directions, shape, ahead, monkeypatch, side_by_side):
+    cuts = []
+    for name in ("_fwd_config", "_bwd_config"):
+        config = kernels.Config(4, 16, 2, 1, ahead=ahead, apart=True)
+        monkeypatch.setattr(kernels, name, lambda sizes, config=config: cuts.append(sizes.cut(config)) or config)
+    tensors = {n: t.bfloat16() for n, t in make(shape, 1, directions=directions).items()}
+    compare("triton", scan2d, tensors, directions=directions)
+    assert cuts and all(runs == 1 for _, runs, _ in cuts)
 
 
 @pytest.mark.parametrize(
