@@ -173,6 +173,24 @@ def _side(side, K, flips, columns):
 
 
 @triton.jit
+def _pair(index, words_ptr, K, flips, columns, blocks, runs):
+    """What a walk apart is, from its number: neighbours are a direction and its reverse.
+
+    Returns:
+        Flags of its runs and of the reverse's, each in the order in which they are walked; whether it is the second of
+        the pair; the number of the pair's map; its direction; its block of channels and its sequence.
+    """
+    flags_ptr = words_ptr + 1 + index.to(tl.int64) * runs
+    reverse_flags_ptr = words_ptr + 1 + (index ^ 1).to(tl.int64) * runs
+    side = index % 2
+    block = index // 2 % blocks
+    index = index // 2 // blocks
+    axis = index % (K // 2)
+    k = _side(2 * axis + side, K, flips, columns)
+    return flags_ptr, reverse_flags_ptr, side, axis, k, block, index // (K // 2)
+
+
+@triton.jit
 def _wait(flag_ptr):
     """Until the program that sets a flag has, and what it has written before is seen."""
     # An acquisition empties the multiprocessor's cache: only one. The compiler drops what does not look at its value.
@@ -630,7 +648,7 @@ def scan2d_fwd_kernel(
     Programs that wait have `words_ptr`, numbers that are 0 at first. The first of them counts the programs that have
     started, which it gives runs in their order: what a run waits for has started, and a direction with its reverse. A
     run of each of `at_once` walks comes before their next ones, and all of theirs before those of others; the last
-    walks come first, see `last_first`. With APART a flag for every walk and run, in the order of the map, is next.
+    walks come first, see `last_first`. With APART a flag for every walk and run is next, see `_pair`.
 
     `border_ptr` receives the states that enter the backward's tiles, (borders, N, D) for every sequence and direction:
     those after every BORDER steps.
@@ -648,23 +666,19 @@ def scan2d_fwd_kernel(
         pixel_run = program // at_once
         index = walks - 1 - (first_walk + program % at_once)
     if APART:
-        flags_ptr = words_ptr + 1 + index.to(tl.int64) * runs
-        reverse_flags_ptr = words_ptr + 1 + (index ^ 1).to(tl.int64) * runs
-        side = index % 2
-        index = index // 2
-    block = index % blocks
-    begin = 0
-    end = 2 * K
-    index = index // blocks
-    if APART:
-        axis = index % (K // 2)
-        begin = _side(2 * axis + side, K, flips, columns)
+        flags_ptr, reverse_flags_ptr, side, axis, begin, block, index = _pair(
+            index, words_ptr, K, flips, columns, blocks, runs
+        )  # fmt: skip
         end = begin + 1
-        index = index // (K // 2)
-    elif GROUPED:
-        begin = index % K
-        end = begin + 1
-        index = index // K
+    else:
+        block = index % blocks
+        begin = 0
+        end = 2 * K
+        index = index // blocks
+        if GROUPED:
+            begin = index % K
+            end = begin + 1
+            index = index // K
     sequence = index
     if not IN_ORDER:
         pixel_run = index % runs
@@ -738,11 +752,10 @@ def scan2d_fwd_kernel(
                 sum_ptr = out_ptr
                 first = run < runs // 2
                 middle = (tiles + 1 - side) // 2
-                map_run = tl.where(side == 1, runs - 1 - run, run)
                 if not MEETS and not CHAINED and run > 0:
-                    _wait(flags_ptr + map_run - 1 + 2 * side)
+                    _wait(flags_ptr + run - 1)
                 if not MEETS and run >= runs // 2:
-                    _wait(reverse_flags_ptr + map_run)
+                    _wait(reverse_flags_ptr + (runs - 1 - run))
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64)
@@ -846,7 +859,7 @@ def scan2d_fwd_kernel(
                     leaves = (n_index < N) & (run < runs - 1)
                     tl.store(entry_ptr + entry_at + 2 * N * BLOCK_D, carry, mask=leaves)
                 if not CHAINED or run < runs // 2:
-                    _tell(flags_ptr + map_run)
+                    _tell(flags_ptr + run)
             # The next direction reads what other threads of this program have written.
             tl.debug_barrier()
 
@@ -887,25 +900,19 @@ def scan2d_bwd_kernel(
         index = tl.atomic_add(words_ptr, 1, sem="relaxed")
         every = tl.num_programs(0) // runs
         pixel_run = runs - 1 - index // every
-        index = index % every
-        flags_ptr = words_ptr + 1 + index.to(tl.int64) * runs
-        reverse_flags_ptr = words_ptr + 1 + (index ^ 1).to(tl.int64) * runs
-        side = index % 2
-        index = index // 2
-    block = index % blocks
-    begin = 0
-    end = 2 * K
-    index = index // blocks
-    if APART:
-        axis = index % (K // 2)
-        begin = _side(2 * axis + side, K, flips, columns)
+        flags_ptr, reverse_flags_ptr, side, axis, begin, block, sequence = _pair(
+            index % every, words_ptr, K, flips, columns, blocks, runs
+        )  # fmt: skip
         end = begin + 1
-        sequence = index // (K // 2)
-    elif GROUPED:
-        begin = index % K
-        end = begin + 1
-        index = index // K
-    if not APART:
+    else:
+        block = index % blocks
+        begin = 0
+        end = 2 * K
+        index = index // blocks
+        if GROUPED:
+            begin = index % K
+            end = begin + 1
+            index = index // K
         pixel_run = index % runs
         sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
@@ -951,11 +958,10 @@ def scan2d_bwd_kernel(
                 sum_ptr = out_ptr
                 first = run >= runs // 2
                 middle = (tiles + 1 - side) // 2
-                map_run = tl.where(side == 1, runs - 1 - run, run)
                 if CHAINED and run < runs - 1:
-                    _wait(flags_ptr + map_run + 1 - 2 * side)
+                    _wait(flags_ptr + run + 1)
                 if not MEETS and run < runs // 2:
-                    _wait(reverse_flags_ptr + map_run)
+                    _wait(reverse_flags_ptr + (runs - 1 - run))
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
@@ -1133,7 +1139,7 @@ def scan2d_bwd_kernel(
                 if CHAINED:
                     tl.store(origin - N * BLOCK_D + at, handed, mask=(n_index < N) & (run > 0))
                 if CHAINED or run >= runs // 2:
-                    _tell(flags_ptr + map_run)
+                    _tell(flags_ptr + run)
             # The next direction reads sums that other threads of this program have written.
             tl.debug_barrier()
 
