@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter quick enough for tests."""
+"""Makes Triton's interpreter quick enough for tests, and tests of operators independent of each other."""
 
 import importlib.util
 
@@ -49,3 +49,16 @@ def interpret_by_slices(monkeypatch):
 
     monkeypatch.setattr(ScanOps, "generic_scan", generic_scan)
     monkeypatch.setattr(ReduceOps, "generic_reduce", generic_reduce)
+
+
+@pytest.fixture(autouse=True)
+def forget_launches(monkeypatch, request):
+    """What a test has recorded of an operator is not repeated in another, which may have set a configuration."""
+    from vla.ops._replay import Replays
+
+    call = Replays.__call__
+
+    def of_test(replays, function, first, state, *args):
+        return call(replays, function, first, (state, request.node.nodeid), *args)
+
+    monkeypatch.setattr(Replays, "__call__", of_test)

@@ -31,6 +31,12 @@ from .._triton import (
     sum_parts,
 )
 
+try:
+    from triton.language import target_info
+except ImportError:  # before 3.5, where kernels do not know what they are compiled for
+    target_info = None
+ADDS_IN_MEMORY = tl.constexpr(PTX.value and target_info is not None)
+
 # Whether a launch sums up over directions before another one, or after it.
 FIRST = tl.constexpr(1)
 SECOND = tl.constexpr(2)
@@ -208,24 +214,25 @@ def _tell(flag_ptr):
 
 
 @triton.jit
-def _prefetch(ptr, pixel, mask, block, channels, s_p, BLOCK_D: tl.constexpr):
-    """Asks the second-level cache for a block's channels of some pixels, which costs no registers."""
-    SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth  # numbers of 32 bytes
-    if PTX and BLOCK_D >= SECTOR:
-        channel = block * BLOCK_D + SECTOR * tl.arange(0, BLOCK_D // SECTOR)
-        sectors = ptr + ((pixel * s_p)[:, None] + channel[None, :])
-        wanted = mask[:, None] & (channel < channels)[None, :]
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l,r", [sectors.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _add_to(ptr, value, mask, follows):
     """Stores a value, or where the program `follows` another one adds it to what that has stored."""
     value += tl.load(ptr, mask=mask & follows, other=0.0)
     tl.store(ptr, value, mask=mask)
+
+
+@triton.jit
+def _share(ptr, value, mask, follows):
+    """Stores a tile, or where a program `follows` its reverse adds it to what that has stored."""
+    IN_MEMORY: tl.constexpr = target_info.cuda_capability_geq(9) if ADDS_IN_MEMORY else False
+    if follows:
+        if IN_MEMORY:
+            # Without a wait for what is there. Only one program adds there, so that no order decides about the result.
+            tl.atomic_add(ptr, value.to(ptr.dtype.element_ty), mask=mask, sem="relaxed")
+        else:
+            value += tl.load(ptr, mask=mask, other=0.0)
+            tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -655,8 +662,6 @@ def scan2d_fwd_kernel(
     """
     ALONE: tl.constexpr = GROUPED or APART
     IN_ORDER: tl.constexpr = words_ptr is not None
-    # Whether a direction and its reverse meet in the middle of their walks.
-    MEETS: tl.constexpr = APART and not SPLIT
     index = tl.program_id(0)
     if IN_ORDER:
         program = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
@@ -746,16 +751,12 @@ def scan2d_fwd_kernel(
             skips = k == 0 if APART else first
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             out_ptr = y_ptr
-            sum_ptr = partial_ptr
             if APART:
                 out_ptr += axis * tl.cast(ys_k, tl.int64)
-                sum_ptr = out_ptr
-                first = run < runs // 2
-                middle = (tiles + 1 - side) // 2
-                if not MEETS and not CHAINED and run > 0:
+                # The tile from which on the walk follows its reverse.
+                middle = tl.where(run < runs // 2, tiles, 0) if SPLIT else (tiles + 1 - side) // 2
+                if SPLIT and not CHAINED and run > 0:
                     _wait(flags_ptr + run - 1)
-                if not MEETS and run >= runs // 2:
-                    _wait(reverse_flags_ptr + (runs - 1 - run))
             carry = tl.zeros((N_PAD, BLOCK_D), tl.float32)
             if SPLIT:
                 walk = ((sequence * K + k) * blocks + block).to(tl.int64)
@@ -772,11 +773,6 @@ def scan2d_fwd_kernel(
                 A = _load_decay(A_k, 0, d, d_mask, N)
             for tile in tl.range(0, tiles, num_stages=1):
                 slot = (run * tiles + tile) * (T * S)
-                if MEETS:
-                    first = tile < middle
-                    if tile == middle:
-                        _tell(flags_ptr)
-                        _wait(reverse_flags_ptr)
                 if AHEAD:
                     # Found again: to carry it from tile to tile takes more instructions.
                     same, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
@@ -791,13 +787,11 @@ def scan2d_fwd_kernel(
                 x = _tile(x_rows, T, S)
                 y_at = (pixel * ys_p)[:, None] + vector[None, :]
                 y = skip[None, None, :] * x
-                if not GROUPED:
-                    earlier = tl.load(sum_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                if not ALONE:
+                    earlier = tl.load(partial_ptr + y_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if AHEAD:
                     pixel, mask = _visit(o, slot + T * S, slots, direction, length, AXES, LONG, WIDE)
                     mask &= tile + 1 < tiles
-                    if MEETS:
-                        _prefetch(sum_ptr, pixel, mask & (tile + 1 >= middle), block, channels, ys_p, BLOCK_D)
                     x_rows, low, of_state = _load_step(
                         x_ptr, dt_ptr, B_ptr, C_ptr, pixel, mask, d, d_mask, x_mask, vector, k, xs_p, ps_k, ps_p, dt_s,
                         B_s, C_s, R, R_READ, R_PAD, ALIGNED, FOLDED, T, S, SHORT, COLUMNS,
@@ -843,18 +837,22 @@ def scan2d_fwd_kernel(
                     y += c_n * h
 
                 y = tl.reshape(y, (T * S, BLOCK_D))
-                if APART:
-                    y += earlier
                 if SHIFTED:
                     y = y.to(y_ptr.dtype.element_ty)
                     tl.store(out_ptr + y_at, y, mask=p_mask[:, None] & whole[None, :])
                     if SHIFTED > 1:
                         tl.store(out_ptr + y_at, y, mask=p_mask[:, None] & (d_mask & ~whole)[None, :])
+                elif APART:
+                    if tile == middle:
+                        _wait(reverse_flags_ptr + (runs - 1 - run))
+                    _share(out_ptr + y_at, y, full_mask, tile >= middle)
+                    if not SPLIT and tile + 1 == middle:
+                        _tell(flags_ptr)
                 elif last:
                     tl.store(out_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + y_at, y, mask=full_mask)
-            if APART and not MEETS:
+            if APART and SPLIT:
                 if not CHAINED:
                     leaves = (n_index < N) & (run < runs - 1)
                     tl.store(entry_ptr + entry_at + 2 * N * BLOCK_D, carry, mask=leaves)
@@ -893,8 +891,6 @@ def scan2d_bwd_kernel(
     # How the product with the weight's gradient lies over several warps decides about all of a tile: side by side along
     # the channels they need nothing of each other for a scan.
     SIDE_BY_SIDE: tl.constexpr = BLOCK_D > 32
-    # Whether a direction and its reverse meet in the middle of their walks.
-    MEETS: tl.constexpr = APART and not SPLIT
     index = tl.program_id(0)
     if APART:
         index = tl.atomic_add(words_ptr, 1, sem="relaxed")
@@ -952,16 +948,11 @@ def scan2d_bwd_kernel(
             skip = _load_skip(D_ptr, k, K, d, d_mask & skips, channels, GROUPED)
             vector = tl.max_contiguous(k * channels + d if GROUPED else d, VECTOR)
             out_ptr = gx_ptr
-            sum_ptr = partial_ptr
             if APART:
                 out_ptr += axis * tl.cast(os_k, tl.int64)
-                sum_ptr = out_ptr
-                first = run >= runs // 2
-                middle = (tiles + 1 - side) // 2
+                middle = tl.where(run < runs // 2, 0, tiles) if SPLIT else (tiles + 1 - side) // 2
                 if CHAINED and run < runs - 1:
                     _wait(flags_ptr + run + 1)
-                if not MEETS and run < runs // 2:
-                    _wait(reverse_flags_ptr + (runs - 1 - run))
             tile_at = ((sequence * K + k).to(tl.int64) * runs + run) * tiles
 
             A_k = A_ptr + k * channels * N
@@ -988,11 +979,6 @@ def scan2d_bwd_kernel(
                 next_low = _load_low(dt_ptr, low_at, mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
             for back in tl.range(0, tiles, num_stages=1):
                 tile = tiles - 1 - back
-                if MEETS:
-                    first = back < middle
-                    if back == middle:
-                        _tell(flags_ptr)
-                        _wait(reverse_flags_ptr)
                 slot = (run * tiles + tile) * (T * S)
                 pixel, mask = _visit(o, slot, slots, direction, length, AXES, LONG, WIDE)
                 p_at = pixel * ps_p
@@ -1003,12 +989,6 @@ def scan2d_bwd_kernel(
                     border_mask &= tl.where(direction[0] == 1, slots - T * S - slot, slot) < length
                 gy = _tile(_load_rows(gy_ptr, pixel, full_mask, vector, gs_p), T, S)
                 x = _tile(_load_rows(x_ptr, pixel, full_mask, vector, xs_p), T, S)
-                if AHEAD or APART:
-                    next_pixel, next_mask = _visit(o, slot - T * S, slots, direction, length, AXES, LONG, WIDE)
-                    next_mask &= tile > 0
-                if APART:
-                    next_adds = (back + 1 >= middle) if MEETS else ~first
-                    _prefetch(sum_ptr, next_pixel, next_mask & next_adds, block, channels, os_p, BLOCK_D)
                 border = border_ptr + (tile_at + tile) * ((2 if DECAYED else 1) * N * channels)
                 b_n, c_n, entering = _load_state(
                     B_ptr + k * ps_k, C_ptr + k * ps_k, border, origin, 0, p_at, mask, d, border_mask, channels,
@@ -1017,6 +997,8 @@ def scan2d_bwd_kernel(
                 # Last: it goes to shared memory at once, with a barrier that no other load passes.
                 if AHEAD:
                     low = next_low
+                    next_pixel, next_mask = _visit(o, slot - T * S, slots, direction, length, AXES, LONG, WIDE)
+                    next_mask &= tile > 0
                     low_at = k * ps_k + next_pixel * ps_p
                     next_low = _load_low(dt_ptr, low_at, next_mask, d, d_mask, dt_s, R, R_READ, R_PAD, ALIGNED, FOLDED)
                 else:
@@ -1072,8 +1054,8 @@ def scan2d_bwd_kernel(
                             border_mask, channels, B_s, C_s, N, T, S, BLOCK_D, DECAYED,
                         )  # fmt: skip
 
-                if not GROUPED:
-                    earlier = tl.load(sum_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
+                if not ALONE:
+                    earlier = tl.load(partial_ptr + gx_at, mask=full_mask & ~first, other=0.0)  # (T * S, D)
                 if SOFTPLUS:
                     # Of places without a pixel it is zero: they come before all states, or after all gradients.
                     g_step *= tl.exp2(logit - step)
@@ -1102,9 +1084,15 @@ def scan2d_bwd_kernel(
                     g_skip += tl.sum(gy * x, axis=0)
                 gx += skip[None, None, :] * gy
                 gx = tl.reshape(gx, (T * S, BLOCK_D))
-                if not GROUPED:
+                if not ALONE:
                     gx += earlier
-                if last:
+                if APART:
+                    if back == middle:
+                        _wait(reverse_flags_ptr + (runs - 1 - run))
+                    _share(out_ptr + gx_at, gx, full_mask, back >= middle)
+                    if not SPLIT and back + 1 == middle:
+                        _tell(flags_ptr)
+                elif last:
                     tl.store(out_ptr + gx_at, gx.to(gx_ptr.dtype.element_ty), mask=full_mask)
                 else:
                     tl.store(partial_ptr + gx_at, gx, mask=full_mask)
@@ -1135,7 +1123,7 @@ def scan2d_bwd_kernel(
                 if bias_ptr is not None and FOLDED:
                     at_bias = parts + parameter + 0 * rank
                     _add_to(g_bias_ptr + at_bias, g_weight, inside & (rank == R_PAD - 1), follows)
-            if APART and not MEETS:
+            if APART and SPLIT:
                 if CHAINED:
                     tl.store(origin - N * BLOCK_D + at, handed, mask=(n_index < N) & (run > 0))
                 if CHAINED or run >= runs // 2:
@@ -1232,11 +1220,13 @@ FORWARD = {
 BACKWARD = {
     "runs": Config(4, 32, 4, 1, tiles=9),
     "long runs": Config(4, 32, 4, 1, tiles=18),
+    "long runs apart": Config(4, 32, 4, 1, tiles=18, apart=True),
     "many apart": Config(4, 32, 4, 1, ahead=True, apart=True, chained=True),
     "narrow": Config(4, 16, 4, 2),
     "many": Config(4, 32, 4, 1),
     "wide": Config(4, 64, 4, 2, apart=True),
     "high rank": Config(4, 64, 2, 4, apart=True),
+    "many high rank": Config(4, 64, 2, 4),
 }
 
 
@@ -1321,23 +1311,26 @@ def _bwd_config(problem: "_Sizes") -> Config:
     narrow = problem.channels <= 16 and problem.states == 1
     if problem.separable and problem.channels in range(17, 128) and problem.length >= 512:
         programs = problem.programs * problem.count
-        if programs >= AT_ONCE:
+        if programs >= 5 * 132:
             config = BACKWARD["many apart"]
             # Of a second round of programs that is half empty, halves make one and a half.
-            runs = min((2, 4), key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
+            many = (1, 2, 4) if programs > AT_ONCE else (1,)
+            runs = min(many, key=lambda runs: cdiv(programs * runs, AT_ONCE) / runs)
             return config._replace(tiles=cdiv(problem.length, runs * config.T * config.S))
     # The totals of runs cost more with several states.
     fewest = 132 if problem.states > 1 else 512 if narrow else 640
     if problem.programs < fewest and problem.length >= 512:
         # Of long ones there may be too few.
-        long = BACKWARD["long runs"]
+        long = BACKWARD["long runs apart" if problem.separable else "long runs"]
         enough = problem.programs * cdiv(problem.length, long.tiles * long.T * long.S) >= AT_ONCE
         return long if enough else BACKWARD["runs"]
     if narrow:
         return BACKWARD["narrow"]
     if problem.channels < 128:
         return BACKWARD["many"]
-    return BACKWARD["high rank" if problem.rank > 32 else "wide"]
+    if problem.rank <= 32:
+        return BACKWARD["wide"]
+    return BACKWARD["high rank" if problem.programs < 1024 else "many high rank"]
 
 
 def _is_flat(map: Tensor) -> bool:
@@ -1390,11 +1383,9 @@ def _map_strides(map: Tensor) -> tuple[int, int]:
 def _cut(channels: int, length: int, config: Config, apart: bool) -> tuple[int, int, int]:
     tiles = cdiv(length, config.T * config.S)
     runs = cdiv(tiles, config.tiles) if config.tiles else 1
-    if apart:
-        # Two, between which directions meet.
-        tiles = max(tiles, 2)
+    if apart and (runs > 1 or INTERPRETED.value):
         # The interpreter, whose programs come one after the other, has halves of sequences.
-        runs += runs % 2 if runs > 1 or INTERPRETED.value else 0
+        runs += runs % 2
     return cdiv(channels, config.BLOCK_D), runs, cdiv(tiles, runs)
 
 
