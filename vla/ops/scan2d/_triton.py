@@ -131,6 +131,24 @@ def _ends(decay, step, T: tl.constexpr):
 
 
 @triton.jit
+def _turns(index, K, blocks, GROUPED: tl.constexpr):
+    """Turns of a program that walks directions one after the other, from its number: those of all, or of a group's one.
+
+    Returns:
+        Its block of channels, its first turn and the one after its last, and what is left of the number.
+    """
+    block = index % blocks
+    index = index // blocks
+    begin = 0
+    end = 2 * K
+    if GROUPED:
+        begin = index % K
+        end = begin + 1
+        index = index // K
+    return block, begin, end, index
+
+
+@triton.jit
 def _turn(turn, K, chosen, columns, order, ALONE: tl.constexpr):
     """Which direction a program walks in its turn, of 2K: rows before columns, so that a direction's reverse follows it
     and finds in the cache what it has left. One that walks ALONE has but one.
@@ -224,13 +242,11 @@ def _add_to(ptr, value, mask, follows):
 def _share(ptr, value, mask, follows):
     """Stores a tile, or where a program `follows` its reverse adds it to what that has stored."""
     IN_MEMORY: tl.constexpr = target_info.cuda_capability_geq(9) if ADDS_IN_MEMORY else False
-    if follows:
-        if IN_MEMORY:
-            # Without a wait for what is there. Only one program adds there, so that no order decides about the result.
-            tl.atomic_add(ptr, value.to(ptr.dtype.element_ty), mask=mask, sem="relaxed")
-        else:
-            value += tl.load(ptr, mask=mask, other=0.0)
-            tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    if not IN_MEMORY:
+        _add_to(ptr, value, mask, follows)
+    elif follows:
+        # Without a wait for what is there. Only one program adds there, so that no order decides about the result.
+        tl.atomic_add(ptr, value.to(ptr.dtype.element_ty), mask=mask, sem="relaxed")
     else:
         tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -676,14 +692,7 @@ def scan2d_fwd_kernel(
         )  # fmt: skip
         end = begin + 1
     else:
-        block = index % blocks
-        begin = 0
-        end = 2 * K
-        index = index // blocks
-        if GROUPED:
-            begin = index % K
-            end = begin + 1
-            index = index // K
+        block, begin, end, index = _turns(index, K, blocks, GROUPED)
     sequence = index
     if not IN_ORDER:
         pixel_run = index % runs
@@ -901,14 +910,7 @@ def scan2d_bwd_kernel(
         )  # fmt: skip
         end = begin + 1
     else:
-        block = index % blocks
-        begin = 0
-        end = 2 * K
-        index = index // blocks
-        if GROUPED:
-            begin = index % K
-            end = begin + 1
-            index = index // K
+        block, begin, end, index = _turns(index, K, blocks, GROUPED)
         pixel_run = index % runs
         sequence = index // runs
     b = (sequence // sequences).to(tl.int64)
