@@ -234,16 +234,10 @@ def _tell(flag_ptr):
 @triton.jit
 def _add_to(ptr, value, mask, follows):
     """Stores a value, or where the program `follows` another one adds it to what that has stored."""
-    value += tl.load(ptr, mask=mask & follows, other=0.0)
-    tl.store(ptr, value, mask=mask)
-
-
-@triton.jit
-def _share(ptr, value, mask, follows):
-    """Stores a tile, or where a program `follows` its reverse adds it to what that has stored."""
     IN_MEMORY: tl.constexpr = target_info.cuda_capability_geq(9) if ADDS_IN_MEMORY else False
     if not IN_MEMORY:
-        _add_to(ptr, value, mask, follows)
+        value += tl.load(ptr, mask=mask & follows, other=0.0)
+        tl.store(ptr, value, mask=mask)
     elif follows:
         # Without a wait for what is there. Only one program adds there, so that no order decides about the result.
         tl.atomic_add(ptr, value.to(ptr.dtype.element_ty), mask=mask, sem="relaxed")
@@ -854,7 +848,7 @@ def scan2d_fwd_kernel(
                 elif APART:
                     if tile == middle:
                         _wait(reverse_flags_ptr + (runs - 1 - run))
-                    _share(out_ptr + y_at, y, full_mask, tile >= middle)
+                    _add_to(out_ptr + y_at, y, full_mask, tile >= middle)
                     if not SPLIT and tile + 1 == middle:
                         _tell(flags_ptr)
                 elif last:
@@ -1091,7 +1085,7 @@ def scan2d_bwd_kernel(
                 if APART:
                     if back == middle:
                         _wait(reverse_flags_ptr + (runs - 1 - run))
-                    _share(out_ptr + gx_at, gx, full_mask, back >= middle)
+                    _add_to(out_ptr + gx_at, gx, full_mask, back >= middle)
                     if not SPLIT and back + 1 == middle:
                         _tell(flags_ptr)
                 elif last:
